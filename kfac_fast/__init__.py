@@ -1,0 +1,14 @@
+"""K-FAC for PyTorch: fast factors, inverses and preconditioning for any ``torch.optim`` optimizer."""
+
+from kfac_fast.backends import explain, use
+from kfac_fast.ops import (
+    cholesky_precondition,
+    conv_expand_gram,
+    conv_reduce_gram,
+    conv_window_sum,
+    damped_cholesky,
+    damped_inverse,
+    gram,
+    precondition,
+    shared_gram,
+)

@@ -1,0 +1,210 @@
+"""The table of implementations and the choice between them.
+
+Each (operator, device type) has its implementations in order of preference. Each implementation can refuse a call with a sentence;
+the first that does not refuse serves it. Nothing is caught: a kernel that fails raises.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, TypeVar
+
+import torch
+
+from kfac_fast import reference, schema
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+Refusal = Callable[..., str | None]
+
+EXTENSION_BUILT = importlib.util.find_spec("kfac_fast._C") is not None
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+if EXTENSION_BUILT:
+    import kfac_fast._C  # registers the native kernels with the dispatcher
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute an operator on one device type.
+
+    Attributes:
+        name: ``"cpp"``, ``"cuda"``, ``"triton"`` or ``"reference"``.
+        run: Takes the dispatcher arguments, writes the outputs.
+        refuses: Takes the same arguments; a sentence why this implementation cannot serve them, or None.
+    """
+
+    name: str
+    run: Callable[..., None]
+    refuses: Refusal
+
+
+def _accepts(*args: Any) -> None:
+    """Refuse nothing."""
+
+
+def _reference(op: str) -> Implementation:
+    return Implementation("reference", getattr(reference, op), _accepts)
+
+
+def _native(op: str, device: str) -> Implementation:
+    """The compiled extension's kernel for ``device``."""
+    name = "cpp" if device == "cpu" else "cuda"
+    overload = getattr(torch.ops.kfac_fast_native, op).default
+    if not EXTENSION_BUILT:
+        refusal = "the C++ extension is not built: run `pip install --no-build-isolation .` in the source tree"
+    elif not torch._C._dispatch_has_kernel_for_dispatch_key(f"kfac_fast_native::{op}", device.upper()):
+        refusal = f"the C++ extension was built without {device.upper()} kernels"
+    else:
+        return Implementation(name, overload, _accepts)
+    return Implementation(name, overload, lambda *args: refusal)
+
+
+def _triton_kernels(op: str) -> ModuleType:
+    """The module of an operator's Triton kernels, imported at its first use: Triton is slow to import and optional."""
+    return importlib.import_module(f"kfac_fast.kernels.{op}")
+
+
+def _triton(op: str) -> Implementation:
+    """The Triton kernel; on CPU tensors it runs only under Triton's interpreter."""
+
+    def run(*args: Any) -> None:
+        getattr(_triton_kernels(op), op)(*args, precision=torch.get_float32_matmul_precision())
+
+    def refuses(*args: Any) -> str | None:
+        if not TRITON_INSTALLED:
+            return "Triton is not installed"
+        if not args[0].is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+            return "Triton needs a GPU, or TRITON_INTERPRET=1 to interpret its kernels on the CPU"
+        reason: str | None = _triton_kernels(op).refuses(*args)
+        return reason
+
+    return Implementation("triton", run, refuses)
+
+
+TABLE: dict[tuple[str, str], tuple[Implementation, ...]] = {
+    (op, device): (_reference(op),) for op in schema.OPERATORS for device in ("cpu", "cuda")
+}
+TABLE["gram", "cpu"] = (_native("gram", "cpu"), _reference("gram"), _triton("gram"))
+TABLE["gram", "cuda"] = (_triton("gram"), _native("gram", "cuda"), _reference("gram"))
+
+_forced: ContextVar[str | None] = ContextVar("kfac_fast_implementation", default=None)
+_explanation: ContextVar[list[str] | None] = ContextVar("kfac_fast_explanation", default=None)
+_public: dict[str, Callable[..., Any]] = {}
+
+
+def public(function: Function) -> Function:
+    """Register a public operator function under its name, for :func:`explain`."""
+    _public[function.__name__] = function
+    return function
+
+
+@contextmanager
+def use(name: str) -> Iterator[None]:
+    """Serve every operator by the implementation ``name`` inside the ``with`` block.
+
+    Args:
+        name: ``"reference"``, ``"cpp"``, ``"cuda"`` or ``"triton"``. A call that this implementation refuses, or an operator
+            that does not have it, raises instead of falling back.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ValueError: If no operator has an implementation of this name.
+    """
+    names = sorted({implementation.name for row in TABLE.values() for implementation in row})
+    if name not in names:
+        raise ValueError(f"use: name must be one of {names}, got {name!r}")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def _candidates(op: str, device: str) -> tuple[Implementation, ...]:
+    row = TABLE.get((op, device), ())
+    forced = _forced.get()
+    return row if forced is None else tuple(i for i in row if i.name == forced)
+
+
+def select(op: str, *args: Any) -> Implementation:
+    """The implementation that serves a call of ``op`` with these dispatcher arguments.
+
+    Raises:
+        RuntimeError: If every implementation of the table, or the one that :func:`use` names, refuses.
+    """
+    device = _device_type(args[0])
+    reasons = []
+    for implementation in _candidates(op, device):
+        reason = implementation.refuses(*args)
+        if reason is None:
+            return implementation
+        reasons.append(f"{implementation.name}: {reason}")
+    raise RuntimeError(f"{op}: no implementation serves this call on {device}: {'; '.join(reasons) or 'none exists'}")
+
+
+def _device_type(first: torch.Tensor | list[torch.Tensor]) -> str:
+    if isinstance(first, torch.Tensor):
+        return first.device.type
+    return first[0].device.type if first else "cpu"
+
+
+def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> str:
+    """Say which implementation would serve a call of a public operator, and why each one before it would not.
+
+    Nothing is computed: ``explain("gram", x, bias=True)`` checks the arguments and reads the table.
+
+    Args:
+        op: Name of a function of :mod:`kfac_fast.ops`, or the function.
+        *args: Its arguments.
+        **kwargs: Its keyword arguments.
+
+    Returns:
+        One line for each implementation considered.
+
+    Raises:
+        ValueError: If ``op`` names no public operator.
+    """
+    name = op if isinstance(op, str) else op.__name__
+    if name not in _public:
+        raise ValueError(f"explain: op must be one of {sorted(_public)}, got {name!r}")
+    lines: list[str] = []
+    token = _explanation.set(lines)
+    try:
+        _public[name](*args, **kwargs)
+    finally:
+        _explanation.reset(token)
+    return "\n".join(lines)
+
+
+def _describe(op: str, *args: Any) -> Iterator[str]:
+    device = _device_type(args[0])
+    for implementation in _candidates(op, device):
+        reason = implementation.refuses(*args)
+        yield f"{op} on {device}: {implementation.name} " + ("serves this call" if reason is None else f"refuses: {reason}")
+        if reason is None:
+            return
+
+
+def _router(op: str) -> Callable[..., None]:
+    """The dispatcher's entry of an operator: check, choose, run."""
+
+    def route(*args: Any) -> None:
+        schema.check(op, *args)
+        explanation = _explanation.get()
+        if explanation is None:
+            select(op, *args).run(*args)
+        else:
+            explanation.extend(_describe(op, *args))
+
+    return route
+
+
+for _op in schema.OPERATORS:
+    schema.LIBRARY.impl(_op, _router(_op), "CompositeExplicitAutograd")

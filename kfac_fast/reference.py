@@ -1,0 +1,231 @@
+"""The pure-PyTorch version of every operator: oracle of the tests, last row of the table, baseline of the benchmarks.
+
+Each function takes the dispatcher arguments of its row in :mod:`kfac_fast.schema`, already checked, and writes its outputs. Sums are
+taken in the result's dtype, float32 or float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kfac_fast.conv import ConvGeometry
+
+# Gram matrices of rows
+
+
+def _accumulate_symmetric(out: Tensor, product: Tensor, alpha: float, beta: float) -> None:
+    """``out <- beta out + alpha product``, reading lower triangles only and writing a mirrored result."""
+    product = product.reshape(out.shape)
+    result = alpha * product if beta == 0 else torch.add(beta * out, product, alpha=alpha)
+    torch.tril(result, out=out)
+    out += out.tril(-1).mT
+
+
+def _outer_sum(rows: Tensor) -> Tensor:
+    """``sum_n r[n] r[n]^T`` for rows ``[R, groups, d]``: ``[groups, d, d]``."""
+    if rows.shape[1] == 1:
+        matrix = rows[:, 0]
+        return matrix.mT @ matrix
+    by_group = rows.transpose(0, 1)
+    return by_group.mT @ by_group
+
+
+def _rows(x: Tensor, mask: Tensor | None, groups: int, bias: bool, dtype: torch.dtype) -> Tensor:
+    """Rows ``[*, groups, D / groups (+ 1)]`` in ``dtype``: 1 appended for a bias, zero where the mask does not count them."""
+    rows = x.to(dtype).reshape(*x.shape[:-1], groups, x.shape[-1] // groups)
+    if bias:
+        rows = F.pad(rows, (0, 1), value=1.0)
+    return rows if mask is None else torch.where(mask[..., None, None], rows, 0)
+
+
+def gram(x: Tensor, mask: Tensor | None, groups: int, bias: bool, alpha: float, beta: float, out: Tensor) -> None:
+    """``out <- beta out + alpha sum x~ x~^T``; see :func:`kfac_fast.ops.gram`."""
+    rows = _rows(x, mask, groups, bias, out.dtype)
+    rows = rows.reshape(math.prod(x.shape[:-1]), *rows.shape[-2:])
+    _accumulate_symmetric(out, _outer_sum(rows), alpha, beta)
+
+
+def shared_gram(
+    x: Tensor,
+    mask: Tensor | None,
+    segments: Tensor | None,
+    num_segments: int,
+    reduction: str,
+    groups: int,
+    bias: bool,
+    alpha: float,
+    beta: float,
+    out: Tensor,
+) -> None:
+    """Gram of the rows summed or averaged over what they share; see :func:`kfac_fast.ops.shared_gram`."""
+    rows = _rows(x, mask, groups, bias, out.dtype)
+    counted = rows.new_ones(x.shape[:-1]) if mask is None else mask.to(out.dtype)
+    if segments is None:
+        shared = math.prod(x.shape[1:-1])
+        total = rows.reshape(len(x), shared, *rows.shape[-2:]).sum(1)
+        count = counted.reshape(len(x), shared).sum(1)
+    else:
+        total = rows.new_zeros(num_segments, *rows.shape[1:]).index_add_(0, segments, rows)
+        count = rows.new_zeros(num_segments).index_add_(0, segments, counted)
+    if reduction == "mean":
+        total = total / count.clamp(min=1)[:, None, None]
+    _accumulate_symmetric(out, _outer_sum(total), alpha, beta)
+
+
+# Convolutions: x, the geometry's arguments, bias, alpha, beta, out
+
+
+def _windows(x: Tensor, geometry: ConvGeometry, dtype: torch.dtype) -> Tensor:
+    """View of every patch, ``[N, C, *kernel, *output]``: overlapping windows of the framed input, nothing copied."""
+    framed = geometry.frame_input(x.to(dtype)).contiguous()
+    batch, channel, *pixel = framed.stride()
+    taps = [step * spread for step, spread in zip(pixel, geometry.dilation, strict=True)]
+    moves = [step * move for step, move in zip(pixel, geometry.window_stride, strict=True)]
+    shape = (*framed.shape[:2], *geometry.kernel_size, *geometry.output_size(x.shape[2:]))
+    return framed.as_strided(shape, (batch, channel, *taps, *moves))
+
+
+def _split(arguments: Sequence[Any]) -> tuple[ConvGeometry, bool, float, float, Tensor]:
+    *geometry, bias, alpha, beta, out = arguments
+    return ConvGeometry.from_arguments(*geometry), bias, alpha, beta, out
+
+
+def _window_sums(x: Tensor, geometry: ConvGeometry, bias: bool, dtype: torch.dtype) -> Tensor:
+    """Patches summed over the output positions, ``[N, groups, d (+ 1)]``; the bias entry is their number."""
+    positions = tuple(range(2 + geometry.dimensions, 2 + 2 * geometry.dimensions))
+    sums = _windows(x, geometry, dtype).sum(positions)
+    sums = sums.reshape(len(x), geometry.groups, geometry.features(x.shape[1]))
+    return F.pad(sums, (0, 1), value=math.prod(geometry.output_size(x.shape[2:]))) if bias else sums
+
+
+def conv_expand_gram(x: Tensor, *arguments: Any) -> None:
+    """Gram of every patch; see :func:`kfac_fast.ops.conv_expand_gram`."""
+    geometry, bias, alpha, beta, out = _split(arguments)
+    windows = _windows(x, geometry, out.dtype)
+    kernel = range(2, 2 + geometry.dimensions)
+    positions = range(2 + geometry.dimensions, 2 + 2 * geometry.dimensions)
+    features = geometry.features(x.shape[1])
+    count = len(x) * math.prod(geometry.output_size(x.shape[2:]))
+    # Features first: unfolding then copies whole rows of pixels, the fastest of the layouts on a CPU.
+    patches = windows.permute(1, *kernel, 0, *positions).reshape(geometry.groups, features, count)
+    if bias:
+        patches = torch.cat([patches, patches.new_ones(geometry.groups, 1, count)], 1)
+    patches = patches[0] if geometry.groups == 1 else patches
+    _accumulate_symmetric(out, patches @ patches.mT, alpha, beta)
+
+
+def conv_reduce_gram(x: Tensor, *arguments: Any) -> None:
+    """Gram of the patches averaged over positions; see :func:`kfac_fast.ops.conv_reduce_gram`."""
+    geometry, bias, alpha, beta, out = _split(arguments)
+    means = _window_sums(x, geometry, bias, out.dtype) / math.prod(geometry.output_size(x.shape[2:]))
+    _accumulate_symmetric(out, _outer_sum(means), alpha, beta)
+
+
+def conv_window_sum(x: Tensor, *arguments: Any) -> None:
+    """Patches summed over positions; see :func:`kfac_fast.ops.conv_window_sum`."""
+    geometry, bias, alpha, beta, out = _split(arguments)
+    sums = alpha * _window_sums(x, geometry, bias, out.dtype).reshape(out.shape)
+    out.copy_(sums if beta == 0 else torch.add(sums, out, alpha=beta))
+
+
+# Damped inverses of matrices of mixed sizes
+
+
+def _by_size(matrices: Sequence[Tensor]) -> dict[int, list[int]]:
+    """Indices of the matrices of each size, so that each size takes one batched call."""
+    sizes = defaultdict(list)
+    for index, matrix in enumerate(matrices):
+        sizes[matrix.shape[-1]].append(index)
+    return sizes
+
+
+def _damped_factors(
+    matrices: Sequence[Tensor],
+    damping: Sequence[Tensor],
+    out: Sequence[Tensor],
+    info: Tensor,
+    logdet: Tensor | None,
+    finish: Callable[[Tensor], Tensor],
+) -> None:
+    """Write ``finish`` of each Cholesky factor of ``M + damping I``; NaN where the factorisation fails."""
+    counts = [math.prod(matrix.shape[:-2]) for matrix in matrices]
+    infos = list(info.split(counts))
+    logdets = list(logdet.split(counts)) if logdet is not None else []
+    for size, indices in _by_size(matrices).items():
+        stacked = torch.cat([matrices[i].reshape(-1, size, size) for i in indices])
+        shift = torch.cat([damping[i].expand(matrices[i].shape[:-2]).reshape(-1) for i in indices])
+        identity = torch.eye(size, dtype=stacked.dtype, device=stacked.device)
+        lower = stacked.tril() + stacked.tril(-1).mT + shift[:, None, None] * identity
+        factor, failed = torch.linalg.cholesky_ex(lower)
+        results = torch.where((failed == 0)[:, None, None], finish(factor), math.nan)
+        lengths = [counts[i] for i in indices]
+        for i, result, fail, lower in zip(
+            indices, results.split(lengths), failed.split(lengths), factor.split(lengths), strict=True
+        ):
+            out[i].copy_(result.reshape(out[i].shape))
+            infos[i].copy_(fail)
+            if logdet is not None:
+                value = 2 * lower.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+                logdets[i].copy_(torch.where(fail == 0, value, math.nan))
+
+
+def damped_inverse(
+    matrices: Sequence[Tensor], damping: Sequence[Tensor], out: Sequence[Tensor], info: Tensor, logdet: Tensor | None
+) -> None:
+    """Inverses of ``M + damping I`` by Cholesky; see :func:`kfac_fast.ops.damped_inverse`."""
+
+    def invert(factor: Tensor) -> Tensor:
+        inverse = torch.cholesky_inverse(factor)
+        return inverse.tril() + inverse.tril(-1).mT
+
+    _damped_factors(matrices, damping, out, info, logdet, invert)
+
+
+def damped_cholesky(
+    matrices: Sequence[Tensor], damping: Sequence[Tensor], out: Sequence[Tensor], info: Tensor, logdet: Tensor | None
+) -> None:
+    """Cholesky factors of ``M + damping I``; see :func:`kfac_fast.ops.damped_cholesky`."""
+    _damped_factors(matrices, damping, out, info, logdet, torch.tril)
+
+
+# Preconditioning
+
+
+def _inner_product(grads: Sequence[Tensor], preconditioned: Sequence[Tensor], inner: Tensor) -> None:
+    inner.zero_()
+    for grad, result in zip(grads, preconditioned, strict=True):
+        inner += torch.sum(grad * result)
+
+
+def precondition(
+    grads: Sequence[Tensor],
+    input_sides: Sequence[Tensor],
+    gradient_sides: Sequence[Tensor],
+    out: Sequence[Tensor],
+    inner: Tensor,
+) -> None:
+    """``G^-1 V A^-1`` from inverses; see :func:`kfac_fast.ops.precondition`."""
+    for grad, right, left, result in zip(grads, input_sides, gradient_sides, out, strict=True):
+        torch.matmul(left @ grad, right, out=result)
+    _inner_product(grads, out, inner)
+
+
+def cholesky_precondition(
+    grads: Sequence[Tensor],
+    input_sides: Sequence[Tensor],
+    gradient_sides: Sequence[Tensor],
+    out: Sequence[Tensor],
+    inner: Tensor,
+) -> None:
+    """``G^-1 V A^-1`` from Cholesky factors; see :func:`kfac_fast.ops.cholesky_precondition`."""
+    for grad, right, left, result in zip(grads, input_sides, gradient_sides, out, strict=True):
+        half = torch.cholesky_solve(grad, left)
+        result.copy_(torch.cholesky_solve(half.mT, right).mT)
+    _inner_product(grads, out, inner)
