@@ -1,4 +1,4 @@
-"""K-FAC for PyTorch: fast factors, inverses and preconditioning for any ``torch.optim`` optimizer."""
+"""K-FAC for PyTorch: fast factors, inverses and preconditioning for any optimizer."""
 
 from kfac_fast.backends import explain, use
 from kfac_fast.ops import (
@@ -12,3 +12,19 @@ from kfac_fast.ops import (
     precondition,
     shared_gram,
 )
+from kfac_fast.preconditioner import KFAC
+
+__all__ = [
+    "KFAC",
+    "cholesky_precondition",
+    "conv_expand_gram",
+    "conv_reduce_gram",
+    "conv_window_sum",
+    "damped_cholesky",
+    "damped_inverse",
+    "explain",
+    "gram",
+    "precondition",
+    "shared_gram",
+    "use",
+]

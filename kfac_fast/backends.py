@@ -1,7 +1,8 @@
 """The table of implementations and the choice between them.
 
-Each (operator, device type) has its implementations in order of preference. Each implementation can refuse a call with a sentence;
-the first that does not refuse serves it. Nothing is caught: a kernel that fails raises.
+Each (operator, device type) has its implementations in order of preference. Each implementation can
+refuse a call with a sentence; the first that does not refuse serves it. Nothing is caught: a kernel
+that fails raises.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ Refusal = Callable[..., str | None]
 EXTENSION_BUILT = importlib.util.find_spec("kfac_fast._C") is not None
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 if EXTENSION_BUILT:
-    import kfac_fast._C  # registers the native kernels with the dispatcher
+    importlib.import_module("kfac_fast._C")  # registers the native kernels with the dispatcher
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class Implementation:
     Attributes:
         name: ``"cpp"``, ``"cuda"``, ``"triton"`` or ``"reference"``.
         run: Takes the dispatcher arguments, writes the outputs.
-        refuses: Takes the same arguments; a sentence why this implementation cannot serve them, or None.
+        refuses: Takes the same arguments; a sentence why this implementation cannot serve them, or
+            None.
     """
 
     name: str
@@ -56,8 +58,10 @@ def _native(op: str, device: str) -> Implementation:
     name = "cpp" if device == "cpu" else "cuda"
     overload = getattr(torch.ops.kfac_fast_native, op).default
     if not EXTENSION_BUILT:
-        refusal = "the C++ extension is not built: run `pip install --no-build-isolation .` in the source tree"
-    elif not torch._C._dispatch_has_kernel_for_dispatch_key(f"kfac_fast_native::{op}", device.upper()):
+        refusal = "the C++ extension is not built: run `pip install --no-build-isolation .`"
+    elif not torch._C._dispatch_has_kernel_for_dispatch_key(
+        f"kfac_fast_native::{op}", device.upper()
+    ):
         refusal = f"the C++ extension was built without {device.upper()} kernels"
     else:
         return Implementation(name, overload, _accepts)
@@ -65,7 +69,7 @@ def _native(op: str, device: str) -> Implementation:
 
 
 def _triton_kernels(op: str) -> ModuleType:
-    """The module of an operator's Triton kernels, imported at its first use: Triton is slow to import and optional."""
+    """An operator's Triton module, imported at its first use: Triton is slow to import."""
     return importlib.import_module(f"kfac_fast.kernels.{op}")
 
 
@@ -108,8 +112,9 @@ def use(name: str) -> Iterator[None]:
     """Serve every operator by the implementation ``name`` inside the ``with`` block.
 
     Args:
-        name: ``"reference"``, ``"cpp"``, ``"cuda"`` or ``"triton"``. A call that this implementation refuses, or an operator
-            that does not have it, raises instead of falling back.
+        name: ``"reference"``, ``"cpp"``, ``"cuda"`` or ``"triton"``. A call that this
+            implementation refuses, or an operator that does not have it, raises instead of falling
+            back.
 
     Yields:
         Nothing.
@@ -136,8 +141,16 @@ def _candidates(op: str, device: str) -> tuple[Implementation, ...]:
 def select(op: str, *args: Any) -> Implementation:
     """The implementation that serves a call of ``op`` with these dispatcher arguments.
 
+    Args:
+        op: Name of the operator.
+        *args: Its dispatcher arguments.
+
+    Returns:
+        The first of the table's row that does not refuse.
+
     Raises:
-        RuntimeError: If every implementation of the table, or the one that :func:`use` names, refuses.
+        RuntimeError: If every implementation of the table, or the one that :func:`use` names,
+            refuses.
     """
     device = _device_type(args[0])
     reasons = []
@@ -146,7 +159,9 @@ def select(op: str, *args: Any) -> Implementation:
         if reason is None:
             return implementation
         reasons.append(f"{implementation.name}: {reason}")
-    raise RuntimeError(f"{op}: no implementation serves this call on {device}: {'; '.join(reasons) or 'none exists'}")
+    raise RuntimeError(
+        f"{op}: no implementation serves it on {device}: {'; '.join(reasons) or 'none exists'}"
+    )
 
 
 def _device_type(first: torch.Tensor | list[torch.Tensor]) -> str:
@@ -156,7 +171,7 @@ def _device_type(first: torch.Tensor | list[torch.Tensor]) -> str:
 
 
 def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> str:
-    """Say which implementation would serve a call of a public operator, and why each one before it would not.
+    """Say which implementation would serve a call, and why each one before it would not.
 
     Nothing is computed: ``explain("gram", x, bias=True)`` checks the arguments and reads the table.
 
@@ -187,7 +202,9 @@ def _describe(op: str, *args: Any) -> Iterator[str]:
     device = _device_type(args[0])
     for implementation in _candidates(op, device):
         reason = implementation.refuses(*args)
-        yield f"{op} on {device}: {implementation.name} " + ("serves this call" if reason is None else f"refuses: {reason}")
+        yield f"{op} on {device}: {implementation.name} " + (
+            "serves this call" if reason is None else f"refuses: {reason}"
+        )
         if reason is None:
             return
 

@@ -1,8 +1,9 @@
 """Convolution geometry: which input pixels the kernel reads at each output position.
 
-Every convolution here is reduced to one picture. The input is first *framed*: padded in its padding mode, or, for a transposed
-convolution, stuffed with zeros between its pixels and then padded. A window of ``kernel_size`` taps, ``dilation`` apart, moves over
-the framed input in steps of ``window_stride``; the values under it are the *patch* ``a[n, s]`` of output position ``s``, ordered
+Every convolution here is reduced to one picture. The input is first *framed*: padded in its padding
+mode, or, for a transposed convolution, stuffed with zeros between its pixels and then padded. A
+window of ``kernel_size`` taps, ``dilation`` apart, moves over the framed input in steps of
+``window_stride``; the values under it are the *patch* ``a[n, s]`` of output position ``s``, ordered
 ``(channel, kernel index...)`` as in :func:`torch.nn.functional.unfold`.
 """
 
@@ -18,7 +19,9 @@ from torch import Tensor
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
-def _per_dimension(op: str, argument: str, value: int | Sequence[int], dimensions: int) -> list[int]:
+def _per_dimension(
+    op: str, argument: str, value: int | Sequence[int], dimensions: int
+) -> list[int]:
     """One integer per spatial dimension, from an integer or a sequence."""
     values = [value] * dimensions if isinstance(value, int) else list(value)
     if len(values) != dimensions or not all(isinstance(v, int) for v in values):
@@ -27,9 +30,13 @@ def _per_dimension(op: str, argument: str, value: int | Sequence[int], dimension
 
 
 def _padding_pairs(
-    op: str, padding: str | int | Sequence[int], kernel_size: list[int], stride: list[int], dilation: list[int]
+    op: str,
+    padding: str | int | Sequence[int],
+    kernel_size: list[int],
+    stride: list[int],
+    dilation: list[int],
 ) -> list[int]:
-    """Padding as (before, after) for each dimension, flattened; ``'same'`` puts the odd pixel after, as PyTorch does."""
+    """Padding as (before, after) for each dimension; ``'same'`` puts the odd pixel after."""
     if padding == "valid":
         return [0] * (2 * len(kernel_size))
     if padding == "same":
@@ -46,7 +53,8 @@ def _padding_pairs(
 class ConvGeometry:
     """The geometry of a convolution over ``len(kernel_size)`` spatial dimensions.
 
-    ``padding`` holds (before, after) for each dimension, flattened, so that uneven padding has one form everywhere.
+    ``padding`` holds (before, after) for each dimension, flattened, so that uneven padding has one
+    form everywhere.
     """
 
     kernel_size: tuple[int, ...]
@@ -72,10 +80,26 @@ class ConvGeometry:
         transposed: bool = False,
         output_padding: int | Sequence[int] = 0,
     ) -> ConvGeometry:
-        """The geometry from arguments written as in :mod:`torch.nn.functional`; ``op`` is named in errors.
+        """The geometry from arguments as in :mod:`torch.nn.functional`; errors name ``op``.
+
+        Args:
+            op: Name of the operator, for errors.
+            dimensions: Number of spatial dimensions.
+            kernel_size: Taps.
+            stride: Step.
+            padding: Pixels on both sides, ``"valid"`` or ``"same"``.
+            padding_mode: One of :data:`PADDING_MODES`.
+            dilation: Distance between the taps.
+            groups: Groups of channels.
+            transposed: Whether the convolution is transposed.
+            output_padding: Extra output positions of a transposed convolution.
+
+        Returns:
+            The geometry, one number for each dimension, two for the padding.
 
         Raises:
-            ValueError: If an argument has the wrong number of values, or ``padding`` is an unknown or impossible string.
+            ValueError: If an argument has the wrong number of values, or ``padding`` is an unknown
+                or impossible string.
         """
         kernel = _per_dimension(op, "kernel_size", kernel_size, dimensions)
         steps = _per_dimension(op, "stride", stride, dimensions)
@@ -110,7 +134,14 @@ class ConvGeometry:
     def arguments(self) -> tuple[object, ...]:
         """The geometry as plain lists and scalars, in the order of the operators' schemas."""
         sizes = (list(self.kernel_size), list(self.stride), list(self.padding))
-        return (*sizes, self.padding_mode, list(self.dilation), self.groups, self.transposed, list(self.output_padding))
+        return (
+            *sizes,
+            self.padding_mode,
+            list(self.dilation),
+            self.groups,
+            self.transposed,
+            list(self.output_padding),
+        )
 
     @property
     def dimensions(self) -> int:
@@ -119,26 +150,32 @@ class ConvGeometry:
 
     @property
     def window_stride(self) -> tuple[int, ...]:
-        """Step of the window over the framed input: a transposed convolution moves by one over the zero-stuffed pixels."""
+        """Step of the window over the framed input; 1 if transposed."""
         return (1,) * self.dimensions if self.transposed else self.stride
 
     def frame(self) -> tuple[tuple[int, int], ...]:
-        """Pixels added before and after each dimension (negative: cropped) of the input, zero-stuffed if transposed."""
+        """Pixels added (negative: cropped) before and after each dimension, after zero-stuffing."""
         before, after = self.padding[::2], self.padding[1::2]
         if not self.transposed:
             return tuple(zip(before, after, strict=True))
         reach = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
         return tuple(
-            (r - b, r - a + extra) for r, b, a, extra in zip(reach, before, after, self.output_padding, strict=True)
+            (r - b, r - a + extra)
+            for r, b, a, extra in zip(reach, before, after, self.output_padding, strict=True)
         )
 
     def framed_size(self, size: Sequence[int]) -> tuple[int, ...]:
         """Spatial size of the framed input."""
-        stuffed = [(n - 1) * s + 1 if self.transposed else n for n, s in zip(size, self.stride, strict=True)]
-        return tuple(n + before + after for n, (before, after) in zip(stuffed, self.frame(), strict=True))
+        stuffed = [
+            (n - 1) * s + 1 if self.transposed else n
+            for n, s in zip(size, self.stride, strict=True)
+        ]
+        return tuple(
+            n + before + after for n, (before, after) in zip(stuffed, self.frame(), strict=True)
+        )
 
     def output_size(self, size: Sequence[int]) -> tuple[int, ...]:
-        """Spatial size of the output, one patch for each position; not positive where the kernel does not fit."""
+        """Spatial size of the output; below 1 if the kernel does not fit."""
         spans = [d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel_size, strict=True)]
         return tuple(
             (n - span) // step + 1
@@ -159,10 +196,14 @@ class ConvGeometry:
             Tensor of shape ``[N, C, *framed_size(spatial)]``; ``x`` itself where nothing is added.
         """
         if self.transposed:
-            stuffed = x.new_zeros(*x.shape[:2], *((n - 1) * s + 1 for n, s in zip(x.shape[2:], self.stride, strict=True)))
-            stuffed[(..., *(slice(None, None, s) for s in self.stride))] = x
+            sizes = zip(x.shape[2:], self.stride, strict=True)
+            stuffed = x.new_zeros(*x.shape[:2], *((n - 1) * step + 1 for n, step in sizes))
+            spread = (slice(None), slice(None), *(slice(None, None, step) for step in self.stride))
+            stuffed[spread] = x
             x = stuffed
         pads = [side for before_after in reversed(self.frame()) for side in before_after]
         if not any(pads):
             return x
-        return F.pad(x, pads, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
+        return F.pad(
+            x, pads, mode="constant" if self.padding_mode == "zeros" else self.padding_mode
+        )

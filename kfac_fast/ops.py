@@ -1,8 +1,9 @@
-"""The public operators: Gram matrices of layer inputs and gradients, damped inverses, preconditioning.
+"""The public operators: Gram matrices, damped inverses, preconditioning.
 
-The Gram operators accumulate, ``out <- beta * out + alpha * (...)``, so a fresh factor, one summed over micro-batches and a running
-average are the same call. No operator is differentiable: they detach their inputs. Geometry arguments are ints or tuples as in
-:mod:`torch.nn.functional`, features are ordered as in :func:`torch.nn.functional.unfold`, and the bias entry comes last.
+The Gram operators accumulate, ``out <- beta * out + alpha * (...)``, so a fresh factor, one summed
+over micro-batches and a running average are the same call. No operator is differentiable: they
+detach their inputs. Geometry arguments are ints or tuples as in :mod:`torch.nn.functional`,
+features are ordered as in :func:`torch.nn.functional.unfold`, and the bias entry comes last.
 Results of float64 inputs are float64; of float32, bfloat16 and float16 inputs float32.
 """
 
@@ -14,20 +15,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kfac_fast import backends, schema
+from kfac_fast import schema
 from kfac_fast.backends import public
 from kfac_fast.conv import ConvGeometry
 
 _OPS = torch.ops.kfac_fast
 
 
-def _accumulate(op: str, inputs: tuple[Any, ...], alpha: float, beta: float, out: Tensor | None) -> Tensor:
+def _accumulate(
+    op: str, inputs: tuple[Any, ...], alpha: float, beta: float, out: Tensor | None
+) -> Tensor:
     """Run an accumulating operator, into a new tensor if ``out`` is None."""
     if out is None:
         if beta != 0:
             raise ValueError(f"{op}: beta must be 0 without out, got {beta}")
         x = inputs[0]
-        out = torch.empty(schema.result_shape(op, *inputs), dtype=schema.result_dtype(x.dtype), device=x.device)
+        out = torch.empty(
+            schema.result_shape(op, *inputs), dtype=schema.result_dtype(x.dtype), device=x.device
+        )
     getattr(_OPS, op).default(*inputs, alpha, beta, out)
     return out
 
@@ -43,9 +48,10 @@ def gram(
     beta: float = 0.0,
     out: Tensor | None = None,
 ) -> Tensor:
-    r"""Sum of the outer products of all rows: the factor of a linear layer in the expand setting.
+    r"""Sum of the outer products of all rows: a linear layer's factor under expand.
 
-    .. math:: C \leftarrow \beta C + \alpha \sum_r \tilde x_r \tilde x_r^\top, \qquad \tilde x = (x, 1) \text{ with a bias}
+    .. math:: C \leftarrow \beta C + \alpha \sum_r \tilde x_r \tilde x_r^\top, \qquad \tilde x = (x,
+    1) \text{ with a bias}
 
     Equivalent to::
 
@@ -62,7 +68,8 @@ def gram(
         out: Contiguous result to accumulate into.
 
     Returns:
-        Symmetric ``[D (+ 1), D (+ 1)]``, or ``[groups, D / groups (+ 1), D / groups (+ 1)]`` for several groups.
+        Symmetric ``[D (+ 1), D (+ 1)]``, or ``[groups, D / groups (+ 1), D / groups (+ 1)]`` for
+        several groups.
 
     Raises:
         ValueError: If a shape, a device or the memory of ``out`` is refused.
@@ -87,9 +94,10 @@ def shared_gram(
     beta: float = 0.0,
     out: Tensor | None = None,
 ) -> Tensor:
-    r"""Gram of the rows summed or averaged over the shared positions: the factor of a linear layer in the reduce setting.
+    r"""Gram of the rows' sums or means over shared positions: a linear layer's factor under reduce.
 
-    .. math:: C \leftarrow \beta C + \alpha \sum_n \bar x_n \bar x_n^\top, \qquad \bar x_n = \tfrac1S \sum_s \tilde x_{n,s}
+    .. math:: C \leftarrow \beta C + \alpha \sum_n \bar x_n \bar x_n^\top, \qquad \bar x_n =
+    \tfrac1S \sum_s \tilde x_{n,s}
 
     Equivalent to::
 
@@ -99,17 +107,21 @@ def shared_gram(
     Args:
         x: ``[N, *shared, D]``; with ``segments``, ``[R, D]``.
         reduction: ``"mean"`` or ``"sum"`` over the positions that count.
-        bias: Append 1 to every row before the reduction: it becomes 1 under ``"mean"``, the number of positions under ``"sum"``.
+        bias: Append 1 to every row before the reduction: it becomes 1 under ``"mean"``, the number
+            of positions under ``"sum"``.
         groups: Split the features into this many groups, each with its own matrix.
-        mask: Bool ``[N, *shared]`` (``[R]``); positions that are False do not count. An example without any adds nothing.
-        segments: int64 ``[R]``, the example (graph) that each row (node or edge) belongs to, in any order.
+        mask: Bool ``[N, *shared]`` (``[R]``); positions that are False do not count. An example
+            without any adds nothing.
+        segments: int64 ``[R]``, the example (graph) that each row (node or edge) belongs to, in any
+            order.
         num_segments: Number of examples; required with ``segments``.
         alpha: Weight of the sum.
         beta: Weight of ``out``; with 0, ``out`` is not read; otherwise only its lower triangle is.
         out: Contiguous result to accumulate into.
 
     Returns:
-        Symmetric ``[D (+ 1), D (+ 1)]``, or ``[groups, D / groups (+ 1), D / groups (+ 1)]`` for several groups.
+        Symmetric ``[D (+ 1), D (+ 1)]``, or ``[groups, D / groups (+ 1), D / groups (+ 1)]`` for
+        several groups.
 
     Raises:
         ValueError: If a shape, an option, a device or the memory of ``out`` is refused.
@@ -121,10 +133,14 @@ def shared_gram(
     return _accumulate("shared_gram", inputs, alpha, beta, out)
 
 
-def _conv(op: str, x: Tensor, kernel_size: int | Sequence[int], bias: bool, geometry: dict[str, Any]) -> tuple[Any, ...]:
+def _conv(
+    op: str, x: Tensor, kernel_size: int | Sequence[int], bias: bool, geometry: dict[str, Any]
+) -> tuple[Any, ...]:
     """Dispatcher arguments of a convolution operator before ``alpha``."""
     if x.dim() < 3 or x.dim() > 5:
-        raise ValueError(f"{op}: x must be [N, C, *spatial] with 1 to 3 spatial dimensions, got {x.dim()}-d")
+        raise ValueError(
+            f"{op}: x must be [N, C, *spatial] with 1 to 3 spatial dimensions, got {x.dim()}-d"
+        )
     normal = ConvGeometry.normalize(op, x.dim() - 2, kernel_size, **geometry)
     return (x.detach(), *normal.arguments(), bias)
 
@@ -146,25 +162,29 @@ def conv_expand_gram(
     beta: float = 0.0,
     out: Tensor | None = None,
 ) -> Tensor:
-    r"""Sum of the outer products of all patches: the input factor of a convolution in the expand setting.
+    r"""Sum of the outer products of all patches: a convolution's input factor under expand.
 
     .. math:: C \leftarrow \beta C + \alpha \sum_{n,s} \tilde a_{n,s} \tilde a_{n,s}^\top
 
-    where the patch :math:`a_{n,s}` holds the inputs that output position ``s`` reads. Equivalent to::
+    where the patch :math:`a_{n,s}` holds the inputs that output position ``s`` reads. Equivalent
+    to::
 
         patches = F.unfold(x, kernel_size, ...).mT.flatten(0, 1)
         return patches.T @ patches
 
     Args:
-        x: Input of the convolution, ``[N, C, *spatial]`` with 1 to 3 spatial dimensions, any strides.
+        x: Input of the convolution, ``[N, C, *spatial]`` with 1 to 3 spatial dimensions, any
+            strides.
         kernel_size: Taps along each spatial dimension.
         stride: Step of the convolution.
-        padding: Pixels on both sides, ``"valid"`` or ``"same"`` (where uneven, the odd pixel comes after).
+        padding: Pixels on both sides, ``"valid"`` or ``"same"`` (where uneven, the odd pixel comes
+            after).
         padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
         dilation: Distance between the taps.
         groups: Groups of channels; each has its own factor, never averaged over the groups.
-        transposed: The geometry is that of a transposed convolution. Its patches are taken from the zero-stuffed input with the
-            kernel flipped: row ``(c, k...)`` of group ``j`` belongs to ``weight.flip(spatial)[j * C / groups + c, :, k...]``.
+        transposed: The geometry is that of a transposed convolution. Its patches are taken from the
+            zero-stuffed input with the kernel flipped: row ``(c, k...)`` of group ``j`` belongs to
+            ``weight.flip(spatial)[j * C / groups + c, :, k...]``.
         output_padding: Extra output positions at the end of a transposed convolution.
         bias: Append 1 to every patch; the last entry of the result counts the patches.
         alpha: Weight of the sum.
@@ -172,7 +192,8 @@ def conv_expand_gram(
         out: Contiguous result to accumulate into.
 
     Returns:
-        Symmetric ``[D, D]`` with ``D = C / groups * prod(kernel_size) (+ 1)``, or ``[groups, D, D]`` for several groups.
+        Symmetric ``[D, D]`` with ``D = C / groups * prod(kernel_size) (+ 1)``, or ``[groups, D,
+        D]`` for several groups.
 
     Raises:
         ValueError: If a shape, an option, a device or the memory of ``out`` is refused.
@@ -210,9 +231,10 @@ def conv_reduce_gram(
     beta: float = 0.0,
     out: Tensor | None = None,
 ) -> Tensor:
-    r"""Gram of the patches averaged over the output positions: the input factor of a convolution in the reduce setting.
+    r"""Gram of the patches' means over the positions: a convolution's input factor under reduce.
 
-    .. math:: C \leftarrow \beta C + \alpha \sum_n \bar a_n \bar a_n^\top, \qquad \bar a_n = \tfrac1S \sum_s \tilde a_{n,s}
+    .. math:: C \leftarrow \beta C + \alpha \sum_n \bar a_n \bar a_n^\top, \qquad \bar a_n =
+    \tfrac1S \sum_s \tilde a_{n,s}
 
     Equivalent to::
 
@@ -220,14 +242,16 @@ def conv_reduce_gram(
         return means.T @ means
 
     Args:
-        x: Input of the convolution, ``[N, C, *spatial]`` with 1 to 3 spatial dimensions, any strides.
+        x: Input of the convolution, ``[N, C, *spatial]`` with 1 to 3 spatial dimensions, any
+            strides.
         kernel_size: Taps along each spatial dimension.
         stride: Step of the convolution.
         padding: Pixels on both sides, ``"valid"`` or ``"same"``.
         padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
         dilation: Distance between the taps.
         groups: Groups of channels, each reduced on its own.
-        transposed: The geometry is that of a transposed convolution, as in :func:`conv_expand_gram`.
+        transposed: The geometry is that of a transposed convolution, as in
+            :func:`conv_expand_gram`.
         output_padding: Extra output positions at the end of a transposed convolution.
         bias: Append 1 to every patch; the mean keeps it 1.
         alpha: Weight of the sum.
@@ -235,7 +259,8 @@ def conv_reduce_gram(
         out: Contiguous result to accumulate into.
 
     Returns:
-        Symmetric ``[D, D]`` with ``D = C / groups * prod(kernel_size) (+ 1)``, or ``[groups, D, D]`` for several groups.
+        Symmetric ``[D, D]`` with ``D = C / groups * prod(kernel_size) (+ 1)``, or ``[groups, D,
+        D]`` for several groups.
 
     Raises:
         ValueError: If a shape, an option, a device or the memory of ``out`` is refused.
@@ -282,14 +307,16 @@ def conv_window_sum(
         return F.unfold(x, kernel_size, ...).sum(-1)
 
     Args:
-        x: Input of the convolution, ``[N, C, *spatial]`` with 1 to 3 spatial dimensions, any strides.
+        x: Input of the convolution, ``[N, C, *spatial]`` with 1 to 3 spatial dimensions, any
+            strides.
         kernel_size: Taps along each spatial dimension.
         stride: Step of the convolution.
         padding: Pixels on both sides, ``"valid"`` or ``"same"``.
         padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
         dilation: Distance between the taps.
         groups: Groups of channels, each reduced on its own.
-        transposed: The geometry is that of a transposed convolution, as in :func:`conv_expand_gram`.
+        transposed: The geometry is that of a transposed convolution, as in
+            :func:`conv_expand_gram`.
         output_padding: Extra output positions at the end of a transposed convolution.
         bias: Append 1 to every patch; the sum makes it the number of output positions.
         alpha: Weight of the sum.
@@ -297,7 +324,8 @@ def conv_window_sum(
         out: Contiguous result to accumulate into.
 
     Returns:
-        ``[N, D]`` with ``D = C / groups * prod(kernel_size) (+ 1)``, or ``[N, groups, D]`` for several groups.
+        ``[N, D]`` with ``D = C / groups * prod(kernel_size) (+ 1)``, or ``[N, groups, D]`` for
+        several groups.
 
     Raises:
         ValueError: If a shape, an option, a device or the memory of ``out`` is refused.
@@ -322,9 +350,12 @@ class DampedInverses(NamedTuple):
     """Result of :func:`damped_inverse` and :func:`damped_cholesky`.
 
     Attributes:
-        matrices: The inverses, or the lower Cholesky factors, one for each input; NaN where ``info`` is not zero.
-        info: int32, one entry for each matrix in order: 0, or the order of the leading minor that is not positive.
-        logdet: Log-determinant of each damped matrix (natural logarithm), NaN where ``info`` is not zero; None if not asked for.
+        matrices: The inverses, or the lower Cholesky factors, one for each input; NaN where
+            ``info`` is not zero.
+        info: int32, one entry for each matrix in order: 0, or the order of the leading minor that
+            is not positive.
+        logdet: Log-determinant of each damped matrix (natural logarithm), NaN where ``info`` is not
+            zero; None if not asked for.
     """
 
     matrices: list[Tensor]
@@ -336,8 +367,10 @@ Damping = float | Tensor | Sequence[float | Tensor]
 
 
 def _damping_tensors(op: str, damping: Damping, matrices: Sequence[Tensor]) -> list[Tensor]:
-    """One damping tensor for each entry of ``matrices``; Python numbers are checked, device scalars are not read."""
-    shared = isinstance(damping, int | float) or (isinstance(damping, Tensor) and damping.dim() == 0)
+    """One damping tensor for each entry of ``matrices``; numbers are checked, tensors not read."""
+    shared = isinstance(damping, int | float) or (
+        isinstance(damping, Tensor) and damping.dim() == 0
+    )
     values = [damping] * len(matrices) if shared else list(damping)  # type: ignore[arg-type]
     if len(values) != len(matrices):
         raise ValueError(f"{op}: damping must be one value or {len(matrices)}, got {len(values)}")
@@ -351,21 +384,35 @@ def _damping_tensors(op: str, damping: Damping, matrices: Sequence[Tensor]) -> l
 
 
 def _damped(
-    op: str, matrices: Sequence[Tensor], damping: Damping, logdet: bool, out: Sequence[Tensor] | None
+    op: str,
+    matrices: Sequence[Tensor],
+    damping: Damping,
+    logdet: bool,
+    out: Sequence[Tensor] | None,
 ) -> DampedInverses:
     matrices = [matrix.detach() for matrix in matrices]
-    results = [torch.empty(m.shape, dtype=m.dtype, device=m.device) for m in matrices] if out is None else list(out)
+    results = (
+        [torch.empty(m.shape, dtype=m.dtype, device=m.device) for m in matrices]
+        if out is None
+        else list(out)
+    )
     like = matrices[0] if matrices else torch.empty(0)
     total = schema.number_of_matrices(matrices)
     info = torch.empty(total, dtype=torch.int32, device=like.device)
     logdets = torch.empty(total, dtype=like.dtype, device=like.device) if logdet else None
-    getattr(_OPS, op).default(matrices, _damping_tensors(op, damping, matrices), results, info, logdets)
+    getattr(_OPS, op).default(
+        matrices, _damping_tensors(op, damping, matrices), results, info, logdets
+    )
     return DampedInverses(results, info, logdets)
 
 
 @public
 def damped_inverse(
-    matrices: Sequence[Tensor], damping: Damping, *, logdet: bool = False, out: Sequence[Tensor] | None = None
+    matrices: Sequence[Tensor],
+    damping: Damping,
+    *,
+    logdet: bool = False,
+    out: Sequence[Tensor] | None = None,
 ) -> DampedInverses:
     r"""Inverses of many damped symmetric positive definite matrices of mixed sizes.
 
@@ -373,16 +420,17 @@ def damped_inverse(
 
     Equivalent to::
 
-        return [torch.cholesky_inverse(torch.linalg.cholesky(m + damping * torch.eye(len(m)))) for m in matrices]
+        return [torch.cholesky_inverse(torch.linalg.cholesky(m + damping * torch.eye(len(m)))) for m
+        in matrices]
 
-    A matrix that is not positive definite after damping is reported in ``info`` and its result is NaN; the others are not
-    touched by it. The host never waits for the device.
+    A matrix that is not positive definite after damping is reported in ``info`` and its result is
+    NaN; the others are not touched by it. The host never waits for the device.
 
     Args:
-        matrices: Matrices ``[n, n]`` or stacked batches ``[*, n, n]`` of any mix of sizes, all float32 or all float64; only
-            lower triangles are read.
-        damping: One number or scalar tensor for all, or a sequence with one for each entry of ``matrices``; an entry for a stacked
-            batch may be a tensor of its batch shape.
+        matrices: Matrices ``[n, n]`` or stacked batches ``[*, n, n]`` of any mix of sizes, all
+            float32 or all float64; only lower triangles are read.
+        damping: One number or scalar tensor for all, or a sequence with one for each entry of
+            ``matrices``; an entry for a stacked batch may be a tensor of its batch shape.
         logdet: Also return the log-determinants of the damped matrices.
         out: Contiguous results, one like each entry of ``matrices``.
 
@@ -390,7 +438,8 @@ def damped_inverse(
         The symmetric inverses, ``info`` and, if asked for, the log-determinants.
 
     Raises:
-        ValueError: If a shape, a length, a device, a negative damping or the memory of ``out`` is refused.
+        ValueError: If a shape, a length, a device, a negative damping or the memory of ``out`` is
+            refused.
         TypeError: If a dtype is refused.
 
     Source: Martens & Grosse (2015), section 6.3.
@@ -400,7 +449,11 @@ def damped_inverse(
 
 @public
 def damped_cholesky(
-    matrices: Sequence[Tensor], damping: Damping, *, logdet: bool = False, out: Sequence[Tensor] | None = None
+    matrices: Sequence[Tensor],
+    damping: Damping,
+    *,
+    logdet: bool = False,
+    out: Sequence[Tensor] | None = None,
 ) -> DampedInverses:
     r"""Lower Cholesky factors of many damped symmetric positive definite matrices of mixed sizes.
 
@@ -420,7 +473,8 @@ def damped_cholesky(
         The factors with zeros above the diagonal, ``info`` and, if asked for, the log-determinants.
 
     Raises:
-        ValueError: If a shape, a length, a device, a negative damping or the memory of ``out`` is refused.
+        ValueError: If a shape, a length, a device, a negative damping or the memory of ``out`` is
+            refused.
         TypeError: If a dtype is refused.
 
     Source: Martens & Grosse (2015), section 6.3.
@@ -433,7 +487,8 @@ class Preconditioned(NamedTuple):
 
     Attributes:
         grads: The preconditioned gradients, one for each input.
-        inner_product: Scalar tensor, the sum over all layers of the gradient times its preconditioned self.
+        inner_product: Scalar tensor, the sum over all layers of the gradient times its
+            preconditioned self.
     """
 
     grads: list[Tensor]
@@ -448,7 +503,11 @@ def _preconditioned(
     out: Sequence[Tensor] | None,
 ) -> Preconditioned:
     grads = [grad.detach() for grad in grads]
-    results = [torch.empty(g.shape, dtype=g.dtype, device=g.device) for g in grads] if out is None else list(out)
+    results = (
+        [torch.empty(g.shape, dtype=g.dtype, device=g.device) for g in grads]
+        if out is None
+        else list(out)
+    )
     like = grads[0] if grads else torch.empty(0)
     inner = torch.zeros((), dtype=like.dtype, device=like.device)
     getattr(_OPS, op).default(grads, list(input_sides), list(gradient_sides), results, inner)
@@ -463,7 +522,7 @@ def precondition(
     *,
     out: Sequence[Tensor] | None = None,
 ) -> Preconditioned:
-    r"""Apply Kronecker-factored inverses to the gradients of all layers, and sum their inner products.
+    r"""Apply Kronecker-factored inverses to the gradients of all layers, in one call.
 
     .. math:: P_i = G_i^{-1} V_i A_i^{-1}, \qquad p = \sum_i \langle V_i, P_i \rangle
 

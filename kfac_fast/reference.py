@@ -1,7 +1,7 @@
-"""The pure-PyTorch version of every operator: oracle of the tests, last row of the table, baseline of the benchmarks.
+"""The pure-PyTorch version of every operator: oracle, last resort, baseline of the benchmarks.
 
-Each function takes the dispatcher arguments of its row in :mod:`kfac_fast.schema`, already checked, and writes its outputs. Sums are
-taken in the result's dtype, float32 or float64.
+Each function takes the dispatcher arguments of its row in :mod:`kfac_fast.schema`, already checked,
+and writes its outputs. Sums are taken in the result's dtype, float32 or float64.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from kfac_fast.conv import ConvGeometry
 
 
 def _accumulate_symmetric(out: Tensor, product: Tensor, alpha: float, beta: float) -> None:
-    """``out <- beta out + alpha product``, reading lower triangles only and writing a mirrored result."""
+    """``out <- beta out + alpha product``: reads lower triangles only, writes a mirrored result."""
     product = product.reshape(out.shape)
     result = alpha * product if beta == 0 else torch.add(beta * out, product, alpha=alpha)
     torch.tril(result, out=out)
@@ -38,14 +38,16 @@ def _outer_sum(rows: Tensor) -> Tensor:
 
 
 def _rows(x: Tensor, mask: Tensor | None, groups: int, bias: bool, dtype: torch.dtype) -> Tensor:
-    """Rows ``[*, groups, D / groups (+ 1)]`` in ``dtype``: 1 appended for a bias, zero where the mask does not count them."""
+    """Rows ``[*, groups, D / groups (+ 1)]`` in ``dtype``, a bias 1 appended, masked ones zero."""
     rows = x.to(dtype).reshape(*x.shape[:-1], groups, x.shape[-1] // groups)
     if bias:
         rows = F.pad(rows, (0, 1), value=1.0)
     return rows if mask is None else torch.where(mask[..., None, None], rows, 0)
 
 
-def gram(x: Tensor, mask: Tensor | None, groups: int, bias: bool, alpha: float, beta: float, out: Tensor) -> None:
+def gram(
+    x: Tensor, mask: Tensor | None, groups: int, bias: bool, alpha: float, beta: float, out: Tensor
+) -> None:
     """``out <- beta out + alpha sum x~ x~^T``; see :func:`kfac_fast.ops.gram`."""
     rows = _rows(x, mask, groups, bias, out.dtype)
     rows = rows.reshape(math.prod(x.shape[:-1]), *rows.shape[-2:])
@@ -64,7 +66,7 @@ def shared_gram(
     beta: float,
     out: Tensor,
 ) -> None:
-    """Gram of the rows summed or averaged over what they share; see :func:`kfac_fast.ops.shared_gram`."""
+    """Gram of the rows' sums or means; see :func:`kfac_fast.ops.shared_gram`."""
     rows = _rows(x, mask, groups, bias, out.dtype)
     counted = rows.new_ones(x.shape[:-1]) if mask is None else mask.to(out.dtype)
     if segments is None:
@@ -83,7 +85,7 @@ def shared_gram(
 
 
 def _windows(x: Tensor, geometry: ConvGeometry, dtype: torch.dtype) -> Tensor:
-    """View of every patch, ``[N, C, *kernel, *output]``: overlapping windows of the framed input, nothing copied."""
+    """View of every patch, ``[N, C, *kernel, *output]``: overlapping windows of one buffer."""
     framed = geometry.frame_input(x.to(dtype)).contiguous()
     batch, channel, *pixel = framed.stride()
     taps = [step * spread for step, spread in zip(pixel, geometry.dilation, strict=True)]
@@ -98,7 +100,7 @@ def _split(arguments: Sequence[Any]) -> tuple[ConvGeometry, bool, float, float, 
 
 
 def _window_sums(x: Tensor, geometry: ConvGeometry, bias: bool, dtype: torch.dtype) -> Tensor:
-    """Patches summed over the output positions, ``[N, groups, d (+ 1)]``; the bias entry is their number."""
+    """Patches summed over the output positions, ``[N, groups, d (+ 1)]``; a bias counts them."""
     positions = tuple(range(2 + geometry.dimensions, 2 + 2 * geometry.dimensions))
     sums = _windows(x, geometry, dtype).sum(positions)
     sums = sums.reshape(len(x), geometry.groups, geometry.features(x.shape[1]))
@@ -113,7 +115,8 @@ def conv_expand_gram(x: Tensor, *arguments: Any) -> None:
     positions = range(2 + geometry.dimensions, 2 + 2 * geometry.dimensions)
     features = geometry.features(x.shape[1])
     count = len(x) * math.prod(geometry.output_size(x.shape[2:]))
-    # Features first: unfolding then copies whole rows of pixels, the fastest of the layouts on a CPU.
+    # Features first: unfolding then copies whole rows of pixels, the fastest of the layouts on a
+    # CPU.
     patches = windows.permute(1, *kernel, 0, *positions).reshape(geometry.groups, features, count)
     if bias:
         patches = torch.cat([patches, patches.new_ones(geometry.groups, 1, count)], 1)
@@ -124,7 +127,9 @@ def conv_expand_gram(x: Tensor, *arguments: Any) -> None:
 def conv_reduce_gram(x: Tensor, *arguments: Any) -> None:
     """Gram of the patches averaged over positions; see :func:`kfac_fast.ops.conv_reduce_gram`."""
     geometry, bias, alpha, beta, out = _split(arguments)
-    means = _window_sums(x, geometry, bias, out.dtype) / math.prod(geometry.output_size(x.shape[2:]))
+    means = _window_sums(x, geometry, bias, out.dtype) / math.prod(
+        geometry.output_size(x.shape[2:])
+    )
     _accumulate_symmetric(out, _outer_sum(means), alpha, beta)
 
 
@@ -154,7 +159,7 @@ def _damped_factors(
     logdet: Tensor | None,
     finish: Callable[[Tensor], Tensor],
 ) -> None:
-    """Write ``finish`` of each Cholesky factor of ``M + damping I``; NaN where the factorisation fails."""
+    """Write ``finish`` of each Cholesky factor of ``M + damping I``, NaN where there is none."""
     counts = [math.prod(matrix.shape[:-2]) for matrix in matrices]
     infos = list(info.split(counts))
     logdets = list(logdet.split(counts)) if logdet is not None else []
@@ -164,10 +169,16 @@ def _damped_factors(
         identity = torch.eye(size, dtype=stacked.dtype, device=stacked.device)
         lower = stacked.tril() + stacked.tril(-1).mT + shift[:, None, None] * identity
         factor, failed = torch.linalg.cholesky_ex(lower)
-        results = torch.where((failed == 0)[:, None, None], finish(factor), math.nan)
+        valid = (failed == 0)[:, None, None]
+        # A failed factor may hold a zero pivot, which cholesky_inverse refuses for the whole batch.
+        results = torch.where(valid, finish(torch.where(valid, factor, identity)), math.nan)
         lengths = [counts[i] for i in indices]
         for i, result, fail, lower in zip(
-            indices, results.split(lengths), failed.split(lengths), factor.split(lengths), strict=True
+            indices,
+            results.split(lengths),
+            failed.split(lengths),
+            factor.split(lengths),
+            strict=True,
         ):
             out[i].copy_(result.reshape(out[i].shape))
             infos[i].copy_(fail)
@@ -177,7 +188,11 @@ def _damped_factors(
 
 
 def damped_inverse(
-    matrices: Sequence[Tensor], damping: Sequence[Tensor], out: Sequence[Tensor], info: Tensor, logdet: Tensor | None
+    matrices: Sequence[Tensor],
+    damping: Sequence[Tensor],
+    out: Sequence[Tensor],
+    info: Tensor,
+    logdet: Tensor | None,
 ) -> None:
     """Inverses of ``M + damping I`` by Cholesky; see :func:`kfac_fast.ops.damped_inverse`."""
 
@@ -189,7 +204,11 @@ def damped_inverse(
 
 
 def damped_cholesky(
-    matrices: Sequence[Tensor], damping: Sequence[Tensor], out: Sequence[Tensor], info: Tensor, logdet: Tensor | None
+    matrices: Sequence[Tensor],
+    damping: Sequence[Tensor],
+    out: Sequence[Tensor],
+    info: Tensor,
+    logdet: Tensor | None,
 ) -> None:
     """Cholesky factors of ``M + damping I``; see :func:`kfac_fast.ops.damped_cholesky`."""
     _damped_factors(matrices, damping, out, info, logdet, torch.tril)
@@ -198,7 +217,9 @@ def damped_cholesky(
 # Preconditioning
 
 
-def _inner_product(grads: Sequence[Tensor], preconditioned: Sequence[Tensor], inner: Tensor) -> None:
+def _inner_product(
+    grads: Sequence[Tensor], preconditioned: Sequence[Tensor], inner: Tensor
+) -> None:
     inner.zero_()
     for grad, result in zip(grads, preconditioned, strict=True):
         inner += torch.sum(grad * result)

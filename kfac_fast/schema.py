@@ -1,11 +1,12 @@
 """The table of operators: each one's dispatcher signature and the check of its arguments.
 
-The check is all that is known about an operator without computing it. It is the fake (what ``torch.compile`` and ``opcheck`` see),
-what the router runs before any kernel, and, through :func:`result_shape`, what tells :mod:`kfac_fast.ops` how much to allocate.
-Operators only mutate ``out`` and return nothing, so no fake ever invents a result.
+The check is all that is known about an operator without computing it. It is the fake (what
+``torch.compile`` and ``opcheck`` see), what the router runs before any kernel, and, through
+:func:`result_shape`, what tells :mod:`kfac_fast.ops` how much to allocate. Operators only mutate
+``out`` and return nothing, so no fake ever invents a result.
 
-Every operator is defined twice from its row: ``kfac_fast::<op>`` is the router, ``kfac_fast_native::<op>`` is where the compiled
-extension registers its kernels.
+Every operator is defined twice from its row: ``kfac_fast::<op>`` is the router,
+``kfac_fast_native::<op>`` is where the compiled extension registers its kernels.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 from kfac_fast.conv import PADDING_MODES, ConvGeometry
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+Shape = tuple[int, ...]
 
 
 def result_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -28,75 +30,80 @@ def result_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _check_floating(op: str, argument: str, x: Tensor) -> None:
-    if x.dtype not in FLOATING:
-        raise TypeError(f"{op}: {argument} must be float32, float64, bfloat16 or float16, got {x.dtype}")
+def _refused(op: str, argument: str, expected: object, got: object) -> ValueError:
+    return ValueError(f"{op}: {argument} must be {expected}, got {got}")
 
 
-def _check_mask(op: str, mask: Tensor | None, x: Tensor) -> None:
-    if mask is None:
-        return
-    if mask.dtype != torch.bool:
-        raise TypeError(f"{op}: mask must be bool, got {mask.dtype}")
-    if mask.shape != x.shape[:-1]:
-        raise ValueError(f"{op}: mask must have x's leading shape {tuple(x.shape[:-1])}, got {tuple(mask.shape)}")
-    _check_device(op, "mask", mask, x)
+def _refused_dtype(op: str, argument: str, expected: object, got: object) -> TypeError:
+    return TypeError(f"{op}: {argument} must be {expected}, got {got}")
 
 
-def _check_device(op: str, argument: str, tensor: Tensor, x: Tensor) -> None:
-    if tensor.device != x.device:
-        raise ValueError(f"{op}: {argument} must be on {x.device} like the other tensors, got {tensor.device}")
+def _check_device(op: str, argument: str, tensor: Tensor, like: Tensor) -> None:
+    if tensor.device != like.device:
+        raise _refused(op, argument, f"on {like.device} like the other tensors", tensor.device)
 
 
-def _check_groups(op: str, groups: int, channels: int, argument: str) -> None:
-    if groups < 1 or channels % groups != 0:
-        raise ValueError(f"{op}: groups must be positive and divide {argument} = {channels}, got {groups}")
+def _used_bytes(tensor: Tensor) -> tuple[int, int]:
+    """First byte of its storage that the tensor uses, and the one after the last."""
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    first = int(tensor.storage_offset())
+    last = first + sum((size - 1) * stride for size, stride in steps)
+    return first * tensor.element_size(), (last + 1) * tensor.element_size()
 
 
-def _span(tensor: Tensor) -> tuple[int, int]:
-    """First and last byte of its storage that the tensor uses."""
-    start = tensor.storage_offset()
-    last = start + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    return start * tensor.element_size(), (last + 1) * tensor.element_size()
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether the spans of two tensors share memory."""
+    if not torch._C._is_alias_of(a, b) or not a.numel() or not b.numel():  # type: ignore[attr-defined]
+        return False
+    (start, stop), (first, last) = _used_bytes(a), _used_bytes(b)
+    return start < last and first < stop
 
 
-def _check_out(op: str, argument: str, out: Tensor, shape: Sequence[int], dtype: torch.dtype, inputs: Sequence[Any]) -> None:
-    """Check what ``out`` must be: exact shape and dtype, contiguous, on the inputs' device, sharing no memory with them."""
-    if tuple(out.shape) != tuple(shape):
-        raise ValueError(f"{op}: {argument} must have shape {tuple(shape)}, got {tuple(out.shape)}")
+def _check_out(
+    op: str, argument: str, out: Tensor, shape: Shape, dtype: torch.dtype, inputs: Sequence[Any]
+) -> None:
+    if out.shape != shape:
+        raise _refused(op, argument, f"of shape {shape}", tuple(out.shape))
     if out.dtype != dtype:
-        raise TypeError(f"{op}: {argument} must be {dtype}, got {out.dtype}")
+        raise _refused_dtype(op, argument, dtype, out.dtype)
     if not out.is_contiguous():
-        raise ValueError(f"{op}: {argument} must be contiguous, got strides {out.stride()}")
-    if out.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{op}: {argument} must not require a gradient: the operators are not differentiable")
+        raise _refused(op, argument, "contiguous", f"strides {out.stride()}")
+    if out.requires_grad:
+        raise _refused(
+            op, argument, "detached, for no operator is differentiable", "a leaf or graph"
+        )
     for tensor in inputs:
-        if not isinstance(tensor, Tensor):
-            continue
-        if tensor.device != out.device:
-            raise ValueError(f"{op}: {argument} must be on {tensor.device} like the other tensors, got {out.device}")
-        if torch._C._is_alias_of(out, tensor) and out.numel() and tensor.numel():
-            (start, stop), (first, last) = _span(out), _span(tensor)
-            if start < last and first < stop:
-                raise ValueError(f"{op}: {argument} must not overlap the memory of an input, got a view of one")
+        if isinstance(tensor, Tensor):
+            _check_device(op, argument, out, tensor)
+            if _overlap(out, tensor):
+                raise _refused(op, argument, "apart from the inputs' memory", "an overlap")
 
 
-# Accumulating operators: out <- beta * out + alpha * (...). Each has a function (op, *arguments before alpha) -> shape of out.
+# Accumulating operators: out <- beta * out + alpha * (...). Each has a function from the operator's
+# name and its arguments before alpha, which it checks, to the shape of out.
 
 
-def _square(groups: int, width: int) -> tuple[int, ...]:
+def _stacked(groups: int, width: int) -> Shape:
     return (width, width) if groups == 1 else (groups, width, width)
 
 
-def _gram_shape(op: str, x: Tensor, mask: Tensor | None, groups: int, bias: bool) -> tuple[int, ...]:
+def _gram_shape(op: str, x: Tensor, mask: Tensor | None, groups: int, bias: bool) -> Shape:
     if x.dim() < 1:
-        raise ValueError(f"{op}: x must be [*, D], got a scalar")
-    _check_floating(op, "x", x)
-    _check_mask(op, mask, x)
+        raise _refused(op, "x", "[*, D]", "a scalar")
+    if x.dtype not in FLOATING:
+        raise _refused_dtype(op, "x", "float32, float64, bfloat16 or float16", x.dtype)
+    if mask is not None:
+        if mask.dtype != torch.bool:
+            raise _refused_dtype(op, "mask", "bool", mask.dtype)
+        if mask.shape != x.shape[:-1]:
+            raise _refused(
+                op, "mask", f"of x's leading shape {tuple(x.shape[:-1])}", tuple(mask.shape)
+            )
+        _check_device(op, "mask", mask, x)
     features = x.shape[-1]
-    if groups != 1:
-        _check_groups(op, groups, features, "x.shape[-1]")
-    return _square(groups, features // groups + bias)
+    if groups < 1 or features % groups:
+        raise _refused(op, "groups", f"positive and divide x's {features} features", groups)
+    return _stacked(groups, features // groups + bias)
 
 
 def _shared_gram_shape(
@@ -108,75 +115,93 @@ def _shared_gram_shape(
     reduction: str,
     groups: int,
     bias: bool,
-) -> tuple[int, ...]:
+) -> Shape:
     if x.dim() < 2:
-        raise ValueError(f"{op}: x must be [N, *shared, D], or [R, D] with segments, got {x.dim()}-d")
+        raise _refused(op, "x", "[N, *shared, D], or [R, D] with segments", f"{x.dim()}-d")
     if reduction not in ("mean", "sum"):
-        raise ValueError(f"{op}: reduction must be 'mean' or 'sum', got {reduction!r}")
+        raise _refused(op, "reduction", "'mean' or 'sum'", repr(reduction))
     if segments is not None:
-        if x.dim() != 2 or segments.shape != x.shape[:1]:
-            got = f"{tuple(x.shape)} and {tuple(segments.shape)}"
-            raise ValueError(f"{op}: with segments, x must be [R, D] and segments [R], got {got}")
+        if x.dim() != 2:
+            raise _refused(op, "x", "[R, D] with segments", f"{x.dim()}-d")
+        if segments.shape != x.shape[:1]:
+            raise _refused(op, "segments", f"of shape ({x.shape[0]},)", tuple(segments.shape))
         if segments.dtype != torch.int64:
-            raise TypeError(f"{op}: segments must be int64, got {segments.dtype}")
+            raise _refused_dtype(op, "segments", "int64", segments.dtype)
         if num_segments < 0:
-            raise ValueError(f"{op}: num_segments must be given with segments and not negative, got {num_segments}")
+            raise _refused(op, "num_segments", "given with segments and not negative", num_segments)
         _check_device(op, "segments", segments, x)
     return _gram_shape(op, x, mask, groups, bias)
 
 
 def _check_conv(op: str, x: Tensor, geometry: ConvGeometry) -> None:
-    dimensions = geometry.dimensions
-    if x.dim() != dimensions + 2:
-        spatial = ", ".join("DHW"[3 - dimensions :])
-        raise ValueError(f"{op}: x must be [N, C, {spatial}] for {dimensions} kernel sizes, got {x.dim()}-d")
-    _check_floating(op, "x", x)
-    _check_groups(op, geometry.groups, x.shape[1], "the channels of x")
-    for argument in ("kernel_size", "stride", "dilation"):
-        value = getattr(geometry, argument)
-        if min(value) < 1:
-            raise ValueError(f"{op}: {argument} must be positive, got {value}")
-    if min(geometry.padding) < 0 or min(geometry.output_padding) < 0:
-        raise ValueError(
-            f"{op}: padding and output_padding must not be negative, got {geometry.padding} and {geometry.output_padding}"
+    if x.dim() != geometry.dimensions + 2:
+        expected = f"[N, C, *spatial] with {geometry.dimensions} spatial dimensions"
+        raise _refused(op, "x", expected, f"{x.dim()}-d")
+    if x.dtype not in FLOATING:
+        raise _refused_dtype(op, "x", "float32, float64, bfloat16 or float16", x.dtype)
+    if geometry.groups < 1 or x.shape[1] % geometry.groups:
+        raise _refused(
+            op, "groups", f"positive and divide x's {x.shape[1]} channels", geometry.groups
         )
+    for argument, least in (
+        ("kernel_size", 1),
+        ("stride", 1),
+        ("dilation", 1),
+        ("padding", 0),
+        ("output_padding", 0),
+    ):
+        values = getattr(geometry, argument)
+        if min(values) < least:
+            raise _refused(op, argument, f"at least {least}", values)
     if geometry.padding_mode not in PADDING_MODES:
-        raise ValueError(f"{op}: padding_mode must be one of {PADDING_MODES}, got {geometry.padding_mode!r}")
+        raise _refused(op, "padding_mode", f"one of {PADDING_MODES}", repr(geometry.padding_mode))
+    _check_transposed(op, geometry)
     _check_padding(op, x, geometry)
     if min(geometry.output_size(x.shape[2:])) < 1:
-        raise ValueError(
-            f"{op}: kernel_size {geometry.kernel_size} with dilation {geometry.dilation} must fit the padded input, "
-            f"got {geometry.framed_size(x.shape[2:])}"
-        )
+        span = f"kernel_size {geometry.kernel_size} with dilation {geometry.dilation}"
+        framed = geometry.framed_size(x.shape[2:])
+        raise _refused(op, "the padded input", f"as large as {span}", framed)
+
+
+def _check_transposed(op: str, geometry: ConvGeometry) -> None:
+    """Check the options that only one of convolution and transposed convolution has."""
+    extra = geometry.output_padding
+    if not geometry.transposed:
+        if any(extra):
+            raise _refused(op, "output_padding", "0 unless transposed", extra)
+        return
+    if geometry.padding_mode != "zeros":
+        raise _refused(op, "padding_mode", "'zeros' if transposed", repr(geometry.padding_mode))
+    limits = [max(pair) for pair in zip(geometry.stride, geometry.dilation, strict=True)]
+    if any(more and more >= limit for more, limit in zip(extra, limits, strict=True)):
+        raise _refused(op, "output_padding", f"below stride or dilation, {tuple(limits)}", extra)
 
 
 def _check_padding(op: str, x: Tensor, geometry: ConvGeometry) -> None:
-    """Check what the padding mode and the transposed form demand of the padding."""
-    size = [n for n in x.shape[2:] for _ in range(2)]
-    if geometry.transposed and geometry.padding_mode != "zeros":
-        raise ValueError(f"{op}: padding_mode must be 'zeros' for a transposed convolution, got {geometry.padding_mode!r}")
-    if not geometry.transposed and any(geometry.output_padding):
-        raise ValueError(f"{op}: output_padding needs transposed=True, got {geometry.output_padding}")
-    limits = zip(geometry.output_padding, geometry.stride, geometry.dilation, strict=True)
-    if any(extra and extra >= max(step, spread) for extra, step, spread in limits):
-        raise ValueError(
-            f"{op}: output_padding must be smaller than stride or dilation, got {geometry.output_padding} "
-            f"with stride {geometry.stride} and dilation {geometry.dilation}"
-        )
-    if geometry.padding_mode == "reflect" and any(p >= n for p, n in zip(geometry.padding, size, strict=True) if p):
-        raise ValueError(f"{op}: padding must be smaller than the input for 'reflect', got {geometry.padding} for {size}")
-    if geometry.padding_mode == "circular" and any(p > n for p, n in zip(geometry.padding, size, strict=True)):
-        raise ValueError(f"{op}: padding must not exceed the input for 'circular', got {geometry.padding} for {size}")
+    """Check that the padding modes that copy pixels have enough of them."""
+    sides = [
+        (size, pad) for size, pad in zip(_twice(x.shape[2:]), geometry.padding, strict=True) if pad
+    ]
+    if geometry.padding_mode == "reflect" and any(pad >= size for size, pad in sides):
+        raise _refused(op, "padding", f"below the input's {tuple(x.shape[2:])}", geometry.padding)
+    if geometry.padding_mode == "circular" and any(pad > size for size, pad in sides):
+        raise _refused(op, "padding", f"at most the input's {tuple(x.shape[2:])}", geometry.padding)
+    if geometry.padding_mode == "replicate" and any(size < 1 for size, _ in sides):
+        raise _refused(op, "x", "not empty in space to be replicated", tuple(x.shape))
 
 
-def _conv_gram_shape(op: str, x: Tensor, *arguments: Any) -> tuple[int, ...]:
+def _twice(values: Sequence[int]) -> list[int]:
+    return [value for value in values for _ in range(2)]
+
+
+def _conv_gram_shape(op: str, x: Tensor, *arguments: Any) -> Shape:
     *geometry_arguments, bias = arguments
     geometry = ConvGeometry.from_arguments(*geometry_arguments)
     _check_conv(op, x, geometry)
-    return _square(geometry.groups, geometry.features(x.shape[1]) + bias)
+    return _stacked(geometry.groups, geometry.features(x.shape[1]) + bias)
 
 
-def _window_sum_shape(op: str, x: Tensor, *arguments: Any) -> tuple[int, ...]:
+def _window_sum_shape(op: str, x: Tensor, *arguments: Any) -> Shape:
     *groups, width, _ = _conv_gram_shape(op, x, *arguments)
     return (x.shape[0], *groups, width)
 
@@ -187,15 +212,16 @@ def _window_sum_shape(op: str, x: Tensor, *arguments: Any) -> tuple[int, ...]:
 def _check_squares(op: str, argument: str, matrices: Sequence[Tensor], like: Tensor) -> None:
     for i, matrix in enumerate(matrices):
         if matrix.dim() < 2 or matrix.shape[-1] != matrix.shape[-2]:
-            raise ValueError(f"{op}: {argument}[{i}] must be [*, n, n], got {tuple(matrix.shape)}")
-        if matrix.dtype != like.dtype or matrix.dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"{op}: {argument} must all be float32 or all float64, got {matrix.dtype} at {i}")
+            raise _refused(op, f"{argument}[{i}]", "[*, n, n]", tuple(matrix.shape))
+        if matrix.dtype not in (torch.float32, torch.float64) or matrix.dtype != like.dtype:
+            expected = "float32 or float64 like the others"
+            raise _refused_dtype(op, f"{argument}[{i}]", expected, matrix.dtype)
         _check_device(op, f"{argument}[{i}]", matrix, like)
 
 
 def _check_length(op: str, argument: str, values: Sequence[Tensor], expected: int) -> None:
     if len(values) != expected:
-        raise ValueError(f"{op}: {argument} must hold {expected} tensors, got {len(values)}")
+        raise _refused(op, argument, f"{expected} tensors", len(values))
 
 
 def number_of_matrices(matrices: Sequence[Tensor]) -> int:
@@ -211,18 +237,18 @@ def _check_damped(
     info: Tensor,
     logdet: Tensor | None,
 ) -> None:
+    _check_length(op, "damping", damping, len(matrices))
+    _check_length(op, "out", out, len(matrices))
     if not matrices:
         return
     like = matrices[0]
     _check_squares(op, "matrices", matrices, like)
-    _check_length(op, "damping", damping, len(matrices))
-    _check_length(op, "out", out, len(matrices))
     for i, (matrix, shift) in enumerate(zip(matrices, damping, strict=True)):
         batch = tuple(matrix.shape[:-2])
         if shift.dim() != 0 and tuple(shift.shape) != batch:
-            raise ValueError(f"{op}: damping[{i}] must be a scalar or of shape {batch}, got {tuple(shift.shape)}")
+            raise _refused(op, f"damping[{i}]", f"a scalar or of shape {batch}", tuple(shift.shape))
         if shift.dtype != matrix.dtype:
-            raise TypeError(f"{op}: damping[{i}] must be {matrix.dtype}, got {shift.dtype}")
+            raise _refused_dtype(op, f"damping[{i}]", matrix.dtype, shift.dtype)
         _check_device(op, f"damping[{i}]", shift, like)
         _check_out(op, f"out[{i}]", out[i], matrix.shape, matrix.dtype, matrices)
     total = (number_of_matrices(matrices),)
@@ -239,24 +265,26 @@ def _check_precondition(
     out: Sequence[Tensor],
     inner: Tensor,
 ) -> None:
+    sides = {"the input side": input_sides, "the gradient side": gradient_sides}
+    for argument, values in {**sides, "out": out}.items():
+        _check_length(op, argument, values, len(grads))
     if not grads:
         return
     like = grads[0]
-    names = ("input", "gradient", "out")
-    for argument, values in zip(names, (input_sides, gradient_sides, out), strict=True):
-        _check_length(op, argument, values, len(grads))
-    _check_squares(op, "input side", input_sides, like)
-    _check_squares(op, "gradient side", gradient_sides, like)
+    for argument, values in sides.items():
+        _check_squares(op, argument, values, like)
+    inputs = [*grads, *input_sides, *gradient_sides]
     for i, (grad, right, left) in enumerate(zip(grads, input_sides, gradient_sides, strict=True)):
-        if grad.dim() < 2 or grad.dtype != like.dtype:
-            raise ValueError(f"{op}: grads[{i}] must be [*, out, in] and {like.dtype}, got {grad.dim()}-d {grad.dtype}")
-        batch, (rows, columns) = grad.shape[:-2], grad.shape[-2:]
-        if right.shape != (*batch, columns, columns) or left.shape != (*batch, rows, rows):
-            raise ValueError(
-                f"{op}: for grads[{i}] {tuple(grad.shape)} the input side must be {(*batch, columns, columns)} and the "
-                f"gradient side {(*batch, rows, rows)}, got {tuple(right.shape)} and {tuple(left.shape)}"
-            )
-        _check_out(op, f"out[{i}]", out[i], grad.shape, grad.dtype, [*grads, *input_sides, *gradient_sides])
+        if grad.dim() < 2:
+            raise _refused(op, f"grads[{i}]", "[*, out, in]", f"{grad.dim()}-d")
+        if grad.dtype != like.dtype:
+            raise _refused_dtype(op, f"grads[{i}]", like.dtype, grad.dtype)
+        *batch, rows, columns = grad.shape
+        for argument, side, size in (("input", right, columns), ("gradient", left, rows)):
+            if tuple(side.shape) != (*batch, size, size):
+                expected = f"of shape {(*batch, size, size)}"
+                raise _refused(op, f"the {argument} side [{i}]", expected, tuple(side.shape))
+        _check_out(op, f"out[{i}]", out[i], grad.shape, grad.dtype, inputs)
     _check_out(op, "inner", inner, (), like.dtype, [like])
 
 
@@ -266,16 +294,17 @@ class Operator:
 
     Attributes:
         arguments: The dispatcher signature between its parentheses.
-        check: Called with the operator's name and dispatcher arguments; raises where they are refused.
+        check: Called with the operator's name and dispatcher arguments; raises where they are
+            refused.
         shape: For accumulating operators, the shape of ``out`` from the arguments before ``alpha``.
     """
 
     arguments: str
     check: Callable[..., None]
-    shape: Callable[..., tuple[int, ...]] | None = None
+    shape: Callable[..., Shape] | None = None
 
 
-def _accumulating(arguments: str, shape: Callable[..., tuple[int, ...]]) -> Operator:
+def _accumulating(arguments: str, shape: Callable[..., Shape]) -> Operator:
     def check(op: str, *args: Any) -> None:
         *inputs, _, _, out = args
         _check_out(op, "out", out, shape(op, *inputs), result_dtype(inputs[0].dtype), inputs)
@@ -284,16 +313,22 @@ def _accumulating(arguments: str, shape: Callable[..., tuple[int, ...]]) -> Oper
 
 
 _CONV = (
-    "Tensor x, int[] kernel_size, int[] stride, int[] padding, str padding_mode, int[] dilation, int groups, "
-    "bool transposed, int[] output_padding, bool bias"
+    "Tensor x, int[] kernel_size, int[] stride, int[] padding, str padding_mode, int[] dilation, "
+    "int groups, bool transposed, int[] output_padding, bool bias"
 )
-_DAMPED = "Tensor[] matrices, Tensor[] damping, Tensor(a!)[] out, Tensor(b!) info, Tensor(c!)? logdet"
-_SIDES = "Tensor[] grads, Tensor[] input_sides, Tensor[] gradient_sides, Tensor(a!)[] out, Tensor(b!) inner"
+_DAMPED = (
+    "Tensor[] matrices, Tensor[] damping, Tensor(a!)[] out, Tensor(b!) info, Tensor(c!)? logdet"
+)
+_SIDES = (
+    "Tensor[] grads, Tensor[] input_sides, Tensor[] gradient_sides, "
+    "Tensor(a!)[] out, Tensor(b!) inner"
+)
 
 OPERATORS: dict[str, Operator] = {
     "gram": _accumulating("Tensor x, Tensor? mask, int groups, bool bias", _gram_shape),
     "shared_gram": _accumulating(
-        "Tensor x, Tensor? mask, Tensor? segments, int num_segments, str reduction, int groups, bool bias",
+        "Tensor x, Tensor? mask, Tensor? segments, int num_segments, str reduction, int groups, "
+        "bool bias",
         _shared_gram_shape,
     ),
     "conv_expand_gram": _accumulating(_CONV, _conv_gram_shape),
@@ -316,8 +351,19 @@ def check(op: str, *args: Any) -> None:
     OPERATORS[op].check(op, *args)
 
 
-def result_shape(op: str, *inputs: Any) -> tuple[int, ...]:
-    """Shape of an accumulating operator's result, from its arguments before ``alpha``; these are checked on the way."""
+def result_shape(op: str, *inputs: Any) -> Shape:
+    """Shape of an accumulating operator's result.
+
+    Args:
+        op: Name of the operator.
+        *inputs: Its arguments before ``alpha``, which are checked on the way.
+
+    Returns:
+        The shape of ``out``.
+
+    Raises:
+        ValueError: If the operator does not accumulate, or an argument is refused.
+    """
     shape = OPERATORS[op].shape
     if shape is None:
         raise ValueError(f"result_shape: op must be an accumulating operator, got {op!r}")
@@ -325,8 +371,11 @@ def result_shape(op: str, *inputs: Any) -> tuple[int, ...]:
 
 
 def _define() -> tuple[torch.library.Library, torch.library.Library]:
-    """Define every row as ``kfac_fast::<op>`` and ``kfac_fast_native::<op>``; their fake is the check."""
-    libraries = torch.library.Library("kfac_fast", "DEF"), torch.library.Library("kfac_fast_native", "DEF")
+    """Define every row in both namespaces; the fake of each is its check."""
+    libraries = (
+        torch.library.Library("kfac_fast", "DEF"),
+        torch.library.Library("kfac_fast_native", "DEF"),
+    )
     for op, row in OPERATORS.items():
         for library in libraries:
             library.define(f"{op}({row.arguments}) -> ()", tags=(torch.Tag.pt2_compliant_tag,))

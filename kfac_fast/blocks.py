@@ -1,0 +1,181 @@
+"""The blocks of a model: each preconditioned layer with its factors, and why others have none."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from kfac_fast.factors import Factor
+from kfac_fast.grafting import AdamNorm
+from kfac_fast.layers import RULES, Approximation, Layer
+
+Sum = tuple[Tensor, int]
+"""Outer products added up, and the number of terms to average them over."""
+Part = Factor | AdamNorm
+"""What a block saves."""
+
+
+class Block:
+    """A layer with its factors and the sums that the current step's batches have added up.
+
+    Attributes:
+        layer: The layer's rule.
+        factors: Running (input, gradient) covariances; None before the first batch.
+        norm: Adam's step length; None if not grafted, or before the first step.
+        counted_pass: The last forward pass of the model whose loss terms are counted.
+    """
+
+    def __init__(self, layer: Layer) -> None:
+        self.layer = layer
+        self.factors: tuple[Factor, Factor] | None = None
+        self.norm: AdamNorm | None = None
+        self.counted_pass = 0
+        self._sums: tuple[Sum, Sum] | None = None
+
+    def add(self, inputs: Sum, gradients: Sum) -> None:
+        """Add one call's outer products of inputs and of output gradients, with their counts."""
+        if self._sums is not None:
+            inputs, gradients = _plus(self._sums[0], inputs), _plus(self._sums[1], gradients)
+        self._sums = inputs, gradients
+
+    def update(self, decay: float, reduction: str) -> None:
+        """Average the step's covariances, if there are any, into the factors and forget the sums.
+
+        Args:
+            decay: Weight of the past.
+            reduction: The loss's: the gradients of its terms are averaged under ``"mean"``, summed
+                under ``"sum"``.
+        """
+        if self._sums is None:
+            return
+        (inputs, count), (gradients, terms) = self._sums
+        batches = inputs / count, gradients / terms if reduction == "mean" else gradients
+        if self.factors is None:
+            self.factors = Factor(batches[0]), Factor(batches[1])
+        for factor, batch in zip(self.factors, batches, strict=True):
+            factor.update(batch, decay)
+        self._sums = None
+
+    def parts(self) -> dict[str, Part]:
+        """What has a state, by the names that it is saved under."""
+        parts: dict[str, Part] = {}
+        if self.factors is not None:
+            parts["input"], parts["gradient"] = self.factors
+        if self.norm is not None:
+            parts["norm"] = self.norm
+        return parts
+
+    def restored(self, state: dict[str, dict[str, Tensor]]) -> Block:
+        """A new block of the same layer with saved parts.
+
+        Args:
+            state: Saved tensors by part and field.
+
+        Returns:
+            The block; this one is not changed.
+
+        Raises:
+            ValueError: If a part, a field or a shape does not fit the layer.
+        """
+        if set(state) - {"norm"} not in (set(), {"input", "gradient"}):
+            raise ValueError(
+                f"load_state_dict: {self.layer.name} must hold input and gradient or neither, "
+                f"got {sorted(state)}"
+            )
+        block = Block(self.layer)
+        weight = self.layer.weight_matrix(self.layer.weight.detach())
+        *groups, outputs, inputs = weight.shape
+        inputs += self.layer.has_bias
+        if "input" in state:
+            dtype = state["input"]["total"].dtype
+            a, g = (weight.new_empty(*groups, n, n, dtype=dtype) for n in (inputs, outputs))
+            block.factors = Factor(a), Factor(g)
+        if "norm" in state:
+            dtype = state["norm"]["second_moment"].dtype
+            block.norm = AdamNorm(weight.new_empty(*groups, outputs, inputs, dtype=dtype))
+        for name, part in block.parts().items():
+            _restore(part, state[name], f"{self.layer.name}.{name}")
+        return block
+
+
+def _restore(part: Part, saved: dict[str, Tensor], where: str) -> None:
+    """Fill a part with saved tensors of the same shapes, on its own device."""
+    if sorted(saved) != sorted(part.STATE):
+        raise ValueError(
+            f"load_state_dict: {where} must hold {sorted(part.STATE)}, got {sorted(saved)}"
+        )
+    for field in part.STATE:
+        own, value = getattr(part, field), saved[field]
+        if own.shape != value.shape:
+            raise ValueError(
+                f"load_state_dict: {where}.{field} must have shape {tuple(own.shape)}, "
+                f"got {tuple(value.shape)}"
+            )
+        setattr(part, field, value.detach().to(own.device, copy=True))
+
+
+def _plus(total: Sum, term: Sum) -> Sum:
+    return total[0] + term[0], total[1] + term[1]
+
+
+def find_blocks(
+    model: nn.Module, approx: Approximation, skip: Sequence[str]
+) -> tuple[list[Block], dict[str, str]]:
+    """The blocks of a model's layers, and why each other module that owns parameters has none.
+
+    Args:
+        model: The model.
+        approx: ``"expand"`` or ``"reduce"``.
+        skip: Regular expressions, searched for in qualified and in class names.
+
+    Returns:
+        The blocks in the model's order, and reasons by qualified name.
+
+    Raises:
+        ValueError: If a pattern matches no module, or no layer is left.
+    """
+    modules = [
+        (n, m) for n, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))
+    ]
+    for pattern in skip:
+        if not any(_matches(pattern, name, module) for name, module in modules):
+            raise ValueError(
+                f"KFAC: skip must match modules with parameters, got {pattern!r} that matches none"
+            )
+    blocks: list[Block] = []
+    left_alone: dict[str, str] = {}
+    owners: dict[nn.Parameter, str] = {}
+    for name, module in modules:
+        reason = _reason_against(name, module, skip, owners)
+        if reason is not None:
+            left_alone[name] = reason
+            continue
+        layer = RULES[type(module)](name, module, approx)
+        owners.update(dict.fromkeys(layer.parameters(), name))
+        blocks.append(Block(layer))
+    if not blocks:
+        raise ValueError(f"KFAC: model must have a layer to precondition, got none: {left_alone}")
+    return blocks, left_alone
+
+
+def _matches(pattern: str, name: str, module: nn.Module) -> bool:
+    return any(re.search(pattern, text) for text in (name, type(module).__name__))
+
+
+def _reason_against(
+    name: str, module: nn.Module, skip: Sequence[str], owners: dict[nn.Parameter, str]
+) -> str | None:
+    """Why a module with parameters is not preconditioned, or None if it is."""
+    for pattern in skip:
+        if _matches(pattern, name, module):
+            return f"skipped by pattern {pattern!r}"
+    if type(module) not in RULES:
+        return f"no rule for {type(module).__name__}"
+    if not module.weight.requires_grad:
+        return "its weight is frozen"
+    for parameter in module.parameters(recurse=False):
+        if parameter in owners:
+            return f"shares a parameter with {owners[parameter]!r}"
+    return None

@@ -1,0 +1,75 @@
+"""Fisher types: which loss the output gradients are taken of.
+
+The empirical Fisher uses the gradients of the training loss itself, as they pass. The Monte-Carlo
+Fisher draws labels from the model's own predictive distribution and takes the gradients of the loss
+on these; its expectation is the Fisher, which for these losses is the generalised Gauss-Newton
+matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Fisher = Literal["empirical", "mc"]
+
+
+def _cross_entropy(outputs: Tensor, generator: torch.Generator | None) -> tuple[Tensor, int]:
+    """Labels of the softmax over dimension 1 of ``[N, C, *positions]``, a term each."""
+    logits = outputs.movedim(1, -1).flatten(0, -2)
+    labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(-1)
+    return F.cross_entropy(logits, labels, reduction="sum"), len(labels)
+
+
+def _mse(outputs: Tensor, generator: torch.Generator | None) -> tuple[Tensor, int]:
+    """Labels of variance 1/2 around the outputs: the squared error has no 1/2, its Hessian is 2."""
+    noise = torch.empty_like(outputs, memory_format=torch.contiguous_format)
+    labels = outputs.detach() + noise.normal_(std=0.5**0.5, generator=generator)
+    return F.mse_loss(outputs, labels, reduction="sum"), outputs.numel()
+
+
+def _bce_with_logits(outputs: Tensor, generator: torch.Generator | None) -> tuple[Tensor, int]:
+    """Independent Bernoulli labels; one term for each entry."""
+    labels = torch.bernoulli(outputs.detach().sigmoid(), generator=generator)
+    return F.binary_cross_entropy_with_logits(outputs, labels, reduction="sum"), outputs.numel()
+
+
+SampledLoss = Callable[[Tensor, torch.Generator | None], tuple[Tensor, int]]
+SAMPLED_LOSSES: dict[str, SampledLoss] = {
+    "cross_entropy": _cross_entropy,
+    "mse": _mse,
+    "bce_with_logits": _bce_with_logits,
+}
+
+
+def sampled_loss(
+    outputs: Tensor, loss: str, generator: torch.Generator | None = None
+) -> tuple[Tensor, int]:
+    r"""Sum of the loss's terms on labels drawn from the model's predictive distribution.
+
+    .. math:: \sum_m \ell(f_m, y_m), \qquad y_m \sim p(y \mid f_m)
+
+    Args:
+        outputs: What the loss takes: logits ``[N, C, *positions]``, logits or predictions of any
+            shape.
+        loss: ``"cross_entropy"``, ``"mse"`` or ``"bce_with_logits"``, as in
+            :mod:`torch.nn.functional`.
+        generator: Source of randomness; PyTorch's default if None.
+
+    Returns:
+        The sum, and the number of terms that the loss's ``"mean"`` would divide it by.
+
+    Raises:
+        ValueError: If ``loss`` is unknown.
+
+    Source: Martens & Grosse (2015), section 5.
+    """
+    if loss not in SAMPLED_LOSSES:
+        raise ValueError(
+            f"sampled_loss: loss must be one of {sorted(SAMPLED_LOSSES)}, got {loss!r}"
+        )
+    return SAMPLED_LOSSES[loss](outputs, generator)

@@ -1,0 +1,254 @@
+"""How each layer type's factors are formed, and how its gradients are laid out as matrices.
+
+A layer maps ``a[n, s] -> W a[n, s] + b`` for examples ``n`` and shared positions ``s``. Its rule
+knows, for the expand and the reduce setting, which operator forms the sum of outer products of the
+inputs and of the output gradients, and over how many terms the inputs' sum runs. Dividing by these
+counts is the business of :mod:`kfac_fast.factors`.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from kfac_fast import ops
+from kfac_fast.conv import ConvGeometry
+
+Approximation = Literal["expand", "reduce"]
+Module = TypeVar("Module", bound=nn.Module)
+
+
+class Layer(ABC):
+    """A module whose weight and bias are preconditioned together.
+
+    Their gradients form ``[groups, out, in (+ 1)]`` matrices; a single group has plain
+    ``[out, in (+ 1)]`` matrices.
+
+    Attributes:
+        name: Qualified name of the module in the model.
+        module: The module; its weight is trainable.
+        approx: ``"expand"`` or ``"reduce"``.
+        has_bias: Whether a trainable bias is the last input.
+    """
+
+    groups = 1
+
+    def __init__(self, name: str, module: nn.Module, approx: Approximation) -> None:
+        self.name = name
+        self.module = module
+        self.approx = approx
+        bias = module.bias
+        self.has_bias = isinstance(bias, nn.Parameter) and bias.requires_grad
+
+    @abstractmethod
+    def examples(self, output: Tensor) -> int:
+        """Number of examples in the batch that made this output; 1 for an unbatched one."""
+
+    @abstractmethod
+    def input_gram(self, x: Tensor, output: Tensor) -> tuple[Tensor, int]:
+        """Sum of the outer products of the layer's inputs, and their number.
+
+        Args:
+            x: The module's input.
+            output: The module's output; only its shape is used.
+
+        Returns:
+            Symmetric matrices, ``[(groups,) in (+ 1), in (+ 1)]``, and their count: examples times
+            positions under expand, examples under reduce.
+        """
+
+    @abstractmethod
+    def gradient_gram(self, gradient: Tensor, scale: float) -> Tensor:
+        """``scale`` times the sum of the outer products of the layer's output gradients.
+
+        Args:
+            gradient: Gradient of the loss with respect to the module's output.
+            scale: Factor of the result.
+
+        Returns:
+            Symmetric matrices, ``[(groups,) out, out]``.
+        """
+
+    @abstractmethod
+    def weight_matrix(self, weight: Tensor) -> Tensor:
+        """The weight (or its gradient) as ``[(groups,) out, in]``."""
+
+    @abstractmethod
+    def weight_from_matrix(self, matrix: Tensor) -> Tensor:
+        """The inverse of :meth:`weight_matrix`, in the weight's shape."""
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The weight that is preconditioned."""
+        weight = self.module.weight
+        if not isinstance(weight, nn.Parameter):
+            raise TypeError(f"{self.name}: weight must be a parameter, got {type(weight).__name__}")
+        return weight
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The bias that is preconditioned with the weight, if there is one."""
+        bias = self.module.bias
+        return bias if self.has_bias and isinstance(bias, nn.Parameter) else None
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters that this layer preconditions."""
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
+
+    def gradient_matrix(self, dtype: torch.dtype) -> Tensor:
+        """The ``.grad`` of the parameters as ``[(groups,) out, in (+ 1)]``, zero if None."""
+        grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters()]
+        matrix = self.weight_matrix(grads[0]).to(dtype)
+        if not self.has_bias:
+            return matrix.contiguous()
+        column = grads[1].reshape(*matrix.shape[:-1], 1).to(dtype)
+        return torch.cat([matrix, column], -1)
+
+    def write_gradient(self, matrix: Tensor) -> None:
+        """Write a matrix of :meth:`gradient_matrix` back to each ``.grad`` that is there."""
+        if self.weight.grad is not None:
+            inputs = matrix[..., :-1] if self.has_bias else matrix
+            self.weight.grad.copy_(self.weight_from_matrix(inputs))
+        if self.bias is not None and self.bias.grad is not None:
+            self.bias.grad.copy_(matrix[..., -1].reshape(self.bias.shape))
+
+
+def _gradient_gram(rows: Tensor, approx: Approximation, groups: int, scale: float) -> Tensor:
+    """Gram of output gradients ``[N, *shared, out]``, or of their sums over positions."""
+    if approx == "expand" or rows.dim() == 2:
+        return ops.gram(rows, groups=groups, alpha=scale)
+    return ops.shared_gram(rows, reduction="sum", groups=groups, alpha=scale)
+
+
+class LinearLayer(Layer):
+    """``nn.Linear`` on ``[N, *shared, in]``."""
+
+    def examples(self, output: Tensor) -> int:
+        """The first dimension."""
+        return output.shape[0] if output.dim() > 1 else 1
+
+    def input_gram(self, x: Tensor, output: Tensor) -> tuple[Tensor, int]:
+        """Rows under expand, their means over the shared positions under reduce."""
+        x = x if x.dim() > 1 else x[None]
+        if self.approx == "expand" or x.dim() == 2:
+            return ops.gram(x, bias=self.has_bias), math.prod(x.shape[:-1])
+        return ops.shared_gram(x, reduction="mean", bias=self.has_bias), x.shape[0]
+
+    def gradient_gram(self, gradient: Tensor, scale: float) -> Tensor:
+        """Rows under expand, their sums over the shared positions under reduce."""
+        gradient = gradient if gradient.dim() > 1 else gradient[None]
+        return _gradient_gram(gradient, self.approx, 1, scale)
+
+    def weight_matrix(self, weight: Tensor) -> Tensor:
+        """The weight itself."""
+        return weight
+
+    def weight_from_matrix(self, matrix: Tensor) -> Tensor:
+        """The matrix itself."""
+        return matrix
+
+
+Convolution = (
+    nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+)
+
+
+class ConvLayer(Layer):
+    """``nn.Conv1d``, ``2d`` and ``3d`` on ``[N, C, *spatial]``; a factor for each group."""
+
+    module: Convolution
+
+    def __init__(self, name: str, module: Convolution, approx: Approximation) -> None:
+        super().__init__(name, module, approx)
+        self.groups = module.groups
+
+    def _batched(self, x: Tensor) -> Tensor:
+        return x if x.dim() == len(self.module.kernel_size) + 2 else x[None]
+
+    def examples(self, output: Tensor) -> int:
+        """The first dimension."""
+        return self._batched(output).shape[0]
+
+    def _output_padding(self, x: Tensor, output: Tensor) -> tuple[int, ...]:
+        return (0,) * len(self.module.kernel_size)
+
+    def input_gram(self, x: Tensor, output: Tensor) -> tuple[Tensor, int]:
+        """Patches under expand, their means over the output positions under reduce."""
+        x, output, module = self._batched(x), self._batched(output), self.module
+        positions = math.prod(output.shape[2:])
+        expand = self.approx == "expand"
+        form = ops.conv_expand_gram if expand else ops.conv_reduce_gram
+        result = form(
+            x,
+            module.kernel_size,
+            stride=module.stride,
+            padding=module.padding,
+            padding_mode=module.padding_mode,
+            dilation=module.dilation,
+            groups=module.groups,
+            transposed=module.transposed,
+            output_padding=self._output_padding(x, output),
+            bias=self.has_bias,
+        )
+        return result, x.shape[0] * (positions if expand else 1)
+
+    def gradient_gram(self, gradient: Tensor, scale: float) -> Tensor:
+        """Output pixels under expand, their sums over the image under reduce."""
+        pixels = self._batched(gradient).movedim(1, -1)
+        return _gradient_gram(pixels, self.approx, self.groups, scale)
+
+    def weight_matrix(self, weight: Tensor) -> Tensor:
+        """``[C_out, C_in / g, *k]`` as ``[(g,) C_out / g, C_in / g * prod(k)]``."""
+        matrix = weight.flatten(1)
+        return matrix if self.groups == 1 else matrix.unflatten(0, (self.groups, -1))
+
+    def weight_from_matrix(self, matrix: Tensor) -> Tensor:
+        """Back to ``[C_out, C_in / g, *k]``."""
+        return matrix.reshape(self.weight.shape)
+
+
+class ConvTransposeLayer(ConvLayer):
+    """``nn.ConvTranspose1d``, ``2d``, ``3d``: patches of the zero-stuffed input."""
+
+    def _output_padding(self, x: Tensor, output: Tensor) -> tuple[int, ...]:
+        """From the output's size, because ``forward`` may be given one."""
+        module = self.module
+        geometry = ConvGeometry.normalize(
+            self.name,
+            len(module.kernel_size),
+            module.kernel_size,
+            module.stride,
+            module.padding,
+            dilation=module.dilation,
+            transposed=True,
+        )
+        sizes = zip(output.shape[2:], geometry.output_size(x.shape[2:]), strict=True)
+        return tuple(made - least for made, least in sizes)
+
+    def weight_matrix(self, weight: Tensor) -> Tensor:
+        """``[C_in, C_out / g, *k]``, flipped, as ``[(g,) C_out / g, C_in / g * prod(k)]``."""
+        flipped = weight.flip(tuple(range(2, weight.dim()))).flatten(2)
+        blocks = flipped.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(2)
+        return blocks[0] if self.groups == 1 else blocks
+
+    def weight_from_matrix(self, matrix: Tensor) -> Tensor:
+        """Back to ``[C_in, C_out / g, *k]``."""
+        channels, outputs, *kernel = self.weight.shape
+        blocks = matrix.reshape(self.groups, outputs, channels // self.groups, *kernel)
+        flipped = blocks.transpose(1, 2).reshape(self.weight.shape)
+        return flipped.flip(tuple(range(2, flipped.dim())))
+
+
+RULES: dict[type[nn.Module], type[Layer]] = {
+    nn.Linear: LinearLayer,
+    nn.Conv1d: ConvLayer,
+    nn.Conv2d: ConvLayer,
+    nn.Conv3d: ConvLayer,
+    nn.ConvTranspose1d: ConvTransposeLayer,
+    nn.ConvTranspose2d: ConvTransposeLayer,
+    nn.ConvTranspose3d: ConvTransposeLayer,
+}

@@ -1,0 +1,417 @@
+"""The K-FAC preconditioner: hooks that form the factors, and the step that rewrites gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils.hooks import RemovableHandle
+
+from kfac_fast import ops
+from kfac_fast.blocks import Block, Sum, find_blocks
+from kfac_fast.curvature import Fisher, sampled_loss
+from kfac_fast.factors import DampingMode, refresh_inverses
+from kfac_fast.grafting import AdamNorm
+from kfac_fast.layers import Approximation
+
+Schedule = float | Callable[[int], float]
+STATE_VERSION = 1
+
+_CHOICES = {
+    "approx": ("expand", "reduce"),
+    "fisher": ("empirical", "mc"),
+    "loss_reduction": ("mean", "sum"),
+    "damping_mode": ("factored", "plain"),
+    "grafting": (None, "adam"),
+}
+_BOUNDS = {  # lowest value, and the value to stay below
+    "damping": (0, math.inf),
+    "factor_decay": (0, 1),
+    "factor_update_steps": (1, math.inf),
+    "inverse_update_steps": (1, math.inf),
+    "kl_clip": (0, math.inf),
+    "loss_terms_per_example": (1, math.inf),
+    "accumulation_steps": (1, math.inf),
+    "mc_samples": (1, math.inf),
+}
+
+
+class KFAC:
+    r"""Preconditions the gradients of a model's layers with inverses of their Kronecker factors.
+
+    .. math:: V \leftarrow \nu \, (G + \sqrt\lambda / \pi \, I)^{-1} \, V \, (A + \pi \sqrt\lambda
+    \, I)^{-1}
+
+    for each layer's gradient :math:`V` of shape ``[out, in (+ 1)]``, with the covariances :math:`A`
+    of its inputs and :math:`G` of the gradients of its output. It stands beside any ``torch.optim``
+    optimizer::
+
+        kfac = kfac_fast.KFAC(model, approx="reduce")
+        for inputs, targets in data:
+            optimizer.zero_grad()
+            loss_function(model(inputs), targets).backward()
+            kfac.step()  # rewrites .grad; or, once before the loop, kfac.attach(optimizer)
+            optimizer.step()
+
+    Options marked *schedule* are a number, or a function of the number of steps taken. A batch
+    whose inputs or gradients hold NaN or infinity leaves the factors as they were, and is counted
+    in :meth:`summary`.
+
+    Args:
+        model: The model; layers of the types in :data:`kfac_fast.layers.RULES` are preconditioned.
+        approx: ``"expand"`` or ``"reduce"``, for layers that share their weights over positions.
+        fisher: ``"empirical"`` takes the gradients of the training loss as they pass, ``"mc"``
+            those of the loss on labels drawn from the model, in :meth:`update_curvature`.
+        loss_reduction: ``"mean"`` or ``"sum"``, as of the training loss.
+        loss_terms_per_example: Terms of each example that a mean loss is divided by: 1 for one
+            label an example, the sequence length for one label a token. The Monte-Carlo Fisher
+            counts by itself.
+        accumulation_steps: Micro-batches whose losses are divided by this number and summed up in
+            ``.grad``.
+        mc_samples: Draws of labels in each :meth:`update_curvature`.
+        damping: Tikhonov damping :math:`\lambda` (*schedule*).
+        damping_mode: ``"factored"`` as above, or ``"plain"``: :math:`\lambda` on each factor.
+        factor_decay: Weight of the past in the factors' running averages, in [0, 1) (*schedule*).
+        factor_update_steps: Steps between updates of the factors (*schedule*).
+        inverse_update_steps: Steps between refreshes of the inverses (*schedule*).
+        kl_clip: Bound :math:`\kappa` on the step's squared length in the Fisher metric
+            (*schedule*): all layers are scaled by :math:`\nu = \min(1, \sqrt{\kappa / (\eta^2 \sum
+            \langle V, P V \rangle)})`.
+        learning_rate: Peak learning rate :math:`\eta` that ``kl_clip`` assumes. The peak on
+            purpose: with the current rate of a decaying schedule, the decay would cancel wherever
+                the clip acts.
+        grafting: ``"adam"`` scales each layer's direction to the length of Adam's step on its raw
+            gradient.
+        skip: Regular expressions; a layer is left alone if one is found in its qualified or its
+            class name.
+
+    Raises:
+        ValueError: If an option is refused, a pattern matches nothing, or the model has no layer to
+            precondition.
+
+    Source: Martens & Grosse (2015); Eschenhagen et al. (2023).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        approx: Approximation = "expand",
+        fisher: Fisher = "empirical",
+        loss_reduction: Literal["mean", "sum"] = "mean",
+        loss_terms_per_example: int = 1,
+        accumulation_steps: int = 1,
+        mc_samples: int = 1,
+        damping: Schedule = 1e-3,
+        damping_mode: DampingMode = "factored",
+        factor_decay: Schedule = 0.95,
+        factor_update_steps: Schedule = 10,
+        inverse_update_steps: Schedule = 100,
+        kl_clip: Schedule | None = None,
+        learning_rate: float | None = None,
+        grafting: Literal["adam"] | None = None,
+        skip: Sequence[str] = (),
+    ) -> None:
+        self.approx, self.fisher, self.loss_reduction = approx, fisher, loss_reduction
+        self.loss_terms_per_example, self.accumulation_steps = (
+            loss_terms_per_example,
+            accumulation_steps,
+        )
+        self.mc_samples = mc_samples
+        self.damping, self.damping_mode, self.factor_decay = damping, damping_mode, factor_decay
+        self.factor_update_steps, self.inverse_update_steps = (
+            factor_update_steps,
+            inverse_update_steps,
+        )
+        self.kl_clip, self.learning_rate, self.grafting = kl_clip, learning_rate, grafting
+        self.steps = 0
+        self._check_options()
+        self._blocks, self._left_alone = find_blocks(model, approx, skip)
+        self._capturing = self._due("factor_update_steps")
+        self._passes = 0
+        self._calls: list[tuple[Block, GradientEdge, Sum]] = []
+        self._hooks: list[RemovableHandle] = [model.register_forward_pre_hook(self._count_pass)]
+        self._optimizer_hook: RemovableHandle | None = None
+        for block in self._blocks:
+            self._hooks.append(block.layer.module.register_forward_hook(self._capture_hook(block)))
+
+    def _check_options(self) -> None:
+        for option, choices in _CHOICES.items():
+            if getattr(self, option) not in choices:
+                raise ValueError(
+                    f"KFAC: {option} must be one of {choices}, got {getattr(self, option)!r}"
+                )
+        for option in _BOUNDS:
+            if getattr(self, option) is not None:
+                self._now(option)
+        if self.kl_clip is not None and (self.learning_rate is None or not self.learning_rate > 0):
+            raise ValueError(
+                f"KFAC: learning_rate must be positive for kl_clip, got {self.learning_rate}"
+            )
+        if self.kl_clip is not None and self.grafting is not None:
+            raise ValueError(
+                "KFAC: kl_clip must be None with grafting, which sets the step's length, got both"
+            )
+
+    def _now(self, option: str) -> float:
+        """An option's number at the current step, checked."""
+        value: Schedule = getattr(self, option)
+        number = value(self.steps) if callable(value) else value
+        low, high = _BOUNDS[option]
+        if not low <= number < high:
+            raise ValueError(
+                f"KFAC: {option} must be in [{low}, {high}), got {number} at step {self.steps}"
+            )
+        return number
+
+    def _due(self, option: str) -> bool:
+        return self.steps % int(self._now(option)) == 0
+
+    # Capture. A layer's inputs enter the sums only together with their gradients, so that a forward
+    # pass without a backward pass leaves no trace.
+
+    def _count_pass(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self._passes += 1
+
+    def _capture_hook(self, block: Block) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        def capture(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+            if not (self._capturing and torch.is_grad_enabled() and output.requires_grad):
+                return
+            outer = block.layer.input_gram(inputs[0].detach(), output)
+            if self.fisher == "mc":
+                self._calls.append((block, get_gradient_edge(output), outer))
+            else:
+                forward_pass = self._passes
+                output.register_hook(lambda g: self._add_empirical(block, outer, g, forward_pass))
+
+        return capture
+
+    def _add_empirical(
+        self, block: Block, inputs: Sum, gradient: Tensor, forward_pass: int
+    ) -> None:
+        """Add a call's outer products under the training loss."""
+        terms = block.layer.examples(gradient) * self.loss_terms_per_example
+        scale = self.accumulation_steps * (terms if self.loss_reduction == "mean" else 1)
+        # A layer called twice in one pass sees the same terms of the loss twice.
+        first_call = forward_pass == 0 or block.counted_pass != forward_pass
+        block.counted_pass = forward_pass
+        block.add(
+            inputs,
+            (block.layer.gradient_gram(gradient, float(scale) ** 2), terms if first_call else 0),
+        )
+
+    def update_curvature(
+        self, outputs: Tensor, *, loss: str, generator: torch.Generator | None = None
+    ) -> None:
+        r"""Form the gradient covariances from labels drawn from the model, for ``fisher="mc"``.
+
+        .. math:: G = c \sum_n \sum_s g_{n,s} g_{n,s}^\top, \qquad
+            g = \partial \textstyle\sum_m \ell(f_m, y_m) / \partial z, \quad y_m \sim p(y \mid f_m)
+
+        with :math:`c = 1/M` for a mean of M terms, 1 for a sum. Call it after the forward pass and
+        before ``backward()``. It keeps the graph and touches no ``.grad``; on steps whose factors
+        are not updated it does nothing.
+
+        Args:
+            outputs: The model's outputs, as the loss takes them.
+            loss: ``"cross_entropy"``, ``"mse"`` or ``"bce_with_logits"``.
+            generator: Source of randomness; PyTorch's default if None.
+
+        Raises:
+            RuntimeError: If the Fisher is not ``"mc"``.
+            ValueError: If ``loss`` is unknown.
+
+        Source: Martens & Grosse (2015), section 5.
+        """
+        if self.fisher != "mc":
+            raise RuntimeError(f"update_curvature: fisher must be 'mc', got {self.fisher!r}")
+        calls, self._calls = self._calls, []
+        if not calls:
+            return
+        grams: dict[int, Tensor] = {}
+        for _ in range(self.mc_samples):
+            total, terms = sampled_loss(outputs, loss, generator)
+            edges = [edge for _, edge, _ in calls]
+            gradients = torch.autograd.grad(total, edges, retain_graph=True, allow_unused=True)
+            for index, gradient in enumerate(gradients):
+                if gradient is not None:
+                    gram = calls[index][0].layer.gradient_gram(gradient, 1 / self.mc_samples)
+                    grams[index] = gram if index not in grams else grams[index] + gram
+        counted: set[Block] = set()
+        for index, gram in grams.items():
+            block, _, inputs = calls[index]
+            block.add(inputs, (gram, 0 if block in counted else terms))
+            counted.add(block)
+
+    # The step
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update factors and inverses if they are due, then precondition every layer's ``.grad``.
+
+        Call it after ``backward()`` and before ``optimizer.step()``, unless :meth:`attach` does.
+        The host never waits for the device.
+
+        Raises:
+            RuntimeError: If ``fisher="mc"`` and :meth:`update_curvature` was not called on a step
+                that updates the factors.
+        """
+        if self._calls:
+            raise RuntimeError(
+                "KFAC.step: fisher='mc' needs update_curvature() after the forward pass, got none"
+            )
+        self._update_factors()
+        self._precondition()
+        self.steps += 1
+        self._capturing = self._due("factor_update_steps")
+
+    def _update_factors(self) -> None:
+        new = [block for block in self._blocks if block.factors is None]
+        if self._capturing:
+            for block in self._blocks:
+                block.update(self._now("factor_decay"), self.loss_reduction)
+        if self._due("inverse_update_steps") or any(block.factors is not None for block in new):
+            pairs = [block.factors for block in self._blocks if block.factors is not None]
+            refresh_inverses(pairs, self._now("damping"), self.damping_mode)
+
+    def _precondition(self) -> None:
+        ready = [
+            (block, block.factors)
+            for block in self._blocks
+            if block.factors is not None and block.layer.weight.grad is not None
+        ]
+        grads = [block.layer.gradient_matrix(factors[0].inverse.dtype) for block, factors in ready]
+        inputs = [factors[0].inverse for _, factors in ready]
+        gradients = [factors[1].inverse for _, factors in ready]
+        directions, inner_product = ops.precondition(grads, inputs, gradients)
+        if self.kl_clip is not None and self.learning_rate is not None:
+            bound = self._now("kl_clip") / self.learning_rate**2
+            torch._foreach_mul_(
+                directions, (bound / inner_product.clamp(min=0)).sqrt().clamp(max=1)
+            )
+        for (block, _), grad, direction in zip(ready, grads, directions, strict=True):
+            if self.grafting is not None:
+                if block.norm is None:
+                    block.norm = AdamNorm(grad)
+                length = torch.linalg.vector_norm(direction)
+                direction *= block.norm.update(grad) / torch.where(length > 0, length, 1)
+            block.layer.write_gradient(direction)
+
+    # Around the training loop
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Call :meth:`step` at the start of every ``optimizer.step()``.
+
+        Args:
+            optimizer: Any optimizer that holds some of the preconditioned parameters.
+
+        Raises:
+            RuntimeError: If an optimizer is already attached.
+            ValueError: If the optimizer holds none of the parameters.
+        """
+        if self._optimizer_hook is not None:
+            raise RuntimeError("KFAC.attach: optimizer must be the only one attached, got a second")
+        held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+        if held.isdisjoint(self.parameters()):
+            raise ValueError(
+                "KFAC.attach: optimizer must hold a preconditioned parameter, got one with none"
+            )
+        self._optimizer_hook = optimizer.register_step_pre_hook(lambda *_: self.step())
+
+    def detach(self) -> None:
+        """Remove every hook from the model and the optimizer; :meth:`state_dict` keeps working."""
+        hooks = [*self._hooks, *([] if self._optimizer_hook is None else [self._optimizer_hook])]
+        for hook in hooks:
+            hook.remove()
+        self._hooks, self._optimizer_hook, self._calls = [], None, []
+
+    def __enter__(self) -> KFAC:
+        """Return itself; the ``with`` block detaches at its end."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Detach."""
+        self.detach()
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters that are preconditioned.
+
+        Yields:
+            Each weight and bias once.
+        """
+        for block in self._blocks:
+            yield from block.layer.parameters()
+
+    def summary(self) -> str:
+        """What is preconditioned, what is not and why, with failures counted; waits for the device.
+
+        Returns:
+            A table, one line for each module that owns parameters.
+        """
+        lines = [f"K-FAC {self.approx}, {self.fisher} Fisher, {self.steps} steps"]
+        for block in self._blocks:
+            layer = block.layer
+            shape = "no factors yet"
+            if block.factors is not None:
+                a, g = block.factors
+                sizes = f"A {list(a.total.shape)}  G {list(g.total.shape)}"
+                skipped, failed = int(a.skipped + g.skipped), int(a.failed + g.failed)
+                shape = f"{sizes}  updates skipped {skipped}  inverses failed {failed}"
+            lines.append(f"  {layer.name or '(model)'}: {type(layer.module).__name__}  {shape}")
+        lines += [
+            f"  {name or '(model)'}: left alone, {reason}"
+            for name, reason in self._left_alone.items()
+        ]
+        return "\n".join(lines)
+
+    # State
+
+    def state_dict(self) -> dict[str, Any]:
+        """A snapshot of everything that a resumed run needs to continue bit for bit.
+
+        Returns:
+            A nested dictionary that ``torch.load(weights_only=True)`` accepts. Save it between
+            steps.
+        """
+        layers = {
+            block.layer.name: {
+                part: {field: getattr(holder, field) for field in holder.STATE}
+                for part, holder in block.parts().items()
+            }
+            for block in self._blocks
+        }
+        return {"version": STATE_VERSION, "steps": self.steps, "layers": layers}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a saved state; nothing changes unless all of it fits.
+
+        Args:
+            state: Result of :meth:`state_dict` of a run with the same layers.
+
+        Raises:
+            ValueError: If the version, the layers, a part or a shape does not fit.
+        """
+        if state.get("version") != STATE_VERSION:
+            raise ValueError(
+                f"load_state_dict: version must be {STATE_VERSION}, got {state.get('version')}"
+            )
+        names = [block.layer.name for block in self._blocks]
+        if sorted(state["layers"]) != sorted(names):
+            raise ValueError(
+                f"load_state_dict: layers must be {sorted(names)}, got {sorted(state['layers'])}"
+            )
+        restored = [block.restored(state["layers"][block.layer.name]) for block in self._blocks]
+        for block, saved in zip(self._blocks, restored, strict=True):
+            block.factors, block.norm = saved.factors, saved.norm
+        self.steps = int(state["steps"])
+        self._capturing = self._due("factor_update_steps")
