@@ -21,12 +21,14 @@ import torch
 from kfac_fast import reference, schema
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-Refusal = Callable[..., str | None]
 
 EXTENSION_BUILT = importlib.util.find_spec("kfac_fast._C") is not None
-TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 if EXTENSION_BUILT:
     importlib.import_module("kfac_fast._C")  # registers the native kernels with the dispatcher
+
+
+def _refuses_nothing(*args: Any) -> None:
+    """Accept every call."""
 
 
 @dataclass(frozen=True)
@@ -36,65 +38,63 @@ class Implementation:
     Attributes:
         name: ``"cpp"``, ``"cuda"``, ``"triton"`` or ``"reference"``.
         run: Takes the dispatcher arguments, writes the outputs.
-        refuses: Takes the same arguments; a sentence why this implementation cannot serve them, or
-            None.
+        missing: A sentence why this installation does not have it, or None.
+        refuses: Takes the dispatcher arguments; a sentence why it cannot serve them, or None.
     """
 
     name: str
     run: Callable[..., None]
-    refuses: Refusal
+    missing: str | None = None
+    refuses: Callable[..., str | None] = _refuses_nothing
 
-
-def _accepts(*args: Any) -> None:
-    """Refuse nothing."""
+    def reason_against(self, *args: Any) -> str | None:
+        """A sentence why it does not serve these dispatcher arguments, or None."""
+        return self.missing or self.refuses(*args)
 
 
 def _reference(op: str) -> Implementation:
-    return Implementation("reference", getattr(reference, op), _accepts)
+    return Implementation("reference", getattr(reference, op))
 
 
 def _native(op: str, device: str) -> Implementation:
     """The compiled extension's kernel for ``device``."""
-    name = "cpp" if device == "cpu" else "cuda"
-    overload = getattr(torch.ops.kfac_fast_native, op).default
+    missing = None
     if not EXTENSION_BUILT:
-        refusal = "the C++ extension is not built: run `pip install --no-build-isolation .`"
+        missing = "the C++ extension is not built: run `pip install --no-build-isolation .`"
     elif not torch._C._dispatch_has_kernel_for_dispatch_key(
         f"kfac_fast_native::{op}", device.upper()
     ):
-        refusal = f"the C++ extension was built without {device.upper()} kernels"
-    else:
-        return Implementation(name, overload, _accepts)
-    return Implementation(name, overload, lambda *args: refusal)
+        missing = f"the C++ extension was built without {device.upper()} kernels"
+    overload = getattr(torch.ops.kfac_fast_native, op).default
+    return Implementation("cpp" if device == "cpu" else "cuda", overload, missing)
 
 
-def _triton_kernels(op: str) -> ModuleType:
-    """An operator's Triton module, imported at its first use: Triton is slow to import."""
-    return importlib.import_module(f"kfac_fast.kernels.{op}")
-
-
-def _triton(op: str) -> Implementation:
+def _triton(op: str, device: str) -> Implementation:
     """The Triton kernel; on CPU tensors it runs only under Triton's interpreter."""
 
+    def kernels() -> ModuleType:  # at the first use, because Triton is slow to import
+        return importlib.import_module(f"kfac_fast.kernels.{op}")
+
     def run(*args: Any) -> None:
-        getattr(_triton_kernels(op), op)(*args, precision=torch.get_float32_matmul_precision())
+        getattr(kernels(), op)(*args, precision=torch.get_float32_matmul_precision())
 
     def refuses(*args: Any) -> str | None:
-        if not TRITON_INSTALLED:
-            return "Triton is not installed"
-        if not args[0].is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-            return "Triton needs a GPU, or TRITON_INTERPRET=1 to interpret its kernels on the CPU"
-        reason: str | None = _triton_kernels(op).refuses(*args)
+        reason: str | None = kernels().refuses(*args)
         return reason
 
-    return Implementation("triton", run, refuses)
+    missing = None
+    if importlib.util.find_spec("triton") is None:
+        missing = "Triton is not installed"
+    elif device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        missing = "Triton needs a GPU, or TRITON_INTERPRET=1 to interpret its kernels"
+    return Implementation("triton", run, missing, refuses)
 
 
 TABLE: dict[tuple[str, str], tuple[Implementation, ...]] = {
     (op, device): (_reference(op),) for op in schema.OPERATORS for device in ("cpu", "cuda")
 }
-TABLE["gram", "cpu"] = (_native("gram", "cpu"), _reference("gram"), _triton("gram"))
-TABLE["gram", "cuda"] = (_triton("gram"), _native("gram", "cuda"), _reference("gram"))
+TABLE["gram", "cpu"] = (_native("gram", "cpu"), _reference("gram"), _triton("gram", "cpu"))
+TABLE["gram", "cuda"] = (_triton("gram", "cuda"), _native("gram", "cuda"), _reference("gram"))
 
 _forced: ContextVar[str | None] = ContextVar("kfac_fast_implementation", default=None)
 _explanation: ContextVar[list[str] | None] = ContextVar("kfac_fast_explanation", default=None)
@@ -155,7 +155,7 @@ def select(op: str, *args: Any) -> Implementation:
     device = _device_type(args[0])
     reasons = []
     for implementation in _candidates(op, device):
-        reason = implementation.refuses(*args)
+        reason = implementation.reason_against(*args)
         if reason is None:
             return implementation
         reasons.append(f"{implementation.name}: {reason}")
@@ -201,7 +201,7 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> str:
 def _describe(op: str, *args: Any) -> Iterator[str]:
     device = _device_type(args[0])
     for implementation in _candidates(op, device):
-        reason = implementation.refuses(*args)
+        reason = implementation.reason_against(*args)
         yield f"{op} on {device}: {implementation.name} " + (
             "serves this call" if reason is None else f"refuses: {reason}"
         )

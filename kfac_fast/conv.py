@@ -23,7 +23,7 @@ def _per_dimension(
     op: str, argument: str, value: int | Sequence[int], dimensions: int
 ) -> list[int]:
     """One integer per spatial dimension, from an integer or a sequence."""
-    values = [value] * dimensions if isinstance(value, int) else list(value)
+    values = list(value) if isinstance(value, Sequence) else [value] * dimensions
     if len(values) != dimensions or not all(isinstance(v, int) for v in values):
         raise ValueError(f"{op}: {argument} must be an int or {dimensions} ints, got {value!r}")
     return values
@@ -104,6 +104,10 @@ class ConvGeometry:
         kernel = _per_dimension(op, "kernel_size", kernel_size, dimensions)
         steps = _per_dimension(op, "stride", stride, dimensions)
         spread = _per_dimension(op, "dilation", dilation, dimensions)
+        if transposed and isinstance(padding, str):
+            raise ValueError(
+                f"{op}: padding must be an int or ints for a transposed convolution, got {padding!r}"
+            )
         return cls(
             tuple(kernel),
             tuple(steps),

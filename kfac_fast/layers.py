@@ -204,7 +204,7 @@ class ConvLayer(Layer):
     def weight_matrix(self, weight: Tensor) -> Tensor:
         """``[C_out, C_in / g, *k]`` as ``[(g,) C_out / g, C_in / g * prod(k)]``."""
         matrix = weight.flatten(1)
-        return matrix if self.groups == 1 else matrix.unflatten(0, (self.groups, -1))
+        return matrix if self.groups == 1 else matrix.reshape(self.groups, -1, matrix.shape[1])
 
     def weight_from_matrix(self, matrix: Tensor) -> Tensor:
         """Back to ``[C_out, C_in / g, *k]``."""
@@ -231,8 +231,10 @@ class ConvTransposeLayer(ConvLayer):
 
     def weight_matrix(self, weight: Tensor) -> Tensor:
         """``[C_in, C_out / g, *k]``, flipped, as ``[(g,) C_out / g, C_in / g * prod(k)]``."""
-        flipped = weight.flip(tuple(range(2, weight.dim()))).flatten(2)
-        blocks = flipped.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(2)
+        flipped = weight.flip(tuple(range(2, weight.dim())))
+        inputs, outputs = weight.shape[:2]
+        blocks = flipped.reshape(self.groups, inputs // self.groups, outputs, -1)
+        blocks = blocks.transpose(1, 2).flatten(2)
         return blocks[0] if self.groups == 1 else blocks
 
     def weight_from_matrix(self, matrix: Tensor) -> Tensor:
@@ -240,7 +242,7 @@ class ConvTransposeLayer(ConvLayer):
         channels, outputs, *kernel = self.weight.shape
         blocks = matrix.reshape(self.groups, outputs, channels // self.groups, *kernel)
         flipped = blocks.transpose(1, 2).reshape(self.weight.shape)
-        return flipped.flip(tuple(range(2, flipped.dim())))
+        return torch.flip(flipped, tuple(range(2, flipped.dim())))
 
 
 RULES: dict[type[nn.Module], type[Layer]] = {
