@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import ModuleType
@@ -27,10 +27,6 @@ if EXTENSION_BUILT:
     importlib.import_module("kfac_fast._C")  # registers the native kernels with the dispatcher
 
 
-def _refuses_nothing(*args: Any) -> None:
-    """Accept every call."""
-
-
 @dataclass(frozen=True)
 class Implementation:
     """One way to compute an operator on one device type.
@@ -39,17 +35,20 @@ class Implementation:
         name: ``"cpp"``, ``"cuda"``, ``"triton"`` or ``"reference"``.
         run: Takes the dispatcher arguments, writes the outputs.
         missing: A sentence why this installation does not have it, or None.
-        refuses: Takes the dispatcher arguments; a sentence why it cannot serve them, or None.
+        refuses: Takes the dispatcher arguments; a sentence why it cannot serve them, or None. None
+            if it serves all.
     """
 
     name: str
     run: Callable[..., None]
     missing: str | None = None
-    refuses: Callable[..., str | None] = _refuses_nothing
+    refuses: Callable[..., str | None] | None = None
 
     def reason_against(self, *args: Any) -> str | None:
         """A sentence why it does not serve these dispatcher arguments, or None."""
-        return self.missing or self.refuses(*args)
+        if self.missing is not None or self.refuses is None:
+            return self.missing
+        return self.refuses(*args)
 
 
 def _reference(op: str) -> Implementation:
@@ -209,6 +208,12 @@ def _describe(op: str, *args: Any) -> Iterator[str]:
             return
 
 
+def _without_autocast(device: str) -> AbstractContextManager[object]:
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
+
+
 def _router(op: str) -> Callable[..., None]:
     """The dispatcher's entry of an operator: check, choose, run."""
 
@@ -216,7 +221,9 @@ def _router(op: str) -> Callable[..., None]:
         schema.check(op, *args)
         explanation = _explanation.get()
         if explanation is None:
-            select(op, *args).run(*args)
+            # Whatever the inputs require, no kernel is differentiable, and none sums in bfloat16.
+            with torch.no_grad(), _without_autocast(_device_type(args[0])):
+                select(op, *args).run(*args)
         else:
             explanation.extend(_describe(op, *args))
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from kfac_fast.factors import Factor
 from kfac_fast.grafting import AdamNorm
 from kfac_fast.layers import RULES, Approximation, Layer
+from kfac_fast.schema import result_dtype
 
 Sum = tuple[Tensor, int]
 """Outer products added up, and the number of terms to average them over."""
@@ -34,6 +35,11 @@ class Block:
         self.counted_pass = 0
         self._sums: tuple[Sum, Sum] | None = None
 
+    @property
+    def pending(self) -> bool:
+        """Whether the current step's batches have added anything."""
+        return self._sums is not None
+
     def add(self, inputs: Sum, gradients: Sum) -> None:
         """Add one call's outer products of inputs and of output gradients, with their counts."""
         if self._sums is not None:
@@ -56,7 +62,7 @@ class Block:
             self.factors = Factor(batches[0]), Factor(batches[1])
         for factor, batch in zip(self.factors, batches, strict=True):
             factor.update(batch, decay)
-        self._sums = None
+        self._sums, self.counted_pass = None, 0
 
     def parts(self) -> dict[str, Part]:
         """What has a state, by the names that it is saved under."""
@@ -88,12 +94,11 @@ class Block:
         weight = self.layer.weight_matrix(self.layer.weight.detach())
         *groups, outputs, inputs = weight.shape
         inputs += self.layer.has_bias
+        dtype = result_dtype(weight.dtype)
         if "input" in state:
-            dtype = state["input"]["total"].dtype
             a, g = (weight.new_empty(*groups, n, n, dtype=dtype) for n in (inputs, outputs))
             block.factors = Factor(a), Factor(g)
         if "norm" in state:
-            dtype = state["norm"]["second_moment"].dtype
             block.norm = AdamNorm(weight.new_empty(*groups, outputs, inputs, dtype=dtype))
         for name, part in block.parts().items():
             _restore(part, state[name], f"{self.layer.name}.{name}")
@@ -101,7 +106,7 @@ class Block:
 
 
 def _restore(part: Part, saved: dict[str, Tensor], where: str) -> None:
-    """Fill a part with saved tensors of the same shapes, on its own device."""
+    """Fill a part with saved tensors of the same shapes, on its own device and in its dtype."""
     if sorted(saved) != sorted(part.STATE):
         raise ValueError(
             f"load_state_dict: {where} must hold {sorted(part.STATE)}, got {sorted(saved)}"
@@ -113,7 +118,7 @@ def _restore(part: Part, saved: dict[str, Tensor], where: str) -> None:
                 f"load_state_dict: {where}.{field} must have shape {tuple(own.shape)}, "
                 f"got {tuple(value.shape)}"
             )
-        setattr(part, field, value.detach().to(own.device, copy=True))
+        setattr(part, field, value.detach().to(own.device, own.dtype, copy=True))
 
 
 def _plus(total: Sum, term: Sum) -> Sum:
@@ -134,21 +139,23 @@ def find_blocks(
         The blocks in the model's order, and reasons by qualified name.
 
     Raises:
-        ValueError: If a pattern matches no module, or no layer is left.
+        ValueError: If a pattern is no regular expression or matches no module, or no layer is left.
     """
+    patterns = _compiled(skip)
     modules = [
         (n, m) for n, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))
     ]
-    for pattern in skip:
+    for pattern in patterns:
         if not any(_matches(pattern, name, module) for name, module in modules):
             raise ValueError(
-                f"KFAC: skip must match modules with parameters, got {pattern!r} that matches none"
+                "KFAC: skip must match modules with parameters, "
+                f"got {pattern.pattern!r} that matches none"
             )
     blocks: list[Block] = []
     left_alone: dict[str, str] = {}
     owners: dict[nn.Parameter, str] = {}
     for name, module in modules:
-        reason = _reason_against(name, module, skip, owners)
+        reason = _reason_against(name, module, patterns, owners)
         if reason is not None:
             left_alone[name] = reason
             continue
@@ -160,19 +167,35 @@ def find_blocks(
     return blocks, left_alone
 
 
-def _matches(pattern: str, name: str, module: nn.Module) -> bool:
-    return any(re.search(pattern, text) for text in (name, type(module).__name__))
+def _compiled(skip: Sequence[str]) -> list[re.Pattern[str]]:
+    if isinstance(skip, str):
+        raise ValueError(f"KFAC: skip must be a sequence of patterns, got the string {skip!r}")
+    try:
+        return [re.compile(pattern) for pattern in skip]
+    except re.error as error:
+        raise ValueError(
+            f"KFAC: skip must hold regular expressions, got {error.pattern!r}: {error}"
+        ) from error
+
+
+def _matches(pattern: re.Pattern[str], name: str, module: nn.Module) -> bool:
+    return any(pattern.search(text) for text in (name, type(module).__name__))
 
 
 def _reason_against(
-    name: str, module: nn.Module, skip: Sequence[str], owners: dict[nn.Parameter, str]
+    name: str,
+    module: nn.Module,
+    patterns: Sequence[re.Pattern[str]],
+    owners: dict[nn.Parameter, str],
 ) -> str | None:
     """Why a module with parameters is not preconditioned, or None if it is."""
-    for pattern in skip:
+    for pattern in patterns:
         if _matches(pattern, name, module):
-            return f"skipped by pattern {pattern!r}"
+            return f"skipped by pattern {pattern.pattern!r}"
     if type(module) not in RULES:
         return f"no rule for {type(module).__name__}"
+    if not isinstance(module.weight, nn.Parameter):
+        return "its weight is computed from other parameters"
     if not module.weight.requires_grad:
         return "its weight is frozen"
     for parameter in module.parameters(recurse=False):

@@ -18,10 +18,21 @@ from torch import Tensor
 Fisher = Literal["empirical", "mc"]
 
 
+# torch.multinomial and torch.bernoulli make the host wait and refuse NaN, hence the plain draws. In
+# half precision these would be too coarse.
+
+
+def _probability_dtype(outputs: Tensor) -> torch.dtype:
+    return torch.promote_types(outputs.dtype, torch.float32)
+
+
 def _cross_entropy(outputs: Tensor, generator: torch.Generator | None) -> tuple[Tensor, int]:
     """Labels of the softmax over dimension 1 of ``[N, C, *positions]``, a term each."""
     logits = outputs.movedim(1, -1).flatten(0, -2)
-    labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(-1)
+    probabilities = logits.detach().softmax(-1, dtype=_probability_dtype(outputs))
+    # The first of exponential clocks with these rates to ring.
+    clocks = torch.empty_like(probabilities).exponential_(generator=generator)
+    labels = (probabilities / clocks).argmax(-1)
     return F.cross_entropy(logits, labels, reduction="sum"), len(labels)
 
 
@@ -34,7 +45,9 @@ def _mse(outputs: Tensor, generator: torch.Generator | None) -> tuple[Tensor, in
 
 def _bce_with_logits(outputs: Tensor, generator: torch.Generator | None) -> tuple[Tensor, int]:
     """Independent Bernoulli labels; one term for each entry."""
-    labels = torch.bernoulli(outputs.detach().sigmoid(), generator=generator)
+    probabilities = outputs.detach().to(_probability_dtype(outputs)).sigmoid()
+    labels = torch.empty_like(probabilities).uniform_(generator=generator) < probabilities
+    labels = labels.to(outputs.dtype)
     return F.binary_cross_entropy_with_logits(outputs, labels, reduction="sum"), outputs.numel()
 
 

@@ -41,7 +41,7 @@ def _facts() -> Iterator[tuple[str, str]]:
 
 
 def _choices() -> Iterator[str]:
-    """What serves each operator on the devices that are here, and why what is preferred does not."""
+    """What serves each operator on the devices that are here, and why nothing before it does."""
     here = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     for (op, device), row in backends.TABLE.items():
         if device not in here:

