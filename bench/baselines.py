@@ -1,0 +1,279 @@
+"""The ways to compute each operator's result in plain PyTorch; the fastest is the baseline.
+
+Each function returns ways by name. A way takes the preallocated result and returns the result, that
+one or another: no way copies, mirrors or checks what its user would not need. ``reference`` is the
+library's own pure-PyTorch version, called without the dispatcher.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from itertools import product
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from shapes import Conv
+from torch import Tensor
+
+from kfac_fast import reference
+
+Ways = dict[str, Callable[[Any], Any]]
+
+# Gram matrices of rows
+
+
+def gram(x: Tensor, *, bias: bool, alpha: float, beta: float) -> Ways:
+    """Ways to ``out <- beta out + alpha sum x~ x~^T``."""
+
+    def rows() -> Tensor:
+        flat = x.flatten(0, -2).float()
+        return F.pad(flat, (0, 1), value=1.0) if bias else flat
+
+    def addmm(out: Tensor) -> Tensor:
+        r = rows()
+        return out.addmm_(r.T, r, beta=beta, alpha=alpha)
+
+    def matmul(out: Tensor) -> Tensor:
+        r = rows()
+        return r.T @ r
+
+    def mm_to_float32(out: Tensor) -> Tensor:
+        r = x.flatten(0, -2)
+        return torch.mm(r.T, r, out_dtype=torch.float32)
+
+    ways: Ways = {
+        "addmm_": addmm,
+        "reference": lambda out: _run(reference.gram, x, None, 1, bias, alpha, beta, out),
+    }
+    if beta == 0 and alpha == 1:
+        ways["x.T @ x"] = matmul
+        if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and not bias:
+            ways["mm to float32"] = mm_to_float32
+    return ways
+
+
+def _run(function: Callable[..., None], *arguments: Any) -> Any:
+    """Call a function that writes its last argument; that argument."""
+    function(*arguments)
+    return arguments[-1]
+
+
+def shared_gram(
+    x: Tensor, *, reduction: str, bias: bool, segments: Tensor | None, num_segments: int
+) -> Ways:
+    """Ways to the Gram of sums or means over shared positions; a bias goes with a mean only."""
+
+    def from_reduced(reduced: Tensor, out: Tensor) -> Tensor:
+        rows = F.pad(reduced, (0, 1), value=1.0) if bias else reduced
+        return torch.mm(rows.T, rows, out=out)
+
+    def reduce(out: Tensor) -> Tensor:
+        flat = x.flatten(1, -2)
+        return from_reduced(flat.mean(1) if reduction == "mean" else flat.sum(1), out)
+
+    def product_with_ones(out: Tensor) -> Tensor:
+        flat = x.flatten(1, -2)
+        weight = 1 / flat.shape[1] if reduction == "mean" else 1.0
+        ones = x.new_full((len(x), 1, flat.shape[1]), weight)
+        return from_reduced(torch.bmm(ones, flat)[:, 0], out)
+
+    def index_add(out: Tensor) -> Tensor:
+        total = x.new_zeros(num_segments, x.shape[-1]).index_add_(0, segments, x)
+        count = torch.bincount(segments, minlength=num_segments).clamp_(min=1)
+        return from_reduced(total / count[:, None], out)
+
+    arguments = (x, None, segments, num_segments, reduction, 1, bias, 1.0, 0.0)
+    ways: Ways = {"reference": lambda out: _run(reference.shared_gram, *arguments, out)}
+    if segments is not None:
+        return {"index_add_ + mm": index_add, **ways}
+    return {f"{reduction} + mm": reduce, "product with ones + mm": product_with_ones, **ways}
+
+
+# Convolutions: zero padding, no bias
+
+
+def _patches(x: Tensor, conv: Conv, out: Tensor) -> Tensor:
+    """``[N, (groups,) d, S]`` by F.unfold; ``(groups,)`` as in ``out``."""
+    unfolded = F.unfold(x, conv.kernel, padding=conv.padding, stride=conv.stride)
+    return unfolded.reshape(len(x), *out.shape[:-1], -1)
+
+
+def _windows(x: Tensor, conv: Conv) -> Tensor:
+    """View of every patch, ``[N, C, H, W, k, k]``."""
+    framed = F.pad(x, (conv.padding,) * 4)
+    return framed.unfold(2, conv.kernel, conv.stride).unfold(3, conv.kernel, conv.stride)
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor, beta: float = 0.0) -> Tensor:
+    """``out <- beta out + a b``, of matrices or stacks."""
+    return out.addmm_(a, b, beta=beta) if out.dim() == 2 else out.baddbmm_(a, b, beta=beta)
+
+
+def conv_expand_gram(x: Tensor, conv: Conv, arguments: Sequence[Any]) -> Ways:
+    """Ways to the Gram of all patches; ``arguments`` are the dispatcher's before ``out``."""
+
+    def unfold_rows(out: Tensor) -> Tensor:
+        rows = _patches(x, conv, out).mT.movedim(0, -3).flatten(-3, -2)
+        return _product(rows.mT, rows, out)
+
+    def unfold_batched(out: Tensor) -> Tensor:
+        patches = _patches(x, conv, out)
+        return torch.sum(patches @ patches.mT, 0, out=out)
+
+    def unfold_each_example(out: Tensor) -> Tensor:
+        for n, patches in enumerate(_patches(x, conv, out)):
+            _product(patches, patches.mT, out, beta=float(n > 0))
+        return out
+
+    def strided_columns(out: Tensor) -> Tensor:
+        columns = _windows(x, conv).permute(1, 4, 5, 0, 2, 3).reshape(*out.shape[:-1], -1)
+        return _product(columns, columns.mT, out)
+
+    return {
+        "unfold + mm": unfold_rows,
+        "unfold + bmm + sum": unfold_batched,
+        "unfold + addmm_ of each example": unfold_each_example,
+        "strided view + mm": strided_columns,
+        "reference": lambda out: _run(reference.conv_expand_gram, *arguments, out),
+    }
+
+
+def _window_sums(x: Tensor, conv: Conv) -> dict[str, Callable[[], Tensor]]:
+    """Ways to every example's patches summed over positions, ``[N, C * k * k]`` or unflattened."""
+
+    def unfold() -> Tensor:
+        return F.unfold(x, conv.kernel, padding=conv.padding, stride=conv.stride).sum(-1)
+
+    def strided() -> Tensor:
+        return _windows(x, conv).sum((2, 3))
+
+    def taps() -> Tensor:
+        framed = F.pad(x, (conv.padding,) * 4)
+        reach = framed.shape[-1] - conv.kernel + 1
+        sums = [
+            framed[
+                :, :, row : row + reach : conv.stride, column : column + reach : conv.stride
+            ].sum((2, 3))
+            for row, column in product(range(conv.kernel), repeat=2)
+        ]
+        return torch.stack(sums, -1)
+
+    return {"unfold + sum": unfold, "strided view + sum": strided, "sum of each tap": taps}
+
+
+def conv_window_sum(x: Tensor, conv: Conv, arguments: Sequence[Any]) -> Ways:
+    """Ways to the patches summed over positions."""
+    ways: Ways = {
+        name: lambda out, sums=sums: sums().reshape(out.shape)
+        for name, sums in _window_sums(x, conv).items()
+    }
+    return {**ways, "reference": lambda out: _run(reference.conv_window_sum, *arguments, out)}
+
+
+def conv_reduce_gram(x: Tensor, conv: Conv, arguments: Sequence[Any]) -> Ways:
+    """Ways to the Gram of the patches averaged over positions."""
+    positions = math.prod(_windows(x, conv).shape[2:4])
+
+    def from_sums(sums: Callable[[], Tensor], out: Tensor) -> Tensor:
+        means = sums().div_(positions).reshape(len(x), *out.shape[:-1]).movedim(0, -2)
+        return _product(means.mT, means, out)
+
+    ways: Ways = {
+        f"{name}, mm": lambda out, sums=sums: from_sums(sums, out)
+        for name, sums in _window_sums(x, conv).items()
+    }
+    return {**ways, "reference": lambda out: _run(reference.conv_reduce_gram, *arguments, out)}
+
+
+# Lists of matrices of mixed sizes
+
+
+def _damped(matrix: Tensor, damping: float) -> Tensor:
+    shifted = matrix.clone()
+    shifted.diagonal(dim1=-2, dim2=-1).add_(damping)
+    return shifted
+
+
+def _grouped(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """Indices of the tensors of each shape."""
+    groups = defaultdict(list)
+    for index, tensor in enumerate(tensors):
+        groups[tensor.shape].append(index)
+    return list(groups.values())
+
+
+def damped_inverse(matrices: Sequence[Tensor], damping: float) -> Ways:
+    """Ways to the inverses of ``M + damping I``."""
+    like = matrices[0]
+    dampings = [like.new_tensor(damping)] * len(matrices)
+    info = torch.empty(len(matrices), dtype=torch.int32, device=like.device)
+
+    def cholesky_loop(out: Sequence[Tensor]) -> Sequence[Tensor]:
+        for matrix, inverse in zip(matrices, out, strict=True):
+            factor = torch.linalg.cholesky(_damped(matrix, damping))
+            torch.cholesky_inverse(factor, out=inverse)
+        return out
+
+    def inv_loop(out: Sequence[Tensor]) -> Sequence[Tensor]:
+        for matrix, inverse in zip(matrices, out, strict=True):
+            torch.linalg.inv(_damped(matrix, damping), out=inverse)
+        return out
+
+    def cholesky_by_size(out: Sequence[Tensor]) -> Sequence[Tensor]:
+        results = list(out)
+        for indices in _grouped(matrices):
+            stacked = _damped(torch.stack([matrices[i] for i in indices]), damping)
+            inverses = torch.cholesky_inverse(torch.linalg.cholesky(stacked))
+            for i, inverse in zip(indices, inverses, strict=True):
+                results[i] = inverse
+        return results
+
+    def run_reference(out: Sequence[Tensor]) -> Sequence[Tensor]:
+        reference.damped_inverse(matrices, dampings, out, info, None)
+        return out
+
+    return {
+        "cholesky, one by one": cholesky_loop,
+        "linalg.inv, one by one": inv_loop,
+        "cholesky, grouped by size": cholesky_by_size,
+        "reference": run_reference,
+    }
+
+
+def precondition(
+    grads: Sequence[Tensor], input_inverses: Sequence[Tensor], gradient_inverses: Sequence[Tensor]
+) -> Ways:
+    """Ways to ``G^-1 V A^-1`` of every layer and the sum of their inner products with ``V``."""
+    groups = _grouped(grads)
+    # Whoever groups layers by shape can keep the inverses stacked; only gradients come one by one.
+    sides = (gradient_inverses, input_inverses)
+    stacked = [[torch.stack([side[i] for i in indices]) for side in sides] for indices in groups]
+
+    def loop(out: Sequence[Tensor]) -> list[Tensor]:
+        inner = grads[0].new_zeros(())
+        layers = zip(grads, input_inverses, gradient_inverses, out, strict=True)
+        for grad, right, left, result in layers:
+            torch.mm(left @ grad, right, out=result)
+            inner += torch.dot(grad.flatten(), result.flatten())
+        return [*out, inner]
+
+    def by_shape(out: Sequence[Tensor]) -> list[Tensor]:
+        results = list(out)
+        inner = grads[0].new_zeros(())
+        for indices, (left, right) in zip(groups, stacked, strict=True):
+            gradients = torch.stack([grads[i] for i in indices])
+            products = torch.bmm(torch.bmm(left, gradients), right)
+            inner += torch.dot(gradients.flatten(), products.flatten())
+            for i, result in zip(indices, products, strict=True):
+                results[i] = result
+        return [*results, inner]
+
+    def run_reference(out: Sequence[Tensor]) -> list[Tensor]:
+        inner = grads[0].new_zeros(())
+        reference.precondition(grads, input_inverses, gradient_inverses, out, inner)
+        return [*out, inner]
+
+    return {"mm, one by one": loop, "bmm, grouped by shape": by_shape, "reference": run_reference}

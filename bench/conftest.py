@@ -1,0 +1,54 @@
+"""Microbenchmarks of every operator against the fastest plain PyTorch, timed in turn.
+
+``make bench`` runs them all; ``bench/README.md`` has the rest.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import pytest
+import torch
+from measure import Case, measure
+from pytest_benchmark.fixture import BenchmarkFixture
+
+import kfac_fast
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--impl", help="serve every operator by this implementation")
+    parser.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where to run")
+    parser.addoption(
+        "--seconds", type=float, default=1.5, help="about how long to time each benchmark"
+    )
+
+
+@pytest.fixture
+def device(pytestconfig: pytest.Config) -> str:
+    return pytestconfig.getoption("device")
+
+
+@pytest.fixture(autouse=True)
+def settings(pytestconfig: pytest.Config) -> Iterator[None]:
+    """Equal inputs in every run, no garbage collection while timing, the implementation asked for."""
+    torch.manual_seed(0)
+    gc.collect()
+    gc.disable()
+    name = pytestconfig.getoption("impl")
+    if name is None:
+        yield
+    else:
+        with kfac_fast.use(name):
+            yield
+    gc.enable()
+
+
+@pytest.fixture
+def compare(
+    benchmark: BenchmarkFixture, pytestconfig: pytest.Config, device: str
+) -> Callable[[Case], None]:
+    """Benchmark a case: choose its baseline, check its errors, time it."""
+    seconds = pytestconfig.getoption("seconds")
+    return partial(measure, benchmark, device=device, seconds=seconds)

@@ -1,0 +1,72 @@
+"""The one schema of a benchmark's result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Record:
+    """One benchmark's result: a line of JSON in ``bench/results``.
+
+    Attributes:
+        op: Operator of :mod:`kfac_fast.ops`.
+        shape: Name of the shape in ``shapes.py``.
+        dtype: Dtype of the input.
+        implementation: The row of the table in :mod:`kfac_fast.backends` that served the call.
+        baseline: The way of computing it in plain PyTorch that was the fastest for this shape.
+        rounds: How often the baseline and ours were timed, in turn.
+        p20_ms: Time of one call of ours that a fifth of the rounds stayed below.
+        p50_ms: Median time of ours.
+        p80_ms: Time of ours that four fifths stayed below.
+        baseline_p20_ms: As ``p20_ms``, of the baseline.
+        baseline_p50_ms: As ``p50_ms``, of the baseline.
+        baseline_p80_ms: As ``p80_ms``, of the baseline.
+        ratio_of_medians: Baseline over ours: above 1, ours is faster.
+        median_of_ratios: Median over the rounds of baseline over ours.
+        added_us: Median of ours less median of the baseline where that is below 200 us, else None.
+        error: Error relative to float64 in the Frobenius norm, of the worst matrix.
+        baseline_error: The same of the baseline.
+        gflop: Operations of the definition in 1e9, symmetry used; an implementation may need fewer.
+        gflop_per_s: ``gflop`` over the median of ours.
+        gb_per_s: Bytes of the inputs and the result, each moved once, over the median of ours.
+        percent_of_floor: The least time that ``gflop`` and those bytes would take at the matrix and
+            copy rates measured in the same process, as a share of ours; above 100 where an
+            implementation needs fewer operations.
+        device: Model of the processor or the GPU.
+        threads: Threads of PyTorch on the CPU.
+        instruction_set: Instruction set of the compiled CPU kernels; None if not built.
+        torch: Version of PyTorch.
+        kfac_fast: Version of the package.
+        commit: Commit of the working tree, "-dirty" appended if it has changes; None outside git.
+        date: Day of the run, UTC.
+    """
+
+    op: str
+    shape: str
+    dtype: str
+    implementation: str
+    baseline: str
+    rounds: int
+    p20_ms: float
+    p50_ms: float
+    p80_ms: float
+    baseline_p20_ms: float
+    baseline_p50_ms: float
+    baseline_p80_ms: float
+    ratio_of_medians: float
+    median_of_ratios: float
+    added_us: float | None
+    error: float
+    baseline_error: float
+    gflop: float
+    gflop_per_s: float
+    gb_per_s: float
+    percent_of_floor: float
+    device: str
+    threads: int
+    instruction_set: str | None
+    torch: str
+    kfac_fast: str
+    commit: str | None
+    date: str

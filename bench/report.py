@@ -1,0 +1,212 @@
+"""Show and keep the results of a benchmark run.
+
+``python bench/report.py bench/output/bench.json`` prints a table and draws ``ratios.png`` beside
+the JSON. ``--records bench/results`` also keeps the records and the plot under the device's name;
+``--markdown README.md`` also writes the table between that file's two ``benchmarks`` comments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from record import Record
+from rich.console import Console
+from rich.table import Table
+
+matplotlib.use("Agg")  # draws files only; needs no display
+from matplotlib import pyplot  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+
+COLUMNS = (
+    "operator",
+    "shape",
+    "dtype",
+    "PyTorch ms",
+    "kfac_fast ms",
+    "faster",
+    "error (PyTorch's)",
+    "implementation",
+    "PyTorch's way",
+)
+NUMBERS = COLUMNS[3:7]
+BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+
+
+def load(path: Path) -> list[Record]:
+    """The records in pytest-benchmark's JSON, in the order of the run."""
+    benchmarks = json.loads(path.read_text())["benchmarks"]
+    return [Record(**benchmark["extra_info"]) for benchmark in benchmarks]
+
+
+def by_operator(records: Sequence[Record]) -> Iterator[tuple[str, list[Record]]]:
+    """Runs of records of one operator."""
+    return ((op, list(group)) for op, group in groupby(records, lambda record: record.op))
+
+
+def faster(record: Record) -> str:
+    """The baseline's time over ours; for short calls the microseconds added to it."""
+    if record.added_us is not None:
+        return f"{record.added_us:+.1f} us"
+    return f"{record.ratio_of_medians:.2f}x"
+
+
+def cells(record: Record) -> tuple[str, ...]:
+    """The record's row of the table, one cell for each of ``COLUMNS``."""
+    return (
+        record.op,
+        record.shape,
+        record.dtype,
+        f"{record.baseline_p50_ms:#.3g}",
+        f"{record.p50_ms:#.3g}",
+        faster(record),
+        f"{record.error:.0e} ({record.baseline_error:.0e})",
+        record.implementation,
+        record.baseline,
+    )
+
+
+def conditions(record: Record) -> str:
+    """What the run was made on, in one line."""
+    instruction_set = f", {record.instruction_set}" if record.instruction_set else ""
+    return (
+        f"{record.device}, {record.threads} threads{instruction_set}, torch {record.torch}, "
+        f"kfac_fast {record.kfac_fast} at {record.commit}, {record.date}"
+    )
+
+
+def print_table(records: Sequence[Record], console: Console) -> None:
+    """Print all records."""
+    table = Table(title=conditions(records[0]))
+    for name in COLUMNS:
+        table.add_column(name, justify="right" if name in NUMBERS else "left", no_wrap=True)
+    for _, group in by_operator(records):
+        for record in group:
+            slower = record.added_us is None and record.ratio_of_medians < 1
+            table.add_row(*cells(record), style="red" if slower else None)
+        table.add_section()
+    console.print(table)
+
+
+def markdown(records: Sequence[Record]) -> str:
+    """The table in Markdown."""
+    rule = ["---:" if name in NUMBERS else "---" for name in COLUMNS]
+    rows = [COLUMNS, rule, *map(cells, records)]
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([conditions(records[0]) + ".", "", *lines])
+
+
+def insert(path: Path, text: str) -> None:
+    """Replace what is between a file's ``benchmarks`` comments.
+
+    Raises:
+        ValueError: If the file does not have both comments once, in order.
+    """
+    before, begin, rest = path.read_text().partition(BEGIN)
+    between, end, after = rest.partition(END)
+    if not begin or not end or BEGIN in between + after or END in before + after:
+        raise ValueError(f"{path} must hold one {BEGIN} and, after it, one {END}")
+    path.write_text(f"{before}{begin}\n{text}\n{end}{after}")
+
+
+def _rounded(value: Any) -> Any:
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def _line(record: Record) -> dict[str, Any]:
+    return {name: _rounded(value) for name, value in asdict(record).items()}
+
+
+def _identity(line: dict[str, Any]) -> tuple[str, ...]:
+    """What a later record of the same thing replaces it by."""
+    return tuple(line[name] for name in ("shape", "dtype", "implementation"))
+
+
+def keep(records: Sequence[Record], folder: Path) -> None:
+    """Write ``<operator>.jsonl`` into the folder; records that were not measured again stay."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for op, group in by_operator(records):
+        path = folder / f"{op}.jsonl"
+        old = path.read_text().splitlines() if path.exists() else []
+        lines = [json.loads(line) for line in old] + [_line(record) for record in group]
+        newest = {_identity(line): line for line in lines}
+        path.write_text("".join(json.dumps(line) + "\n" for line in newest.values()))
+
+
+def device_folder(records: Sequence[Record]) -> str:
+    """The device's name as a folder."""
+    return re.sub(r"[^a-z0-9]+", "-", records[0].device.lower()).strip("-")
+
+
+def _bars(axes: Axes, records: Sequence[Record], values: Sequence[float], label: str) -> None:
+    """Horizontal bars in the order of the records, a colour for each operator."""
+    operators = [op for op, _ in by_operator(records)]
+    colours = [f"C{operators.index(record.op)}" for record in records]
+    names = [f"{record.op}  {record.shape}" for record in records]
+    # The ratio of an equal is 1, of which the logarithmic axis makes the bars' common start.
+    start = 1.0 if label.startswith("times") else 0.0
+    lengths = [value - start for value in values]
+    bars = axes.barh(range(len(values)), lengths, left=start, color=colours)
+    axes.bar_label(bars, [f"{value:.3g}" for value in values], padding=3, fontsize=7)
+    axes.set_yticks(range(len(values)), names, fontsize=7)
+    axes.set_ylim(len(values) - 0.5, -0.5)
+    axes.margins(x=0.12)
+    axes.axvline(start, color="black", linewidth=0.8)
+    axes.set_xlabel(label)
+
+
+def draw(records: Sequence[Record], path: Path) -> None:
+    """Draw the ratios, and below them the microseconds added to short calls."""
+    long = [record for record in records if record.added_us is None]
+    short = [record for record in records if record.added_us is not None]
+    heights = [len(part) + 3 for part in (long, short) if part]
+    figure, all_axes = pyplot.subplots(
+        len(heights),
+        figsize=(9, 0.19 * sum(heights) + 0.6),
+        height_ratios=heights,
+        squeeze=False,
+        layout="constrained",
+    )
+    axes = iter(all_axes[:, 0])
+    if long:
+        ratios = next(axes)
+        _bars(ratios, long, [r.ratio_of_medians for r in long], "times as fast as PyTorch")
+        ratios.set_xscale("log", base=2)
+        ratios.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    if short:
+        _bars(next(axes), short, [r.added_us for r in short], "microseconds added to PyTorch's")
+    figure.suptitle(conditions(records[0]), fontsize=8)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("json", type=Path, help="what pytest --benchmark-json wrote")
+    parser.add_argument("--records", type=Path, help="keep the records under this folder")
+    parser.add_argument("--markdown", type=Path, help="file whose table to replace")
+    arguments = parser.parse_args()
+    records = load(arguments.json)
+    if not records:
+        parser.error(f"{arguments.json} holds no benchmark")
+    console = Console()
+    print_table(records, console if console.is_terminal else Console(width=170))
+    folder = arguments.json.parent
+    if arguments.records:
+        folder = arguments.records / device_folder(records)
+        keep(records, folder)
+    draw(records, folder / "ratios.png")
+    console.print(f"plot: {folder / 'ratios.png'}")
+    if arguments.markdown:
+        insert(arguments.markdown, markdown(records))
+
+
+if __name__ == "__main__":
+    main()

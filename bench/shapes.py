@@ -1,0 +1,124 @@
+"""The shapes the benchmarks run over: layers of real networks; data only."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Rows(NamedTuple):
+    """A linear layer's input or output gradient, ``[*leading, features]``.
+
+    ``decay`` above 0 makes the Gram a running average; ``segments`` above 0 means that the rows
+    belong to that many graphs.
+    """
+
+    leading: tuple[int, ...]
+    features: int
+    bias: bool = False
+    dtype: torch.dtype = torch.float32
+    decay: float = 0.0
+    reduction: str = "mean"
+    segments: int = 0
+
+
+class Conv(NamedTuple):
+    """A 2-d convolution's input, ``[batch, channels, size, size]``, and its geometry."""
+
+    batch: int
+    channels: int
+    size: int
+    kernel: int
+    stride: int = 1
+    padding: int = 0
+    groups: int = 1
+
+
+class Layer(NamedTuple):
+    """The weight of ``count`` equal layers as a matrix, the bias column counted in ``inputs``."""
+
+    outputs: int
+    inputs: int
+    count: int
+
+
+GRAM = {
+    "8192x64": Rows((8192,), 64),
+    "8192x256": Rows((8192,), 256),
+    "8192x768": Rows((8192,), 768),
+    "8192x2048": Rows((8192,), 2048),
+    "8192x3072": Rows((8192,), 3072),
+    "8192x768-bfloat16": Rows((8192,), 768, dtype=torch.bfloat16),
+    "resnet50-layer1-gradient": Rows((32, 56, 56), 64),
+    "resnet50-layer1-input": Rows((8, 56, 56), 256),
+    "vit-b16-qkv-input": Rows((8, 197), 768, bias=True),
+    "vit-b16-fc1-gradient": Rows((8, 197), 3072),
+    "gpt2-qkv-running-average": Rows((4, 1024), 768, decay=0.95),
+    "gpt2-qkv-gradient": Rows((2, 1024), 2304),
+    "small-vit-ti-one-image": Rows((197,), 192),
+    "small-lenet-fc2-input": Rows((128,), 120),
+    "small-lenet-head-gradient": Rows((128,), 10),
+}
+
+SHARED_GRAM = {
+    "vit-b16-qkv-input": Rows((32, 197), 768, bias=True),
+    "vit-b16-fc1-gradient": Rows((16, 197), 3072, reduction="sum"),
+    "gpt2-qkv-input": Rows((8, 1024), 768, bias=True),
+    "resnet50-layer1-gradient": Rows((32, 56, 56), 64, reduction="sum"),
+    "graph-network-nodes": Rows((16384,), 128, segments=512),
+    "small-vit-head": Rows((4, 16), 64),
+}
+
+CONV_EXPAND = {
+    "resnet50-3x3-64-56px": Conv(8, 64, 56, 3, padding=1),
+    "resnet50-3x3-128-28px": Conv(8, 128, 28, 3, padding=1),
+    "resnet50-3x3-256-14px": Conv(8, 256, 14, 3, padding=1),
+    "resnet50-3x3-512-7px": Conv(8, 512, 7, 3, padding=1),
+    "resnet50-3x3-stride-2-128-56px": Conv(8, 128, 56, 3, stride=2, padding=1),
+    "resnet50-7x7-stem-224px": Conv(8, 3, 224, 7, stride=2, padding=3),
+    "wrn16-4-3x3-64-32px": Conv(16, 64, 32, 3, padding=1),
+    "wrn16-4-3x3-128-16px": Conv(16, 128, 16, 3, padding=1),
+    "vit-b16-16x16-patches-224px": Conv(8, 3, 224, 16, stride=16),
+    "resnext50-3x3-32-groups-56px": Conv(4, 128, 56, 3, padding=1, groups=32),
+    "convnext-t-7x7-depthwise-56px": Conv(2, 96, 56, 7, padding=3, groups=96),
+    "small-lenet-5x5-28px": Conv(4, 1, 28, 5),
+}
+
+CONV_REDUCE = {
+    "resnet50-3x3-64-56px": Conv(32, 64, 56, 3, padding=1),
+    "resnet50-3x3-256-14px": Conv(32, 256, 14, 3, padding=1),
+    "resnet50-3x3-stride-2-128-56px": Conv(16, 128, 56, 3, stride=2, padding=1),
+    "resnet50-7x7-stem-224px": Conv(8, 3, 224, 7, stride=2, padding=3),
+    "convnext-t-7x7-depthwise-56px": Conv(4, 96, 56, 7, padding=3, groups=96),
+    "small-lenet-5x5-28px": Conv(4, 1, 28, 5),
+}
+
+# The last stage of ResNet-18 is left out: its three inverses of size 4608 alone take minutes.
+NETWORKS = {
+    "resnet18-to-layer3": [
+        Layer(64, 147, 1),
+        Layer(64, 576, 4),
+        Layer(128, 576, 1),
+        Layer(128, 64, 1),
+        Layer(128, 1152, 3),
+        Layer(256, 1152, 1),
+        Layer(256, 128, 1),
+        Layer(256, 2304, 3),
+    ],
+    "vit-ti": [
+        Layer(192, 769, 1),
+        Layer(576, 193, 12),
+        Layer(192, 193, 12),
+        Layer(768, 193, 12),
+        Layer(192, 769, 12),
+        Layer(1000, 193, 1),
+    ],
+    "small-layers-200": [
+        Layer(16, 9, 50),
+        Layer(16, 17, 50),
+        Layer(32, 17, 50),
+        Layer(32, 33, 30),
+        Layer(64, 65, 20),
+    ],
+}

@@ -1,0 +1,34 @@
+#pragma once
+// Parallel loops over tasks of unequal length, on torch's threads (torch.set_num_threads holds).
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+
+namespace kfac_fast {
+
+// Threads worth using: waking one costs some microseconds, which is about a million operations.
+inline int64_t worker_count(int64_t tasks, double operations) {
+  if (tasks < 2 || operations < 2e6) return 1;
+  return std::min<int64_t>(tasks, torch::stable::get_num_threads());
+}
+
+// Calls run(task, worker) once for every task. The workers draw tasks in order from one counter, so
+// a core that is slowed down does fewer of them; two calls at the same time differ in `worker`.
+template <typename Run>
+void for_each_task(int64_t tasks, int64_t workers, const Run& run) {
+  if (workers == 1) {
+    for (int64_t task = 0; task < tasks; ++task) run(task, 0);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) {
+      for (int64_t task = next++; task < tasks; task = next++) run(task, worker);
+    }
+  });
+}
+
+}  // namespace kfac_fast

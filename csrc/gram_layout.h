@@ -1,0 +1,70 @@
+#pragma once
+// How the columns of a Gram matrix are cut:
+//
+//   strip   columns whose products are taken together: one group, or as many neighbouring groups as
+//           fit in a vector (of their products only the blocks on the diagonal are stored)
+//   panel   columns of a strip as wide as a full tile product, see tile_product.h
+//   tile    a square of the lower triangle of a strip: the unit of parallel work
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+namespace kfac_fast {
+
+inline int64_t divide_up(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
+
+inline int64_t round_up(int64_t value, int64_t multiple) {
+  return divide_up(value, multiple) * multiple;
+}
+
+struct Tile {
+  int64_t strip;
+  int64_t row;  // first row and column inside the strip
+  int64_t column;
+
+  bool on_diagonal() const { return row == column; }
+};
+
+struct GramLayout {
+  int64_t columns;  // at least 1
+  int64_t group_columns;
+  int64_t strip_columns;
+  int64_t panel_width;
+
+  GramLayout(int64_t columns, int64_t groups, int64_t widest_panel, int64_t lanes)
+      : columns(columns),
+        group_columns(columns / groups),
+        strip_columns(group_columns * std::clamp<int64_t>(lanes / group_columns, 1, groups)),
+        panel_width(std::min(widest_panel, round_up(strip_columns, lanes))) {}
+
+  int64_t strips() const { return divide_up(columns, strip_columns); }
+  int64_t strip_panels() const { return divide_up(strip_columns, panel_width); }
+  int64_t panels() const { return strips() * strip_panels(); }
+  int64_t width(int64_t strip) const {  // the last strip may hold fewer groups
+    return std::min(strip_columns, columns - strip * strip_columns);
+  }
+
+  int64_t tile_count(int64_t edge) const {
+    const int64_t side = divide_up(strip_columns, edge);
+    return strips() * side * (side + 1) / 2;
+  }
+
+  // Tiles of this edge, a multiple of panel_width; those on the diagonal, which cost about half,
+  // come last, so that no thread begins a long task when the others are done.
+  std::vector<Tile> tiles(int64_t edge) const {
+    std::vector<Tile> tiles;
+    tiles.reserve(tile_count(edge));
+    for (int64_t strip = 0; strip < strips(); ++strip) {
+      for (int64_t row = edge; row < width(strip); row += edge) {
+        for (int64_t column = 0; column < row; column += edge) tiles.push_back({strip, row, column});
+      }
+    }
+    for (int64_t strip = 0; strip < strips(); ++strip) {
+      for (int64_t row = 0; row < width(strip); row += edge) tiles.push_back({strip, row, row});
+    }
+    return tiles;
+  }
+};
+
+}  // namespace kfac_fast

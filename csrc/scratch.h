@@ -1,0 +1,27 @@
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+namespace kfac_fast {
+
+struct FreeScratch {
+  void operator()(void* memory) const { std::free(memory); }
+};
+
+template <typename T>
+using Scratch = std::unique_ptr<T[], FreeScratch>;
+
+// Uninitialised memory for `count` numbers that begins on a cache line.
+template <typename T>
+Scratch<T> make_scratch(int64_t count) {
+  constexpr int64_t line = 64;
+  const int64_t bytes = (count * static_cast<int64_t>(sizeof(T)) / line + 1) * line;
+  void* memory = std::aligned_alloc(line, bytes);
+  if (!memory) throw std::bad_alloc();
+  return Scratch<T>(static_cast<T*>(memory));
+}
+
+}  // namespace kfac_fast

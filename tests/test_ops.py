@@ -1,0 +1,191 @@
+"""The public operators as users call them: their algebra, layouts and limits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import CONVOLUTIONS, FLOATING, Convolution
+from oracle import (
+    assert_same,
+    bits,
+    positive_definite,
+    spread,
+    whole_numbers,
+)
+from torch import Tensor
+
+from kfac_fast import ops, schema
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths"),
+    pytest.mark.usefixtures("one_thread"),
+]
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    torch.manual_seed(0)
+
+
+# The algebra, on whole numbers so that equal means equal bit for bit.
+
+CONV = {"kernel_size": (2, 3), "padding": 1, "stride": (1, 2)}
+ACCUMULATING: dict[str, tuple[Callable[..., Tensor], tuple[int, ...], dict[str, Any]]] = {
+    "gram": (ops.gram, (6, 4), {}),
+    "shared_gram": (ops.shared_gram, (6, 4, 4), {}),
+    "conv_expand_gram": (ops.conv_expand_gram, (6, 4, 5, 5), CONV),
+    "conv_reduce_gram": (ops.conv_reduce_gram, (6, 4, 3, 5), CONV),  # 4 x 3 positions
+}
+accumulating = pytest.mark.parametrize(
+    ("op", "shape", "options"), ACCUMULATING.values(), ids=ACCUMULATING
+)
+dtypes = pytest.mark.parametrize("dtype", FLOATING, ids=str)
+
+
+@accumulating
+@dtypes
+@pytest.mark.parametrize("groups", [1, 2])
+def test_additive_over_the_batch(op, shape, options, dtype, groups) -> None:
+    x = whole_numbers(*shape, dtype=dtype)
+    if op is ops.conv_reduce_gram:
+        x = x * 12  # its 12 positions' means are then whole
+    options = {"groups": groups, **options}
+    whole = op(x, **options)
+    parts = op(x[2:], beta=1.0, out=op(x[:2], **options), **options)
+    assert torch.equal(parts, whole)
+    empty = op(x[:0], beta=1.0, out=parts.clone(), **options)
+    assert torch.equal(empty, whole)
+
+
+@accumulating
+@dtypes
+def test_scales_with_the_square(op, shape, options, dtype) -> None:
+    x = torch.randn(shape).to(dtype)
+    assert torch.equal(op(2 * x, **options), 4 * op(x, **options))
+
+
+@accumulating
+@dtypes
+def test_positive_semidefinite(op, shape, options, dtype) -> None:
+    x = torch.randn(shape).to(dtype)
+    result = op(x, bias=True, **options)
+    eigenvalues = torch.linalg.eigvalsh(result.double())
+    assert eigenvalues[0] >= -len(result) * torch.finfo(result.dtype).eps * eigenvalues[-1]
+
+
+@accumulating
+@dtypes
+def test_groups_are_independent(op, shape, options, dtype) -> None:
+    x = whole_numbers(*shape, dtype=dtype)
+    axis = 1 if "kernel_size" in options else -1
+    alone = [op(part.contiguous(), bias=True, **options) for part in x.chunk(2, axis)]
+    assert torch.equal(op(x, bias=True, groups=2, **options), torch.stack(alone))
+
+
+@dtypes
+def test_1x1_convolution_is_linear(dtype: torch.dtype) -> None:
+    x = whole_numbers(3, 4, 2, 4, dtype=dtype)
+    pixels = x.movedim(1, -1)
+    assert torch.equal(ops.conv_expand_gram(x, 1, bias=True), ops.gram(pixels, bias=True))
+    assert torch.equal(ops.conv_reduce_gram(x, 1, bias=True), ops.shared_gram(pixels, bias=True))
+    assert torch.equal(ops.conv_window_sum(x, 1).to(dtype), x.sum((2, 3)))
+
+
+@dtypes
+def test_one_position_reduces_to_expand(dtype: torch.dtype) -> None:
+    x = whole_numbers(5, 4, 2, 3, dtype=dtype)
+    expand = ops.conv_expand_gram(x, (2, 3), bias=True)
+    assert torch.equal(ops.conv_reduce_gram(x, (2, 3), bias=True), expand)
+    rows = x.flatten(1)
+    assert torch.equal(ops.gram(rows, bias=True), expand)
+    for reduction in ("mean", "sum"):
+        assert torch.equal(ops.shared_gram(rows[:, None], reduction=reduction, bias=True), expand)
+
+
+@pytest.mark.parametrize("case", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
+def test_layout_changes_nothing(case: Convolution) -> None:
+    x = whole_numbers(2, case.channels, *case.size, dtype=torch.float32)
+    last = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    for op in (ops.conv_expand_gram, ops.conv_window_sum):
+        expected = op(x, **case.options)
+        for other in (last, spread(x)):
+            assert torch.equal(op(other, **case.options), expected)
+        repeated = op(x[:1].expand_as(x), **case.options)
+        assert torch.equal(repeated, op(x[:1].repeat(2, *[1] * (x.dim() - 1)), **case.options))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_bad_entry_shows_on_the_diagonal(value: float) -> None:
+    for op, shape, options in ACCUMULATING.values():
+        x = torch.randn(shape)
+        x.view(-1)[7] = value
+        assert not op(x, **options).diagonal().isfinite().all()
+
+
+def test_large_damping_is_division() -> None:
+    damping = 2.0**60
+    grad = torch.randn(3, 5, dtype=torch.float64)
+    sides = ops.damped_inverse([positive_definite(5, 5), positive_definite(3, 3)], damping)
+    result = ops.precondition([grad], sides.matrices[:1], sides.matrices[1:])
+    assert_same(result.grads[0] * damping**2, grad)
+
+
+def test_offsets_beyond_32_bits() -> None:
+    step = 2**30 + 3
+    memory = torch.empty(3 * step, dtype=torch.float16)  # reserved, and touched in three places
+    x = memory.as_strided((3, 4), (step, 1))
+    x.copy_(whole_numbers(3, 4))
+    assert torch.equal(ops.gram(x), ops.gram(x.clone()))
+
+
+# Not differentiable
+
+
+def trainable(*shape: int) -> Tensor:
+    return torch.randn(shape).requires_grad_()
+
+
+def identities() -> list[Tensor]:
+    return [torch.eye(3).requires_grad_()]
+
+
+NOT_DIFFERENTIABLE = {
+    **{
+        name: lambda op=op, shape=shape, options=options: op(trainable(*shape), **options)
+        for name, (op, shape, options) in ACCUMULATING.items()
+    },
+    "conv_window_sum": lambda: ops.conv_window_sum(trainable(2, 4, 5, 5), **CONV),
+    "damped_inverse": lambda: ops.damped_inverse(
+        identities(), torch.ones((), requires_grad=True), logdet=True
+    ),
+    "damped_cholesky": lambda: ops.damped_cholesky(
+        identities(), [torch.ones((), requires_grad=True)], logdet=True
+    ),
+    "precondition": lambda: ops.precondition(identities(), identities(), identities()),
+    "cholesky_precondition": lambda: ops.cholesky_precondition(
+        identities(), identities(), identities()
+    ),
+}
+
+
+def tensors_in(result: Any) -> list[Tensor]:
+    if isinstance(result, Tensor):
+        return [result]
+    return [tensor for part in result for tensor in tensors_in(part)]
+
+
+@pytest.mark.parametrize("name", schema.OPERATORS)
+def test_inputs_may_require_a_gradient_and_results_do_not(name: str) -> None:
+    results = tensors_in(NOT_DIFFERENTIABLE[name]())
+    assert results and not any(tensor.requires_grad for tensor in results)
+
+
+def test_an_input_is_left_as_it_was() -> None:
+    for op, shape, options in ACCUMULATING.values():
+        x = spread(torch.randn(shape))
+        before = x.clone()
+        op(x, bias=True, **options)
+        assert torch.equal(bits(x), bits(before))
