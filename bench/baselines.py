@@ -40,6 +40,14 @@ def gram(x: Tensor, *, bias: bool, alpha: float, beta: float) -> Ways:
         r = rows()
         return r.T @ r
 
+    def mm_and_sums(out: Tensor) -> Tensor:
+        r = x.flatten(0, -2).float()
+        torch.mm(r.T, r, out=out[:-1, :-1])
+        torch.sum(r, 0, out=out[-1, :-1])
+        out[:-1, -1] = out[-1, :-1]
+        out[-1, -1] = len(r)
+        return out
+
     def mm_to_float32(out: Tensor) -> Tensor:
         r = x.flatten(0, -2)
         return torch.mm(r.T, r, out_dtype=torch.float32)
@@ -50,7 +58,9 @@ def gram(x: Tensor, *, bias: bool, alpha: float, beta: float) -> Ways:
     }
     if beta == 0 and alpha == 1:
         ways["x.T @ x"] = matmul
-        if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and not bias:
+        if bias:
+            ways["mm + sums"] = mm_and_sums
+        elif x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
             ways["mm to float32"] = mm_to_float32
     return ways
 

@@ -19,10 +19,13 @@ def _layers(network: str) -> list[Layer]:
 
 
 def _covariance(size: int, device: str) -> Tensor:
-    """A symmetric positive definite matrix whose eigenvalues fall over three decades or more."""
+    """A symmetric positive definite matrix whose eigenvalues fall over two decades.
+
+    Over three, two orders of one elimination can already differ by more than the error budget.
+    """
     factors = torch.randn(size, 16, device=device)
     product = factors @ factors.T / size
-    return torch.diag(torch.logspace(0, -3, size, device=device)) + (product + product.T) / 2
+    return torch.diag(torch.logspace(0, -2, size, device=device)) + (product + product.T) / 2
 
 
 @pytest.mark.parametrize("shape", NETWORKS)

@@ -32,7 +32,7 @@ def device(pytestconfig: pytest.Config) -> str:
 
 @pytest.fixture(autouse=True)
 def settings(pytestconfig: pytest.Config) -> Iterator[None]:
-    """Equal inputs in every run, no garbage collection while timing, the implementation asked for."""
+    """Equal inputs in every run, no garbage collection in between, the implementation asked for."""
     torch.manual_seed(0)
     gc.collect()
     gc.disable()

@@ -58,14 +58,18 @@ def faster(record: Record) -> str:
     return f"{record.ratio_of_medians:.2f}x"
 
 
+def _ms(milliseconds: float) -> str:
+    return f"{milliseconds:.0f}" if milliseconds >= 100 else f"{milliseconds:#.3g}"
+
+
 def cells(record: Record) -> tuple[str, ...]:
     """The record's row of the table, one cell for each of ``COLUMNS``."""
     return (
         record.op,
         record.shape,
         record.dtype,
-        f"{record.baseline_p50_ms:#.3g}",
-        f"{record.p50_ms:#.3g}",
+        _ms(record.baseline_p50_ms),
+        _ms(record.p50_ms),
         faster(record),
         f"{record.error:.0e} ({record.baseline_error:.0e})",
         record.implementation,

@@ -1,6 +1,6 @@
 #pragma once
-// The last step of a symmetric product: sums of one tile of the lower triangle become entries of the
-// matrix and of its mirror image, in one pass,
+// The last step of a symmetric product: the sums of a tile of the lower triangle become entries of
+// the matrix and of its mirror image, in one pass,
 //
 //   out[i][j], out[j][i] <- beta · out[i][j] + alpha · sum[i][j]        i >= j
 
@@ -29,43 +29,51 @@ struct TileSums {
 template <typename T>
 struct SymmetricStore {
   T alpha;
-  T beta;  // 0: the matrix is not read
-  int64_t edge;
+  T beta;        // 0: the matrix is not read
+  int64_t edge;  // rows and columns of the matrix
 
-  // Stores rows x columns sums (at most max_tile_edge columns) at matrix[row][column] and mirrored;
-  // with `lower`, the tile lies on the diagonal (row == column) and entries above it are ignored.
-  void operator()(const TileSums<T>& sums, int64_t rows, int64_t columns, bool lower, T* matrix,
+  // Stores rows x columns sums, at most max_tile_edge columns, at matrix[row][column] and mirrored;
+  // of a tile on the `diagonal` (row == column) entries above it are ignored.
+  void operator()(const TileSums<T>& sums, int64_t rows, int64_t columns, bool diagonal, T* matrix,
                   int64_t row, int64_t column) const {
     constexpr int64_t height = 16;  // floats of a cache line: the mirror image is written by lines
     T values[height][max_tile_edge];
     for (int64_t top = 0; top < rows; top += height) {
       const int64_t count = std::min(height, rows - top);
-      const int64_t full = lower ? std::min(top, columns) : columns;  // columns below the diagonal
-      for (int64_t r = 0; r < count; ++r) {
-        const int64_t width = lower ? std::min(columns, top + r + 1) : columns;
-        finish(sums.at(top + r, 0), width, matrix + (row + top + r) * edge + column, values[r]);
-      }
+      T* target = matrix + (row + top) * edge + column;
       T* mirror = matrix + column * edge + row + top;
-      transpose(values[0], max_tile_edge, count, full, mirror, edge);
-      for (int64_t c = full; c < std::min(columns, top + count); ++c) {
-        for (int64_t r = c - top; r < count; ++r) mirror[c * edge + r] = values[r][c];
+      for (int64_t r = 0; r < count; ++r) {
+        const int64_t width = diagonal ? std::min(columns, top + r + 1) : columns;
+        finish(sums.at(top + r, 0), width, target + r * edge, values[r]);
+      }
+      const int64_t left_of_diagonal = diagonal ? std::min(top, columns) : columns;
+      transpose(values[0], max_tile_edge, count, left_of_diagonal, mirror, edge);
+      for (int64_t c = left_of_diagonal; c < std::min(columns, top + count); ++c) {
+        for (int64_t r = c - top; r < count; ++r) mirror[c * edge + r] = target[r * edge + c];
       }
     }
   }
 
  private:
-  void finish(const TileSums<T>& sums, int64_t width, T* target, T* values) const {
-    std::copy_n(sums.data, width, values);
-    for (int64_t part = 1; part < sums.parts; ++part) {
-      const T* more = sums.data + part * sums.distance;
-      for (int64_t c = 0; c < width; ++c) values[c] += more[c];
+  // One row, to the matrix and to `values`.
+  void finish(const TileSums<T>& sums, int64_t width, T* __restrict target,
+              T* __restrict values) const {
+    const T* sum = sums.data;
+    if (sums.parts > 1) {
+      for (int64_t c = 0; c < width; ++c) values[c] = sum[c] + sum[sums.distance + c];
+      for (int64_t part = 2; part < sums.parts; ++part) {
+        const T* more = sum + part * sums.distance;
+        for (int64_t c = 0; c < width; ++c) values[c] += more[c];
+      }
+      sum = values;
     }
     if (beta == 0) {
-      for (int64_t c = 0; c < width; ++c) values[c] *= alpha;
+      for (int64_t c = 0; c < width; ++c) target[c] = values[c] = alpha * sum[c];
     } else {
-      for (int64_t c = 0; c < width; ++c) values[c] = alpha * values[c] + beta * target[c];
+      for (int64_t c = 0; c < width; ++c) {
+        target[c] = values[c] = alpha * sum[c] + beta * target[c];
+      }
     }
-    std::copy_n(values, width, target);
   }
 };
 

@@ -63,19 +63,28 @@ KFAC_FAST_TARGET void tile_product(const T* left, int64_t left_stride, const T* 
   }
 }
 
-// Packs rows whose columns are adjacent in memory.
+// Packs rows whose columns are adjacent in memory. Vectors are copied one by one: the compiler would
+// turn a loop over the width into a call of memcpy, slow for so few bytes.
 template <typename In, typename T>
 KFAC_FAST_TARGET void pack_adjacent(const In* source, int64_t row_stride, int64_t rows,
                                     int64_t columns, T* panel, int64_t panel_width,
                                     int64_t panel_distance) {
+  using Vector = typename VectorOf<T>::type;
   constexpr int64_t LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
   for (int64_t r = 0; r < rows; ++r, source += row_stride, panel += panel_width) {
     const In* __restrict from = source;
     T* __restrict to = panel;
     for (int64_t left = columns; left > 0; left -= panel_width) {
       const int64_t width = std::min(panel_width, left);
-      for (int64_t c = 0; c < width; ++c) to[c] = static_cast<T>(from[c]);
-      for (int64_t c = width; c % LANES != 0; ++c) to[c] = 0;
+      int64_t c = 0;
+      for (; c + LANES <= width; c += LANES) {
+        if constexpr (std::is_same_v<In, T>) {
+          *reinterpret_cast<Vector*>(to + c) = *reinterpret_cast<const Vector*>(from + c);
+        } else {
+          for (int64_t i = 0; i < LANES; ++i) to[c + i] = static_cast<T>(from[c + i]);
+        }
+      }
+      for (; c < width || c % LANES != 0; ++c) to[c] = c < width ? static_cast<T>(from[c]) : T{0};
       from += panel_width;
       to += panel_distance;
     }
@@ -97,10 +106,12 @@ KFAC_FAST_TARGET void pack_strided(const In* source, int64_t row_stride, int64_t
       width = std::min({LINES, columns - c, panel_width - c % panel_width});
       for (int64_t line = 0; line < width; ++line) {
         const In* from = source + r * row_stride + (c + line) * column_stride;
-        if (row_stride == 1) {
-          for (int64_t i = 0; i < height; ++i) block[line][i] = static_cast<T>(from[i]);
+        if (row_stride == 1 && height == LINE) {
+          for (int64_t i = 0; i < LINE; ++i) block[line][i] = static_cast<T>(from[i]);
         } else {
-          for (int64_t i = 0; i < height; ++i) block[line][i] = static_cast<T>(from[i * row_stride]);
+          for (int64_t i = 0; i < height; ++i) {
+            block[line][i] = static_cast<T>(from[i * row_stride]);
+          }
         }
       }
       T* target = panel + c / panel_width * panel_distance + r * panel_width + c % panel_width;
@@ -108,7 +119,9 @@ KFAC_FAST_TARGET void pack_strided(const In* source, int64_t row_stride, int64_t
     }
     T* last = panel + (columns - 1) / panel_width * panel_distance + r * panel_width;
     for (int64_t i = 0; i < height; ++i) {
-      for (int64_t c = (columns - 1) % panel_width + 1; c % LANES != 0; ++c) last[i * panel_width + c] = 0;
+      for (int64_t c = (columns - 1) % panel_width + 1; c % LANES != 0; ++c) {
+        last[i * panel_width + c] = 0;
+      }
     }
   }
 }

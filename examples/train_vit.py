@@ -14,6 +14,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -22,7 +23,14 @@ import torch
 from comparison import Record, plot, table
 from image_data import DEBIAN_FASHION_MNIST, Images, batches, load_images
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD, AdamW, Optimizer
@@ -103,8 +111,7 @@ Settings = AdamWSettings | KFACSettings
 
 def _others(model: nn.Module, taken: list[Tensor], learning_rate: float, beta2: float) -> Optimizer:
     """AdamW without weight decay for the parameters of `model` that are not `taken`."""
-    taken_ids = {id(p) for p in taken}
-    others = [p for p in model.parameters() if id(p) not in taken_ids]
+    others = [p for p in model.parameters() if p not in set(taken)]
     return AdamW(others, learning_rate, (0.9, beta2), weight_decay=0)
 
 
@@ -267,6 +274,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def show(progress: Progress, task: TaskID, step: int, metrics: str) -> None:
+    """Bring a run's progress bar up to date."""
+    progress.update(task, completed=step, metrics=metrics)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Train the chosen arms on every seed; save records and plot, print the table."""
     options = parse_arguments(arguments)
@@ -283,9 +295,8 @@ def main(arguments: list[str] | None = None) -> None:
     console = Console()
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     records = []
-    with Progress(
-        *columns, TimeElapsedColumn(), TextColumn("{task.fields[metrics]}"), console=console
-    ) as progress:
+    columns += TimeElapsedColumn(), TextColumn("{task.fields[metrics]}")
+    with Progress(*columns, console=console) as progress:
         for seed, (settings, steps) in itertools.product(options.seeds, chosen):
             task = progress.add_task(f"{settings.arm}, seed {seed}", total=steps, metrics="")
             records.append(
@@ -296,9 +307,7 @@ def main(arguments: list[str] | None = None) -> None:
                     seed=seed,
                     batch_size=options.batch_size,
                     shift=options.shift,
-                    report=lambda step, metrics, task=task: progress.update(
-                        task, completed=step, metrics=metrics
-                    ),
+                    report=partial(show, progress, task),
                 )
             )
     with open(options.output / "train_vit.jsonl", "w") as file:

@@ -1,16 +1,15 @@
 """Gram matrices on tensor cores: the lower triangle of tiles, rows split over thread blocks.
 
-``gram_partial_kernel`` sums a part of the rows of one tile into a workspace; ``gram_finish_kernel`` adds the parts,
-applies alpha and beta, and writes the tile, its mirror image and the bias entries. No sum depends on
-the order in which thread blocks run.
+``gram_partial_kernel`` sums a part of the rows of one tile into a workspace;
+``gram_finish_kernel`` adds the parts, applies alpha and beta, and writes the tile, its mirror image
+and the bias entries. No sum depends on the order in which thread blocks run.
 """
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from kfac_fast.kernels import launch
+from torch import Tensor
 
 # bfloat16 products that stand for one float32 product, by torch.get_float32_matmul_precision().
 PRODUCTS = {"highest": 6, "high": 3, "medium": 1}
@@ -49,7 +48,7 @@ def _leading(x):
 
 @triton.jit
 def _product(left, right, total, PRODUCTS: tl.constexpr):
-    """``total + left @ right``, float32 operands as sums of bfloat16, the smallest products first."""
+    """``total + left @ right``; float32 as sums of bfloat16, the smallest products first."""
     if left.dtype != tl.float32:
         return _dot(left, right, total)
     left_high, left_rest = _leading(left)
@@ -122,9 +121,9 @@ def gram_partial_kernel(
 ):  # fmt: skip
     """Sum one part of the rows of one tile; grid (groups * tiles, split).
 
-    ``partials`` is ``[split, groups * tiles, BLOCK, BLOCK]``, ``column_sums`` ``[split, groups, width]``. Sizes
-    and strides that the launcher has found divisible by ``CHUNK``, the elements of 16 bytes, come divided by it, so that
-    the compiler knows that it may read 16 bytes at once.
+    ``partials`` is ``[split, groups * tiles, BLOCK, BLOCK]``, ``column_sums`` ``[split, groups,
+    width]``. Where ``CHUNK``, the elements of 16 bytes, divides the sizes and strides, these come
+    divided by it, so that the compiler knows that it may read 16 bytes at once.
     """
     if LINE == COLUMNS:
         column_stride = 1
@@ -171,6 +170,15 @@ def gram_partial_kernel(
     tl.store(partials + first + entry, total)
 
 
+@triton.jit
+def _accumulate(place, value, beta, exists):
+    """``out <- value + beta out``, returned; with ``beta`` 0 it does not read ``out``."""
+    if beta != 0.0:
+        value += beta * tl.load(place, mask=exists)
+    tl.store(place, value, mask=exists)
+    return value
+
+
 @triton.jit(do_not_specialize=["rows", "width", "tiles", "split"])
 def gram_finish_kernel(
     partials, column_sums, counted, out, alpha, beta, rows, width, tiles, split,
@@ -191,40 +199,28 @@ def gram_finish_kernel(
     for part in range(split):
         first = (part * tl.num_programs(0) + program) * (BLOCK * BLOCK)
         total += tl.load(partials + first + entry)
-    total *= alpha
-    edge = width + BIAS
+    width = width.to(tl.int64)
+    edge = width + 1 if BIAS else width
     out += group * edge * edge
     row = (i * BLOCK + slab_row).to(tl.int64)
     column = (j * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-    # Only the lower triangle is computed from, so that the mirror image has the same bits.
     lower = (row[:, None] >= column[None, :]) & (row[:, None] < width)
     place = out + row[:, None] * edge + column[None, :]
-    if beta != 0.0:
-        total += beta * tl.load(place, mask=lower, other=0.0)
-    tl.store(place, total, mask=lower)
-    mirror = out + column[:, None] * edge + row[None, :]
+    total = _accumulate(place, alpha * total, beta, lower)
+    # The mirror image is copied, not computed, so that it has the same bits.
     upper = (column[:, None] <= row[None, :]) & (row[None, :] < width)
-    tl.store(mirror, tl.trans(total), mask=upper)
+    tl.store(out + column[:, None] * edge + row[None, :], tl.trans(total), mask=upper)
     if BIAS and i == j and tl.program_id(1) == 0:
         exists = column < width
         sums = tl.zeros((BLOCK,), tl.float32)
         for part in range(split):
             first = (part * (tl.num_programs(0) // tiles) + group) * width
             sums += tl.load(column_sums + first + column, mask=exists, other=0.0)
-        sums *= alpha
-        place = out + width.to(tl.int64) * edge + column
-        if beta != 0.0:
-            sums += beta * tl.load(place, mask=exists, other=0.0)
-        tl.store(place, sums, mask=exists)
+        sums = _accumulate(out + width * edge + column, alpha * sums, beta, exists)
         tl.store(out + column * edge + width, sums, mask=exists)
         if i == 0:
-            corner = alpha * rows.to(tl.float32)
-            if MASKED:
-                corner = alpha * tl.load(counted).to(tl.float32)
-            place = out + width.to(tl.int64) * edge + width
-            if beta != 0.0:
-                corner += beta * tl.load(place)
-            tl.store(place, corner)
+            count = tl.load(counted) if MASKED else rows
+            _accumulate(out + width * edge + width, alpha * count.to(tl.float32), beta, True)
 
 
 def refuses(
@@ -251,7 +247,8 @@ def gram(
 ) -> None:
     """``out <- beta out + alpha sum x~ x~^T``; float32 ``x`` at the matmul precision ``precision``.
 
-    Arguments are the checked ones of the operator. Rows that more than two strides describe are copied first.
+    Arguments are the checked ones of the operator. Rows that more than two strides describe are
+    copied first. An infinity in float32 ``x`` may come out as NaN.
     """
     if out.numel() == 0:
         return
@@ -315,4 +312,5 @@ def gram(
             SLAB=SLAB,
             BIAS=bias,
             MASKED=masked,
+            num_warps=8,
         )

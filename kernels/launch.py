@@ -1,4 +1,4 @@
-"""How a Triton kernel is launched: tile sizes by shape, precision and device, and the split of the rows."""
+"""How a Triton kernel is launched: its tiles, its walk through the rows, and their split."""
 
 import enum
 import functools
@@ -16,8 +16,8 @@ ROWS_PER_CHAIN_OF_SIX = 32
 
 MAX_SPLIT = 64
 MAX_WORKSPACE = 2**28  # bytes
-# Estimates of what a tile costs beside its steps: steps to store it, and tiles read in the time of a step
-# when the parts are added.
+# Estimates of what a tile costs beside its steps: steps to store it, and how many of them are read
+# in the time of a step when the parts are added.
 STEPS_PER_STORE = 8
 READS_PER_STEP = 10
 
@@ -110,7 +110,7 @@ def choose_split(tiles: int, steps: int, tile_bytes: int, slots: int) -> int:
         slots: Thread blocks that the device holds at once.
 
     Returns:
-        The number of parts with which the busiest slot and the addition of the parts have the least to do.
+        The number with which the busiest slot and the addition of the parts have the least to do.
     """
 
     def cost(split: int) -> int:
@@ -132,7 +132,7 @@ class Line(enum.IntEnum):
 class Rows(NamedTuple):
     """Rows ``[*, D]`` of any strides as ``[outer, inner, D]``; strides in elements.
 
-    ``chunk`` is the number of elements that can be read at once along ``line``: 16 bytes of them, or 1.
+    ``chunk`` elements can be read at once along ``line``: 16 bytes of them, or 1.
     """
 
     x: Tensor
@@ -148,7 +148,7 @@ class Rows(NamedTuple):
 
     @staticmethod
     def of(x: Tensor, mask: Tensor | None, width: int) -> "Rows":
-        """View ``x``, whose groups are ``width`` columns wide, or a copy of it if its rows have more than two strides."""
+        """View ``x``, whose groups are ``width`` columns wide; a copy if it takes more strides."""
         if len(_levels(x)) > 2:
             x = x.contiguous()
         levels = _levels(x)
@@ -183,12 +183,12 @@ class Rows(NamedTuple):
 
 
 def _by_stride(x: Tensor) -> list[int]:
-    """The leading dimensions from the one with the longest steps: a sum may take the rows in any order."""
+    """The leading dimensions from the longest stride: a sum may take the rows in any order."""
     return sorted(range(x.dim() - 1), key=lambda i: -x.stride(i))
 
 
 def _levels(x: Tensor) -> list[tuple[int, int]]:
-    """Sizes and strides of the leading dimensions by stride, those that step evenly merged into one."""
+    """Sizes and strides of the leading dimensions, those that together step evenly merged."""
     merged: list[tuple[int, int]] = []
     for i in _by_stride(x):
         size, stride = x.shape[i], x.stride(i)

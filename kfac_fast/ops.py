@@ -54,8 +54,10 @@ def gram(
 ) -> Tensor:
     r"""Sum of the outer products of all rows: a linear layer's factor under expand.
 
-    .. math:: C \leftarrow \beta C + \alpha \sum_r \tilde x_r \tilde x_r^\top, \qquad \tilde x = (x,
-    1) \text{ with a bias}
+    .. math::
+
+        C \leftarrow \beta C + \alpha \sum_r \tilde x_r \tilde x_r^\top, \qquad
+        \tilde x = (x, 1) \text{ with a bias}
 
     Equivalent to::
 
@@ -100,8 +102,10 @@ def shared_gram(
 ) -> Tensor:
     r"""Gram of the rows' sums or means over shared positions: a linear layer's factor under reduce.
 
-    .. math:: C \leftarrow \beta C + \alpha \sum_n \bar x_n \bar x_n^\top, \qquad \bar x_n =
-    \tfrac1S \sum_s \tilde x_{n,s}
+    .. math::
+
+        C \leftarrow \beta C + \alpha \sum_n \bar x_n \bar x_n^\top, \qquad
+        \bar x_n = \tfrac1S \sum_s \tilde x_{n,s}
 
     Equivalent to::
 
@@ -170,8 +174,9 @@ def conv_expand_gram(
 
     .. math:: C \leftarrow \beta C + \alpha \sum_{n,s} \tilde a_{n,s} \tilde a_{n,s}^\top
 
-    where the patch :math:`a_{n,s}` holds the inputs that output position ``s`` reads. Equivalent
-    to::
+    where the patch :math:`a_{n,s}` holds the inputs that output position ``s`` reads.
+
+    Equivalent to::
 
         patches = F.unfold(x, kernel_size, ...).mT.flatten(0, 1)
         return patches.T @ patches
@@ -237,8 +242,10 @@ def conv_reduce_gram(
 ) -> Tensor:
     r"""Gram of the patches' means over the positions: a convolution's input factor under reduce.
 
-    .. math:: C \leftarrow \beta C + \alpha \sum_n \bar a_n \bar a_n^\top, \qquad \bar a_n =
-    \tfrac1S \sum_s \tilde a_{n,s}
+    .. math::
+
+        C \leftarrow \beta C + \alpha \sum_n \bar a_n \bar a_n^\top, \qquad
+        \bar a_n = \tfrac1S \sum_s \tilde a_{n,s}
 
     Equivalent to::
 

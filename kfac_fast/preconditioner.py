@@ -237,7 +237,7 @@ class KFAC:
         """
         if self.fisher != "mc":
             raise RuntimeError(f"update_curvature: fisher must be 'mc', got {self.fisher!r}")
-        calls, self._calls = self._calls, []
+        calls = self._calls
         if not calls:
             return
         grams: dict[int, Tensor] = {}

@@ -10,7 +10,7 @@ FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class Convolution(NamedTuple):
-    """Input and geometry of a convolution; options are those of :func:`kfac_fast.conv_expand_gram`."""
+    """A convolution and its input; options as for :func:`kfac_fast.conv_expand_gram`."""
 
     channels: int
     size: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""Compile GPU kernels without a GPU and read registers, spills and shared memory from the result."""
+"""Compile GPU kernels without a GPU and read registers, spills and shared memory."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class CompileOnly:
 
 @contextmanager
 def compiled_only(capability: int) -> Iterator[dict[str, Any]]:
-    """Triton launches inside compile for a capability and do not run; yields the kernels by name."""
+    """Make Triton launches compile for a capability and not run; yields the kernels by name."""
     from triton.runtime import JITFunction, driver
 
     kernels = {}

@@ -1,7 +1,7 @@
 #pragma once
-// Enough of CUDA C++ to run a kernel on the CPU. The threads of a block are fibers that take turns: each
-// runs until its next __syncthreads(). A missing barrier shows, because the result then depends on the
-// order of the turns, which the caller picks.
+// Enough of CUDA C++ to run a kernel on the CPU. The threads of a block are fibers that take turns:
+// each runs until its next __syncthreads(). A missing barrier shows, because the result then
+// depends on the order of the turns, which the caller picks.
 
 #include <ucontext.h>
 

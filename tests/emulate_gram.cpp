@@ -1,9 +1,8 @@
 // csrc/cuda/gram.cuh on the CPU, for tests/test_gram_cuda.py.
-#include "emulate_cuda.h"
+#include <limits>
 
 #include "../csrc/cuda/gram.cuh"
-
-#include <limits>
+#include "emulate_cuda.h"
 
 using namespace kfac_fast;
 
@@ -31,10 +30,9 @@ int64_t run(const Arguments& a) {
   const int64_t steps = (in.rows + kGramDepth - 1) / kGramDepth;
   const Acc unwritten = std::numeric_limits<Acc>::quiet_NaN();
   std::vector<Acc> part_tiles(a.split * programs * tile * tile, unwritten);
-  std::vector<Acc> part_columns(a.split * a.groups * a.width + 1, unwritten);
+  std::vector<Acc> part_columns(a.split * a.groups * a.width, unwritten);
   std::vector<int64_t> counted(a.split, -1);
-  GramParts<Acc> parts{part_tiles.data()};
-  if (a.bias) parts.columns = part_columns.data(), parts.counted = counted.data();
+  GramParts<Acc> parts{part_tiles.data(), a.bias != 0, part_columns.data(), counted.data()};
 
   Emulator& device = Emulator::instance();
   const unsigned x = programs, y = a.split, patches = tile / kGramPatch * (tile / kGramPatch);
@@ -68,5 +66,4 @@ int64_t gram_tile_row(int64_t program, int64_t tiles) { return gram_tile(program
 int64_t gram_tile_column(int64_t program, int64_t tiles) {
   return gram_tile(program, tiles).column;
 }
-
 }

@@ -69,7 +69,7 @@ def assert_within_budget(out: Tensor, torch_result: Tensor, ref64: Tensor) -> No
 
 
 def assert_same(out: Tensor, expected: Tensor) -> None:
-    """Check that two float64 results of one formula differ by no more than the order of their sums explains."""
+    """Check that two float64 results differ by no more than the order of their sums explains."""
     assert out.shape == expected.shape and out.dtype == expected.dtype == torch.float64
     if out.numel():
         bound = 64 * torch.finfo(torch.float64).eps * _norms(expected)
@@ -78,7 +78,7 @@ def assert_same(out: Tensor, expected: Tensor) -> None:
 
 
 def gram(x: Tensor, mask: Tensor | None = None, groups: int = 1, bias: bool = False) -> Tensor:
-    """Gram matrix of the rows in float64; of float64 rows in extended precision, rounded to float64."""
+    """Gram matrix in float64; of float64 rows in extended precision, rounded to float64."""
     rows = x.double().reshape(math.prod(x.shape[:-1]), groups, x.shape[-1] // groups)
     rows = with_bias(rows, bias)
     if mask is not None:
@@ -96,7 +96,7 @@ def convolution(
     options: dict[str, Any],
     bias: bool = False,
 ) -> nn.Module:
-    """PyTorch's float64 convolution module with the options of :func:`kfac_fast.conv_expand_gram`."""
+    """PyTorch's float64 module of the options of :func:`kfac_fast.conv_expand_gram`."""
     options = dict(options)
     kinds = TRANSPOSED if options.pop("transposed", False) else CONVOLUTIONS
     kind = kinds[dimensions - 1]
@@ -106,8 +106,8 @@ def convolution(
 def patches(x: Tensor, **options: Any) -> Tensor:
     """Patches ``[N, S, groups, d]`` by PyTorch's own convolution with one-hot kernels.
 
-    Output channel ``(j, c, k...)`` copies the input that tap ``k`` of channel ``c`` of group ``j`` reads. A transposed
-    convolution's weight is the flipped kernel.
+    Output channel ``(j, c, k...)`` copies the input that tap ``k`` of channel ``c`` of group ``j``
+    reads. A transposed convolution's weight is the flipped kernel.
     """
     dimensions = x.dim() - 2
     groups = options.get("groups", 1)
@@ -134,7 +134,7 @@ def with_bias(rows: Tensor, bias: bool) -> Tensor:
 
 
 def outer_sum(rows: Tensor) -> Tensor:
-    """Sum of the outer products of rows ``[R, groups, d]``; a single group is left out of the shape."""
+    """Sum of the outer products of rows ``[R, groups, d]``; a single group has no axis."""
     total = torch.zeros(rows.shape[1], rows.shape[2], rows.shape[2], dtype=rows.dtype)
     for row in rows:
         total += row[:, :, None] * row[:, None, :]
@@ -142,7 +142,7 @@ def outer_sum(rows: Tensor) -> Tensor:
 
 
 def shared_rows(x: Tensor, mask: Tensor, groups: int, bias: bool, reduction: str) -> Tensor:
-    """Each example's counted rows summed or averaged one by one: ``[N, *shared, D]`` to ``[N, groups, d]``."""
+    """Each example's counted rows reduced one by one: ``[N, *shared, D]`` to ``[N, groups, d]``."""
     results = [x.new_zeros(0, groups, x.shape[-1] // groups + bias)]
     for example, counts in zip(x.flatten(1, -2), mask.flatten(1), strict=True):
         rows = with_bias(example.reshape(len(example), groups, x.shape[-1] // groups), bias)

@@ -12,6 +12,8 @@ import torch
 from oracle import CONVOLUTIONS, TRANSPOSED, outer_sum, patches, with_bias
 from torch import Tensor, nn
 
+from kfac_fast import KFAC
+
 LAYERS = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED)
 Factors = tuple[Tensor, Tensor]
 
@@ -119,7 +121,9 @@ def damp(covariances: Factors, damping: float, mode: str = "factored") -> Factor
         pi = ((traces[0] / a.shape[-1]) / (traces[1] / g.shape[-1])).sqrt()
         shares = share.sqrt() * pi, share.sqrt() / pi
     identities = [torch.eye(m.shape[-1], dtype=m.dtype) for m in covariances]
-    return a + shares[0][:, None, None] * identities[0], g + shares[1][:, None, None] * identities[1]
+    return a + shares[0][:, None, None] * identities[0], g + shares[1][:, None, None] * identities[
+        1
+    ]
 
 
 def assert_solved(out: Tensor, expected: Tensor) -> None:
@@ -127,3 +131,50 @@ def assert_solved(out: Tensor, expected: Tensor) -> None:
     assert out.shape == expected.shape and out.dtype == expected.dtype == torch.float64
     error = torch.linalg.vector_norm(out - expected)
     assert error <= 1e-11 * torch.linalg.vector_norm(expected), f"error {error}"
+
+
+def scaled(calls: dict[str, list[Call]], scale: float) -> dict[str, list[Call]]:
+    return {name: [call.scaled(scale) for call in of] for name, of in calls.items()}
+
+
+def plain_covariances(
+    model: nn.Module, loss_of: Callable[[], Tensor], approx: str, terms: int, reduction: str
+) -> dict[str, Factors]:
+    """Factors by the table of conventions from one forward and backward pass of a loss."""
+    scale, divisor = (terms, terms) if reduction == "mean" else (1, 1)
+    calls = scaled(record(model, loss_of), scale)
+    return {name: factors(of, approx, divisor) for name, of in calls.items()}
+
+
+def covariances(kfac: KFAC) -> dict[str, Factors]:
+    """Each layer's running averages, ``[groups, n, n]``."""
+    return {
+        block.layer.name: tuple(
+            factor.covariance().reshape(-1, *factor.total.shape[-2:]) for factor in block.factors
+        )
+        for block in kfac._blocks
+        if block.factors is not None
+    }
+
+
+def assert_covariances(kfac: KFAC, expected: dict[str, Factors]) -> None:
+    actual = covariances(kfac)
+    assert actual.keys() == expected.keys()
+    for name, pair in expected.items():
+        for out, covariance in zip(actual[name], pair, strict=True):
+            assert_solved(out, covariance)
+
+
+def expected_grads(
+    model: nn.Module, expected: dict[str, Factors], damping: float, mode: str = "factored"
+) -> list[Tensor]:
+    """Dense Kronecker solves of the raw gradients, in the model's order."""
+    return [
+        solve(grad_matrices(model.get_submodule(name)), damp(pair, damping, mode))
+        for name, pair in expected.items()
+    ]
+
+
+def assert_grads(model: nn.Module, names: dict[str, Any], expected: list[Tensor]) -> None:
+    for name, matrix in zip(names, expected, strict=True):
+        assert_solved(grad_matrices(model.get_submodule(name)), matrix)

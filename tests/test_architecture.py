@@ -1,4 +1,4 @@
-"""The house: who imports whom, what C++ includes, how public functions are documented, how long files are."""
+"""The house: who imports whom, what C++ includes, what is documented, how long files are."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def module_name(path: Path) -> str:
 
 
 def imports(path: Path) -> set[str]:
-    """Dotted names that a file imports anywhere, ``from package import name`` as ``package.name``."""
+    """Dotted names that a file imports; ``from package import name`` is ``package.name``."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

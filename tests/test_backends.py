@@ -1,4 +1,4 @@
-"""The choice between implementations: order, force, refusal, explanation, and an installation that has none of them."""
+"""The choice between implementations: order, force, refusal, explanation, and none installed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(backends.TABLE, ("gram", "cpu"), ROW)
 
 
-def served_by(x: Tensor = X) -> float:
+def served_by(x: torch.Tensor = X) -> float:
     return float(ops.gram(x)[0, 0])
 
 

@@ -70,8 +70,9 @@ def test_patterns_are_searched_in_qualified_and_class_names(pattern: str, left: 
 
 @pytest.mark.parametrize("pattern", ["head", "ReLU", "^3$"])
 def test_a_pattern_that_matches_no_module_with_parameters_is_refused(pattern: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(f"skip must match modules with parameters, "
-                                                   f"got {pattern!r}")):
+    with pytest.raises(
+        ValueError, match=re.escape(f"skip must match modules with parameters, got {pattern!r}")
+    ):
         found(mixed_model(), "Conv", pattern)
 
 

@@ -37,7 +37,7 @@ def test_framed_size_is_that_of_the_framed_input(case: Convolution) -> None:
 
 @convolutions
 def test_a_window_over_the_framed_input_is_the_convolution(case: Convolution) -> None:
-    """The picture that every kernel relies on: frame, then a plain correlation with the (flipped) weight."""
+    """The picture that every kernel relies on: frame, then correlate with the (flipped) weight."""
     geometry, dimensions = geometry_of(case), len(case.size)
     x = whole_numbers(2, case.channels, *case.size)
     module = convolution(dimensions, case.channels, case.groups * 2, case.options)

@@ -1,8 +1,9 @@
-"""The block ``A (x) G`` of a layer against the exact generalised Gauss-Newton block by autograd, where theory says they agree.
+"""A layer's block ``A (x) G`` against the exact Gauss-Newton block, where theory says they agree.
 
-For the squared error in float64: expand is exact if only per-position linear maps follow the layer and the loss sums over positions;
-reduce is exact if per-position maps, then a sum or mean over the positions, then linear maps follow. Each is wrong in the other's
-setting, and both are if a second spatial convolution follows, which mixes positions.
+For the squared error in float64: expand is exact if only per-position linear maps follow the layer
+and the loss sums over positions; reduce is exact if per-position maps, then a sum or mean over the
+positions, then linear maps follow. Each is wrong in the other's setting, and both are if a second
+spatial convolution follows, which mixes positions.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def reduce_setting(layer: nn.Module, x: Tensor, features: int, mean: bool = True
 
 
 def loss_curvature(outputs: Tensor, reduction: str) -> Tensor:
-    """Diagonal of the Hessian of PyTorch's squared error with respect to the flat outputs; the rest is zero."""
+    """Diagonal of the squared error's Hessian in the flat outputs; the rest of it is zero."""
     flat = outputs.detach().flatten().requires_grad_()
     loss = F.mse_loss(flat, torch.randn_like(flat), reduction=reduction)
     (gradient,) = torch.autograd.grad(loss, flat, create_graph=True)
@@ -106,7 +107,7 @@ def exact_blocks(setting: Setting, reduction: str) -> Tensor:
 
 
 def kronecker_blocks(setting: Setting, approx: Approximation, reduction: str) -> Tensor:
-    """``G (x) A``, row-major like the parameters' matrix, with type-2 gradients and the normalisation of the library."""
+    """``G (x) A``, row-major like the parameters' matrix, from type-2 gradients."""
     rule = RULES[type(setting.layer)]("layer", setting.layer, approx)
     layer_output = setting.layer(setting.x)
     outputs = setting.model[1:](layer_output)

@@ -1,4 +1,4 @@
-"""The public operators fuzzed against float64: shapes, geometries, strides, dtypes, accumulation."""
+"""The public operators fuzzed against float64: shapes, strides, dtypes, accumulation."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def check_accumulation(
 
 @st.composite
 def rows(draw: st.DrawFn, least: int) -> tuple[Tensor, Tensor | None, int]:
-    """Rows ``[*, D]`` with at least so many leading dimensions, maybe a mask, and a number of groups."""
+    """Rows ``[*, D]`` with so many leading dimensions at least, a mask or None, and groups."""
     torch.manual_seed(draw(seeds))
     leading = draw(st.lists(st.integers(0, 9), min_size=least, max_size=3))
     groups, features = draw(st.integers(1, 3)), draw(st.integers(0, 12))

@@ -137,6 +137,7 @@ def test_whole_numbers_are_exact(
     assert torch.equal(out.cpu().double(), oracle.gram(x, bias=True))
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")  # of Triton's interpreter
 @implementations
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_bad_rows(implementation: backends.Implementation, device: str, value: float) -> None:

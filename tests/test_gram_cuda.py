@@ -5,6 +5,9 @@ from __future__ import annotations
 import ctypes
 import re
 import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ from oracle import gram as oracle_gram
 from torch import Tensor
 
 from kfac_fast import reference
+from kfac_fast.schema import result_dtype
 
 CUDA = ROOT / "csrc" / "cuda"
 TORCH = Path(torch.__file__).parent
@@ -84,7 +88,7 @@ def _run(
     """The result, after checking that it does not depend on the order of the threads."""
     edge = x.shape[-1] // groups + bias
     shape = (edge, edge) if groups == 1 else (groups, edge, edge)
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = result_dtype(x.dtype)
     results = []
     for descending in (False, True):
         out = poisoned(*shape, dtype=dtype) if old is None else lower_only(old)
@@ -146,14 +150,10 @@ def test_all_options(emulated: ctypes.CDLL, kernel: str) -> None:
     x = torch.randn(7, 11, 3 * 70, dtype=torch.float64).to(KERNELS[kernel])
     mask = torch.rand(7, 11) < 0.6
     x[~mask] = torch.nan
-    old = torch.randn(3, 71, 71, dtype=reference_dtype(x))
+    old = torch.randn(3, 71, 71, dtype=result_dtype(x.dtype))
     old = old + old.mT
     options = {"mask": mask, "groups": 3, "bias": True, "alpha": 0.3, "beta": 0.9, "old": old}
     _check(_run(emulated, kernel, x, split=2, **options), x, **options)
-
-
-def reference_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _cropped(x: Tensor) -> Tensor:
@@ -165,7 +165,7 @@ def _cropped(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("layout", [spread, _cropped, lambda x: x.mT.contiguous().mT])
 @pytest.mark.parametrize("kernel", ["float_64", "bfloat16_128", "double_64"])
-def test_strides(emulated: ctypes.CDLL, kernel: str, layout) -> None:
+def test_strides(emulated: ctypes.CDLL, kernel: str, layout: Callable[[Tensor], Tensor]) -> None:
     torch.manual_seed(0)
     x = layout(torch.randn(3, 4, 9, 70, dtype=torch.float64).to(KERNELS[kernel]))
     mask = spread(torch.rand(3, 4, 9) < 0.6)
@@ -219,6 +219,30 @@ def test_split_fills_the_device(emulated: ctypes.CDLL) -> None:
     assert split(10**6, 65536, 65536, 132) == 1  # no room for more
 
 
+def test_loads_where_torch_has_no_cuda() -> None:
+    # The stream's symbol is weak: a torch without CUDA lacks it, and must load the library still.
+    home = toolkit()
+    if home is None or torch.version.cuda:
+        pytest.skip("needs nvcc and a torch without CUDA")
+    torch_libraries = [str(TORCH / "lib" / name) for name in ("libtorch.so", "libtorch_cpu.so")]
+    linked = cached(
+        "gram.so",
+        [
+            *("g++", "-shared", str(_compiled(home)), "-Wl,--no-as-needed", *torch_libraries),
+            *("-Wl,--allow-shlib-undefined", f"-L{home}/lib64", "-lcudart_static"),
+            *("-ldl", "-lrt", "-lpthread", "-o", "{out}"),
+        ],
+        [_compiled(home)],
+    )
+    code = f"""
+import torch
+from kfac_fast import schema
+torch.ops.load_library({str(linked)!r})
+assert torch._C._dispatch_has_kernel_for_dispatch_key("kfac_fast_native::gram", "CUDA")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
 def _instantiations(log: str) -> dict[tuple[str, str], tuple[int, int, int]]:
     """Registers, spilled bytes and shared bytes by (architecture, kernel)."""
     pattern = re.compile(
@@ -233,18 +257,28 @@ def _instantiations(log: str) -> dict[tuple[str, str], tuple[int, int, int]]:
     }
 
 
-def test_compiles_without_spills(record_property) -> None:
-    home = toolkit()
-    if home is None:
-        pytest.skip("compiling CUDA needs nvcc")
+def _compiled(home: Path) -> Path:
+    """The object file of both architectures; what ptxas says of them lies beside it."""
     sources = [CUDA / "gram.cu", CUDA / "gram.cuh", TORCH / "version.py", home / "include/cuda.h"]
     includes = [f"-I{TORCH}/include", f"-I{TORCH}/include/torch/csrc/api/include"]
     defines = ["-DUSE_CUDA", "-DNDEBUG", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
     targets = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in ("80", "90a")]
-    flags = ["-std=c++20", "-O3", "-Xptxas=-v", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=2"]
+    flags = [
+        "-std=c++20",
+        "-O3",
+        "-Xptxas=-v",
+        "-Xcompiler=-fPIC,-fvisibility=hidden",
+        "--threads=2",
+    ]
     command = ["nvcc", *flags, *targets, *defines, *includes, "-c", str(sources[0]), "-o", "{out}"]
-    log = cached("gram.o", command, sources).with_name("log.txt").read_text()
-    kernels = _instantiations(log)
+    return cached("gram.o", command, sources)
+
+
+def test_compiles_without_spills(record_property: Callable[[str, str], None]) -> None:
+    home = toolkit()
+    if home is None:
+        pytest.skip("compiling CUDA needs nvcc")
+    kernels = _instantiations(_compiled(home).with_name("log.txt").read_text())
     assert len(kernels) == 2 * (len(KERNELS) + 2)
     for (arch, name), (registers, spilled, shared) in sorted(kernels.items()):
         line = f"{registers} registers, {spilled} bytes spilled, {shared} bytes shared"

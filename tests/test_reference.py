@@ -1,4 +1,4 @@
-"""The pure-PyTorch operators against slow definitions in float64, on whole numbers where the result is then exact."""
+"""The pure-PyTorch operators against slow definitions, exactly where whole numbers allow it."""
 
 from __future__ import annotations
 

@@ -82,12 +82,13 @@ void launch(const Arguments& a, const GramRows<In>& in) {
   const int64_t steps = (in.rows + kGramDepth - 1) / kGramDepth;
   std::vector<Tensor> workspace;
   GramParts<Acc> parts{allocate<Acc>(a.out, split * programs * tile * tile, workspace)};
-  if (a.bias) {
+  parts.bias = a.bias;
+  if (parts.bias) {
     parts.columns = allocate<Acc>(a.out, split * a.groups * in.width, workspace);
     parts.counted = allocate<int64_t>(a.out, split, workspace);
   }
-  gram_partial_kernel<In, Acc, kPer>
-      <<<dim3(programs, split), kGramThreads, 0, stream>>>(in, parts, tiles, (steps + split - 1) / split);
+  gram_partial_kernel<In, Acc, kPer><<<dim3(programs, split), kGramThreads, 0, stream>>>(
+      in, parts, tiles, (steps + split - 1) / split);
   check(cudaGetLastError());
   constexpr int patches = tile / kGramPatch * (tile / kGramPatch);
   gram_finish_kernel<<<dim3(programs, patches), dim3(kGramPatch, 8), 0, stream>>>(

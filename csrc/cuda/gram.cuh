@@ -1,10 +1,10 @@
 #pragma once
-// Gram matrices on the CUDA cores: every product and sum in float32 (float64 for float64), rows of any
-// strides. No torch headers, so that any nvcc compiles it and a C++ compiler can emulate it.
+// Gram matrices on the CUDA cores: every product and sum in float32 (float64 for float64), rows of
+// any strides. No torch headers, so that any nvcc compiles it and a C++ compiler can emulate it.
 //
-// A thread block sums a part of the rows of one tile of the lower triangle into a workspace; a second
-// kernel adds the parts and writes the tile, its mirror image and the bias entries. No sum depends on
-// the order in which thread blocks run.
+// A thread block sums a part of the rows of one tile of the lower triangle into a workspace; a
+// second kernel adds the parts and writes the tile, its mirror image and the bias entries. No sum
+// depends on the order in which thread blocks run.
 
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
@@ -16,9 +16,9 @@
 namespace kfac_fast {
 
 constexpr int kGramThreads = 256;
-constexpr int kGramDepth = 16;         // rows of x that a step multiplies
+constexpr int kGramDepth = 16;          // rows of x that a step multiplies
 constexpr int kGramStepsPerChain = 32;  // then a float32 sum goes to a second accumulator
-constexpr int kGramPatch = 32;         // side of what a block of the finishing kernel writes
+constexpr int kGramPatch = 32;          // side of what a block of the finishing kernel writes
 constexpr int kGramMaxAxes = 16;
 
 // A leading dimension of x [*, D] and of its mask [*], strides in elements.
@@ -37,8 +37,8 @@ struct GramRows {
   int axes = 0;
   GramAxis axis[kGramMaxAxes] = {};  // from the outermost
 
-  // Adds the next dimension inwards; one that continues the even steps of the last joins it. False if
-  // there is no room.
+  // Adds the next dimension inwards; one that continues the even steps of the last joins it. False
+  // if there is no room.
   bool add(GramAxis next) {
     rows *= next.size;
     if (next.size == 1) return true;
@@ -55,12 +55,13 @@ struct GramRows {
   }
 };
 
-// Where a kernel finds and leaves parts: sums of tiles [split, programs, tile, tile], of columns
-// [split, groups, width], and numbers of counted rows [split].
+// Where the parts lie: sums of tiles [split, programs, tile, tile] and, with a bias, of columns
+// [split, groups, width], and the numbers of counted rows [split].
 template <typename Acc>
 struct GramParts {
   Acc* tiles;
-  Acc* columns = nullptr;  // null without a bias
+  bool bias = false;
+  Acc* columns = nullptr;
   int64_t* counted = nullptr;
 };
 
@@ -74,9 +75,9 @@ __host__ __device__ inline int64_t gram_tiles(int64_t width, int tile) {
   return side > 1 ? side * (side + 1) / 2 : 1;
 }
 
-// Into how many parts to cut the rows, so that few tiles still fill the device evenly: the number with
-// which the busiest of the `slots` thread blocks that it holds at once, and the finishing kernel, have
-// the least to do. The costs of storing and of reading a tile are estimates, in steps.
+// Into how many parts to cut the rows, so that few tiles still fill the device evenly: the number
+// with which the busiest of the `slots` thread blocks that it holds at once, and the finishing
+// kernel, have the least to do. The costs of storing and of reading a tile are estimates, in steps.
 inline int64_t gram_split(int64_t programs, int64_t rows, int64_t tile_bytes, int64_t slots) {
   constexpr int64_t max_split = 64, max_bytes = int64_t{1} << 28;
   constexpr int64_t steps_per_store = 4, reads_per_step = 32;
@@ -85,8 +86,8 @@ inline int64_t gram_split(int64_t programs, int64_t rows, int64_t tile_bytes, in
   int64_t best = 1, least = INT64_MAX;
   for (int64_t split = 1; split == 1 || split <= limit; ++split) {
     const int64_t waves = (programs * split + slots - 1) / slots;
-    const int64_t cost = waves * ((steps + split - 1) / split + steps_per_store) +
-                         programs * split / reads_per_step;
+    const int64_t cost =
+        waves * ((steps + split - 1) / split + steps_per_store) + programs * split / reads_per_step;
     if (cost < least) least = cost, best = split;
   }
   return best;
@@ -126,6 +127,8 @@ __device__ int64_t gram_row_offset(const GramRows<In>& in, int64_t row) {
 template <typename In, typename Acc, int kTile>
 struct GramPiece {
   static constexpr int kCount = kGramDepth * kTile / kGramThreads;
+  // Padded, so that threads along the rows of x do not all store to one bank.
+  using Shared = Acc[2][kGramDepth][kTile + 4];
   Acc value[kCount];
 
   struct Place {
@@ -149,7 +152,7 @@ struct GramPiece {
     }
   }
 
-  __device__ void store(bool lanes_along_rows, Acc (*shared)[kTile]) const {
+  __device__ void store(bool lanes_along_rows, Acc (*shared)[kTile + 4]) const {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const Place at = place(lanes_along_rows, i);
@@ -158,8 +161,8 @@ struct GramPiece {
   }
 };
 
-// A thread's kPer rows (columns) of a tile lie in strips of four, 16 strips apart, so that neighbouring
-// threads read neighbouring words of shared memory.
+// A thread's kPer rows (columns) of a tile lie in strips of four, 16 strips apart, so that
+// neighbouring threads read neighbouring words of shared memory.
 __device__ inline int gram_strip(int lane, int i) { return i / 4 * 64 + lane * 4 + i % 4; }
 
 // Sums a part of the rows of one tile; grid (programs, split), tiles of 16 kPer.
@@ -168,7 +171,8 @@ __global__ void __launch_bounds__(kGramThreads)
     gram_partial_kernel(GramRows<In> in, GramParts<Acc> parts, int64_t tiles,
                         int64_t steps_per_part) {
   constexpr int kTile = 16 * kPer;
-  __shared__ Acc left[2][kGramDepth][kTile], right[2][kGramDepth][kTile];
+  using Piece = GramPiece<In, Acc, kTile>;
+  __shared__ typename Piece::Shared left, right;
   __shared__ int64_t row_offset[2][kGramDepth];
   const int thread = threadIdx.x, lane_row = thread / 16, lane_column = thread % 16;
   const GramTile tile = gram_tile(blockIdx.x, tiles);
@@ -176,11 +180,11 @@ __global__ void __launch_bounds__(kGramThreads)
   const int64_t begin = blockIdx.y * steps_per_part;
   const int64_t end = min(steps, begin + steps_per_part);
   const In* x = in.x + tile.group * in.width * in.column_stride;
-  const bool sums_columns = parts.columns && tile.row == tile.column;
+  const bool sums_columns = parts.bias && tile.row == tile.column;
 
   Acc total[kPer][kPer] = {}, chain[kPer][kPer] = {}, column_sum = 0;
   int64_t counted = 0;
-  GramPiece<In, Acc, kTile> next_left, next_right;
+  Piece next_left, next_right;
 
   auto find_row = [&](int64_t step) {
     if (thread >= kGramDepth || step >= end) return int64_t{-1};
@@ -197,7 +201,8 @@ __global__ void __launch_bounds__(kGramThreads)
     next_right.store(in.lanes_along_rows, right[buffer]);
   };
 
-  // While a step multiplies, the next one's entries and the rows of the one after it are on their way.
+  // While a step multiplies, the next one's entries and the rows of the one after it are on their
+  // way.
   int64_t offset = find_row(begin);
   if (thread < kGramDepth) row_offset[0][thread] = offset;
   __syncthreads();
@@ -258,7 +263,7 @@ __global__ void __launch_bounds__(kGramThreads)
     const int64_t groups = gridDim.x / tiles;
     parts.columns[(blockIdx.y * groups + tile.group) * in.width + column] = column_sum;
   }
-  if (parts.columns && blockIdx.x == 0) {
+  if (parts.bias && blockIdx.x == 0) {
     if (thread < kGramDepth) row_offset[0][thread] = counted;
     __syncthreads();
     if (thread == 0) {
@@ -279,7 +284,7 @@ __global__ void gram_finish_kernel(GramParts<Acc> parts, Acc* out, Acc alpha, Ac
   const int patch_column = blockIdx.y % patches * kGramPatch;
   const int64_t first_row = tile.row * int64_t{tile_side} + patch_row;
   const int64_t first_column = tile.column * int64_t{tile_side} + patch_column;
-  const int64_t edge = width + (parts.columns ? 1 : 0);
+  const int64_t edge = width + parts.bias;
   out += tile.group * edge * edge;
   auto finish = [&](const auto* part, int64_t part_stride, Acc* target) {
     Acc sum = 0;
@@ -306,7 +311,7 @@ __global__ void gram_finish_kernel(GramParts<Acc> parts, Acc* out, Acc alpha, Ac
     if (column < width && row < column) out[row * edge + column] = patch[x][y];
   }
   const bool diagonal = tile.row == tile.column && patch_row == 0 && threadIdx.y == 0;
-  if (!parts.columns || !diagonal) return;
+  if (!parts.bias || !diagonal) return;
   const int64_t column = first_column + x;
   if (column < width) {
     out[column * edge + width] = finish(parts.columns + tile.group * width + column,

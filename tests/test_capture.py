@@ -1,0 +1,188 @@
+"""What the hooks take down, and what they leave alone: gradients, copies, bad batches, the host."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from host import NeverWaits
+from nets import Net, images, preconditioner, train_step
+from oracle import bits
+from plain_kfac import assert_covariances, covariances, factors, plain_covariances, record, scaled
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from kfac_fast import KFAC
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+fishers = pytest.mark.parametrize("fisher", ["empirical", "mc"])
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+class Checkpointed(nn.Module):
+    """Recomputes its activations in the backward pass."""
+
+    def __init__(self, net: Net, use_reentrant: bool) -> None:
+        super().__init__()
+        self.net = net
+        self.use_reentrant = use_reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.net, x, use_reentrant=self.use_reentrant)
+
+
+def test_in_place_activations_change_no_bit() -> None:
+    results = []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        model = Net(inplace)
+        kfac = preconditioner(model)
+        F.cross_entropy(model(images()), torch.tensor([0, 1, 2, 0, 1])).backward()
+        kfac.step()
+        results.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointed_activations_give_the_same_factors(use_reentrant: bool) -> None:
+    net, x, y = Net(), images().requires_grad_(), torch.randint(3, (5,))
+    expected = plain_covariances(net, lambda: F.cross_entropy(net(x), y), "expand", 5, "mean")
+    model = Checkpointed(net, use_reentrant)
+    kfac = preconditioner(model)
+    F.cross_entropy(model(x), y).backward()
+    kfac.step()
+    assert_covariances(kfac, {f"net.{name}": pair for name, pair in expected.items()})
+
+
+@fishers
+def test_gradients_are_untouched_before_the_step(fisher: str) -> None:
+    model, x, y = Net(), images(), torch.randint(3, (5,))
+    F.cross_entropy(model(x), y).backward()
+    expected = [parameter.grad for parameter in model.parameters()]
+    model.zero_grad()
+    kfac = preconditioner(model, fisher=fisher)
+    outputs = model(x)
+    if fisher == "mc":
+        kfac.update_curvature(outputs, loss="cross_entropy")
+        assert all(parameter.grad is None for parameter in model.parameters())
+    F.cross_entropy(outputs, y).backward()
+    for parameter, grad in zip(model.parameters(), expected, strict=True):
+        assert torch.equal(bits(parameter.grad), bits(grad))
+
+
+def test_a_layer_that_took_no_part_keeps_its_gradient() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    kfac = preconditioner(model)
+    model[1].weight.grad = torch.ones(2, 2)
+    model[0](torch.randn(5, 3)).square().mean().backward()
+    kfac.step()
+    assert torch.equal(model[1].weight.grad, torch.ones(2, 2))
+    assert model[1].bias.grad is None
+    assert kfac.summary().count("no factors yet") == 1
+
+
+@pytest.mark.parametrize("kl_clip", [None, 1e-3])
+def test_a_step_without_a_backward_pass_changes_nothing(kl_clip: float | None) -> None:
+    model = nn.Linear(3, 2)
+    kfac = preconditioner(model, kl_clip=kl_clip, learning_rate=0.1)
+    model.weight.grad = torch.ones(2, 3)
+    kfac.step()
+    assert torch.equal(model.weight.grad, torch.ones(2, 3)) and kfac.steps == 1
+
+
+def test_layers_may_be_called_by_themselves_and_by_keyword() -> None:
+    """An evaluation of the whole model in between is no pass of the step."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    twin = copy.deepcopy(model)
+    kfac = preconditioner(model, factor_decay=0)
+    for _ in range(3):
+        with torch.no_grad():
+            model(torch.randn(2, 3, dtype=torch.float64))
+        x, y = torch.randn(5, 3, dtype=torch.float64), torch.randint(2, (5,))
+        calls = scaled(record(twin, lambda x=x, y=y: F.cross_entropy(twin(x), y)), 5)
+        model.zero_grad()
+        F.cross_entropy(model[2](input=model[0](input=x).tanh()), y).backward()
+        kfac.step()
+        assert_covariances(kfac, {name: factors(of, "expand", 5) for name, of in calls.items()})
+
+
+def test_a_deep_copy_of_the_model_feeds_nothing_to_the_preconditioner() -> None:
+    model = Net()
+    kfac = preconditioner(model)
+    twin = copy.deepcopy(model)
+    F.cross_entropy(twin(images()), torch.randint(3, (5,))).backward()
+    kfac.step()
+    assert covariances(kfac) == {}
+
+
+def factor_bits(kfac: KFAC) -> list[Tensor]:
+    fields = ("total", "weight", "inverse")
+    return [
+        bits(getattr(factor, field))
+        for block in kfac._blocks
+        for factor in block.factors
+        for field in fields
+    ]
+
+
+@fishers
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_bad_batch_leaves_every_factor_as_it_was(value: float, fisher: str) -> None:
+    models = []
+    for bad_batch in (False, True):
+        torch.manual_seed(0)
+        model = Net()
+        kfac = preconditioner(model, fisher=fisher)
+        for step in range(3):
+            x, y = images(), torch.randint(3, (5,))
+            state = torch.get_rng_state()
+            if bad_batch and step == 1:
+                before = factor_bits(kfac)
+                bad = x.clone()
+                bad[2, 1, 3, 3] = value
+                train_step(model, kfac, bad, y)
+                assert all(
+                    torch.equal(*pair) for pair in zip(before, factor_bits(kfac), strict=True)
+                )
+                torch.set_rng_state(state)
+            train_step(model, kfac, x, y)
+        models.append((model, kfac))
+    for clean, disturbed in zip(*(model.parameters() for model, _ in models), strict=True):
+        assert torch.equal(bits(clean.grad), bits(disturbed.grad))
+    assert models[1][1].summary().count("updates skipped 2") == 4
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"kl_clip": 1e-3, "learning_rate": 0.1}, {"grafting": "adam"}, {"damping_mode": "plain"}],
+    ids=str,
+)
+@fishers
+def test_the_host_never_waits_for_the_device(fisher: str, options: dict[str, Any]) -> None:
+    model = Net()
+    kfac = preconditioner(model, fisher=fisher, approx="reduce", **options)
+    for bad in (False, True, False):
+        x = images()
+        if bad:
+            x[0, 0, 0, 0] = math.nan
+        model.zero_grad()
+        with NeverWaits():
+            outputs = model(x)
+            if fisher == "mc":
+                kfac.update_curvature(outputs, loss="cross_entropy")
+            F.cross_entropy(outputs, torch.tensor([0, 1, 2, 0, 1])).backward()
+            kfac.step()
+    assert "updates skipped 2" in kfac.summary()
+
+
+def test_the_guard_against_waiting_sees_it() -> None:
+    with NeverWaits(), pytest.raises(AssertionError, match="waits"):
+        torch.ones(()).item()
