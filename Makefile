@@ -36,12 +36,12 @@ lint: $(DEPENDENCIES) ## check style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES) tests/*.cpp
 
 format: $(DEPENDENCIES) ## format the Python, C++ and CUDA files
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CXX_FILES)
+	$(BIN)/clang-format -i $(CXX_FILES) tests/*.cpp
 
 clean: ## remove build results (.venv and its dependencies stay)
 	rm -rf build dist .cache *.egg-info kfac_fast/_C.*.so bench/output examples/output $(EXTENSION) $(PACKAGE)

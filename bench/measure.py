@@ -123,7 +123,7 @@ def _implementation(case: Case) -> str:
     explanation = kfac_fast.explain(case.op, *case.arguments, **case.options, out=case.out)
     last = explanation.rpartition("\n")[2]
     if not last.endswith("serves this call"):
-        pytest.skip(explanation or f"{case.op} has no such implementation on this device")
+        pytest.skip(explanation or f"{case.op} has no such implementation here")
     return last.split()[3]
 
 

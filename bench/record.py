@@ -30,9 +30,9 @@ class Record:
         gflop: Operations of the definition in 1e9, symmetry used; an implementation may need fewer.
         gflop_per_s: ``gflop`` over the median of ours.
         gb_per_s: Bytes of the inputs and the result, each moved once, over the median of ours.
-        percent_of_floor: The least time that ``gflop`` and those bytes would take at the matrix and
-            copy rates measured in the same process, as a share of ours; above 100 where an
-            implementation needs fewer operations.
+        percent_of_floor: The least time that ``gflop`` and those bytes would take at the rates of
+            PyTorch's large matrix products and copies, measured once in the same process, as a
+            share of ours; above 100 where an implementation needs fewer operations or is faster.
         device: Model of the processor or the GPU.
         threads: Threads of PyTorch on the CPU.
         instruction_set: Instruction set of the compiled CPU kernels; None if not built.

@@ -201,7 +201,7 @@ def main() -> None:
     if not records:
         parser.error(f"{arguments.json} holds no benchmark")
     console = Console()
-    print_table(records, console if console.is_terminal else Console(width=170))
+    print_table(records, console if console.is_terminal else Console(width=190))
     folder = arguments.json.parent
     if arguments.records:
         folder = arguments.records / device_folder(records)

@@ -45,6 +45,19 @@ struct GramLayout {
     return std::min(strip_columns, columns - strip * strip_columns);
   }
 
+  int64_t first_column(int64_t panel) const {
+    return panel / strip_panels() * strip_columns + panel % strip_panels() * panel_width;
+  }
+  int64_t end_column(int64_t panel) const {
+    const int64_t strip = panel / strip_panels();
+    return std::min(first_column(panel) + panel_width, strip * strip_columns + width(strip));
+  }
+  // The end of the panels after `panel`, at most `last`, that continue its columns evenly spaced.
+  int64_t end_of_run(int64_t panel, int64_t last) const {
+    if (strip_panels() == 1) return last;
+    return std::min(last, (panel / strip_panels() + 1) * strip_panels());
+  }
+
   int64_t tile_count(int64_t edge) const {
     const int64_t side = divide_up(strip_columns, edge);
     return strips() * side * (side + 1) / 2;

@@ -36,7 +36,7 @@ struct SymmetricStore {
   // of a tile on the `diagonal` (row == column) entries above it are ignored.
   void operator()(const TileSums<T>& sums, int64_t rows, int64_t columns, bool diagonal, T* matrix,
                   int64_t row, int64_t column) const {
-    constexpr int64_t height = 16;  // floats of a cache line: the mirror image is written by lines
+    constexpr int64_t height = 32;  // the mirror image is written by pairs of cache lines
     T values[height][max_tile_edge];
     for (int64_t top = 0; top < rows; top += height) {
       const int64_t count = std::min(height, rows - top);

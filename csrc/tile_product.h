@@ -86,22 +86,26 @@ struct TileProduct {
   }
 };
 
-// Packing of rows of type In into panels of T: the two functions differ in how they read the rows.
+// Packing of rows of type In into panels of T.
 template <typename In, typename T>
 struct Packing {
-  void (*adjacent)(const In* source, int64_t row_stride, int64_t rows, int64_t columns, T* panel,
-                   int64_t panel_width, int64_t panel_distance);
+  void (*adjacent)(const In* source, int64_t row_stride, int64_t rows, int64_t columns,
+                   int64_t columns_a_panel, T* panel, int64_t panel_width, int64_t panel_distance);
   void (*strided)(const In* source, int64_t row_stride, int64_t column_stride, int64_t rows,
-                  int64_t columns, T* panel, int64_t panel_width, int64_t panel_distance);
+                  int64_t columns, int64_t columns_a_panel, T* panel, int64_t panel_width,
+                  int64_t panel_distance);
 
-  // panel[c / W][r][c % W] = source[r][c] for `columns` columns, then zeros to the end of a vector.
+  // Cuts `columns` columns into panels of columns_a_panel <= panel_width, which lie panel_distance
+  // apart, and fills each up with zeros to the end of its last vector.
   void operator()(const In* source, int64_t row_stride, int64_t column_stride, int64_t rows,
-                  int64_t columns, T* panel, int64_t panel_width, int64_t panel_distance) const {
+                  int64_t columns, int64_t columns_a_panel, T* panel, int64_t panel_width,
+                  int64_t panel_distance) const {
     if (column_stride == 1) {
-      adjacent(source, row_stride, rows, columns, panel, panel_width, panel_distance);
+      adjacent(source, row_stride, rows, columns, columns_a_panel, panel, panel_width,
+               panel_distance);
     } else {
-      strided(source, row_stride, column_stride, rows, columns, panel, panel_width,
-              panel_distance);
+      strided(source, row_stride, column_stride, rows, columns, columns_a_panel, panel,
+              panel_width, panel_distance);
     }
   }
 };
@@ -158,14 +162,17 @@ struct Panels {
 };
 
 // sum[r][c] (+)= Σ_k left[k][row + r] · right[k][column + c] for a block of rows x columns; with
-// `lower`, entries c > r may be left out. `row` and `column` begin panels.
+// `lower`, entries c > r may be left out. `row` and `column` begin panels. The last rows come first:
+// below a diagonal they are the longest, and rows that are read in place from memory for the first
+// time are best read whole.
 template <typename T>
 void multiply_panels(const TileProduct<T>& product, const Panels<T>& left, int64_t row,
                      int64_t rows, const Panels<T>& right, int64_t column, int64_t columns,
                      int64_t depth, bool lower, T* sum, int64_t sum_stride, bool accumulate) {
   for (int64_t c = 0; c < columns; c += right.width) {
     const int64_t panel_columns = std::min(right.width, columns - c);
-    for (int64_t r = lower ? c : 0; r < rows; r += product.rows) {
+    const int64_t top = lower ? c : 0;
+    for (int64_t r = (rows - 1) / product.rows * product.rows; r >= top; r -= product.rows) {
       const int64_t row_count = std::min(product.rows, rows - r);
       const int64_t column_count =
           lower ? std::min(panel_columns, r + row_count - c) : panel_columns;

@@ -67,15 +67,15 @@ KFAC_FAST_TARGET void tile_product(const T* left, int64_t left_stride, const T* 
 // turn a loop over the width into a call of memcpy, slow for so few bytes.
 template <typename In, typename T>
 KFAC_FAST_TARGET void pack_adjacent(const In* source, int64_t row_stride, int64_t rows,
-                                    int64_t columns, T* panel, int64_t panel_width,
-                                    int64_t panel_distance) {
+                                    int64_t columns, int64_t columns_a_panel, T* panel,
+                                    int64_t panel_width, int64_t panel_distance) {
   using Vector = typename VectorOf<T>::type;
   constexpr int64_t LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
   for (int64_t r = 0; r < rows; ++r, source += row_stride, panel += panel_width) {
     const In* __restrict from = source;
     T* __restrict to = panel;
-    for (int64_t left = columns; left > 0; left -= panel_width) {
-      const int64_t width = std::min(panel_width, left);
+    for (int64_t left = columns; left > 0; left -= columns_a_panel) {
+      const int64_t width = std::min(columns_a_panel, left);
       int64_t c = 0;
       for (; c + LANES <= width; c += LANES) {
         if constexpr (std::is_same_v<In, T>) {
@@ -85,7 +85,7 @@ KFAC_FAST_TARGET void pack_adjacent(const In* source, int64_t row_stride, int64_
         }
       }
       for (; c < width || c % LANES != 0; ++c) to[c] = c < width ? static_cast<T>(from[c]) : T{0};
-      from += panel_width;
+      from += columns_a_panel;
       to += panel_distance;
     }
   }
@@ -95,33 +95,33 @@ KFAC_FAST_TARGET void pack_adjacent(const In* source, int64_t row_stride, int64_
 // channels-last): reads 16 rows of 4 columns, whole cache lines, and transposes them in cache.
 template <typename In, typename T>
 KFAC_FAST_TARGET void pack_strided(const In* source, int64_t row_stride, int64_t column_stride,
-                                   int64_t rows, int64_t columns, T* panel, int64_t panel_width,
-                                   int64_t panel_distance) {
+                                   int64_t rows, int64_t columns, int64_t columns_a_panel, T* panel,
+                                   int64_t panel_width, int64_t panel_distance) {
   constexpr int64_t LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
   constexpr int64_t LINES = 4, LINE = 16;
   T block[LINES][LINE];
-  for (int64_t r = 0; r < rows; r += LINE) {
-    const int64_t height = std::min(LINE, rows - r);
-    for (int64_t c = 0, width; c < columns; c += width) {
-      width = std::min({LINES, columns - c, panel_width - c % panel_width});
-      for (int64_t line = 0; line < width; ++line) {
-        const In* from = source + r * row_stride + (c + line) * column_stride;
-        if (row_stride == 1 && height == LINE) {
-          for (int64_t i = 0; i < LINE; ++i) block[line][i] = static_cast<T>(from[i]);
-        } else {
-          for (int64_t i = 0; i < height; ++i) {
-            block[line][i] = static_cast<T>(from[i * row_stride]);
+  for (int64_t left = columns; left > 0; left -= columns_a_panel, panel += panel_distance) {
+    const int64_t width = std::min(columns_a_panel, left);
+    for (int64_t r = 0; r < rows; r += LINE) {
+      const int64_t height = std::min(LINE, rows - r);
+      for (int64_t c = 0; c < width; c += LINES) {
+        const int64_t lines = std::min(LINES, width - c);
+        for (int64_t line = 0; line < lines; ++line) {
+          const In* from = source + r * row_stride + (c + line) * column_stride;
+          if (row_stride == 1 && height == LINE) {
+            for (int64_t i = 0; i < LINE; ++i) block[line][i] = static_cast<T>(from[i]);
+          } else {
+            for (int64_t i = 0; i < height; ++i) {
+              block[line][i] = static_cast<T>(from[i * row_stride]);
+            }
           }
         }
-      }
-      T* target = panel + c / panel_width * panel_distance + r * panel_width + c % panel_width;
-      transpose(block[0], LINE, width, height, target, panel_width);
-    }
-    T* last = panel + (columns - 1) / panel_width * panel_distance + r * panel_width;
-    for (int64_t i = 0; i < height; ++i) {
-      for (int64_t c = (columns - 1) % panel_width + 1; c % LANES != 0; ++c) {
-        last[i * panel_width + c] = 0;
+        transpose(block[0], LINE, lines, height, panel + r * panel_width + c, panel_width);
       }
     }
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t c = width; c % LANES != 0; ++c) panel[r * panel_width + c] = 0;
+    }
+    source += columns_a_panel * column_stride;
   }
 }

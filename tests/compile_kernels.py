@@ -19,12 +19,12 @@ CACHE = ROOT / ".cache" / "compiled"
 
 
 class Statistics(NamedTuple):
-    """What the assembler made of a kernel."""
+    """What the assembler made of a kernel; a stack is where it spills registers."""
 
     registers: int
-    spills: int
+    stack_bytes: int
     shared_bytes: int
-    assembly: str = ""
+    assembly: str
 
     def count(self, instruction: str) -> int:
         """How often a PTX instruction occurs."""
@@ -67,31 +67,17 @@ def compiled_only(capability: int) -> Iterator[dict[str, Any]]:
 
 
 def triton_statistics(kernel: Any) -> Statistics:
-    """Read the statistics of a compiled Triton kernel."""
-    resources, code = _disassemble(kernel.asm["cubin"])
-    return Statistics(
-        registers=int(re.search(r"REG:(\d+)", resources)[1]),
-        spills=len(re.findall(r"\b(?:LDL|STL)\b", code)),
-        shared_bytes=kernel.metadata.shared,
-        assembly=kernel.asm["ptx"],
-    )
-
-
-def _disassemble(cubin: bytes) -> tuple[str, str]:
-    """Resource usage and machine code, by the tool that every Triton wheel brings along."""
+    """Read the statistics of a compiled Triton kernel with the tool that every Triton brings."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(kernel.asm["cubin"])
         file.flush()
-        usage, code = (
-            subprocess.run(
-                [tool, option, file.name], check=True, capture_output=True, text=True
-            ).stdout
-            for option in ("-res-usage", "-sass")
-        )
-    return usage, code
+        command = [tool, "-res-usage", file.name]
+        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    return Statistics(int(registers), int(stack), kernel.metadata.shared, kernel.asm["ptx"])
 
 
 def toolkit() -> Path | None:

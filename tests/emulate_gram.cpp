@@ -1,8 +1,8 @@
-// csrc/cuda/gram.cuh on the CPU, for tests/test_gram_cuda.py.
+// csrc/cuda/gram.cuh on the CPU, for tests/test_gram_cuda.py, which compiles this file with
+// `-include emulate_cuda.h`.
 #include <limits>
 
 #include "../csrc/cuda/gram.cuh"
-#include "emulate_cuda.h"
 
 using namespace kfac_fast;
 

@@ -1,4 +1,4 @@
-"""Losses on sampled labels: the covariance of their gradients is the Fisher of the training loss."""
+"""Losses on sampled labels: their gradients' covariance is the Fisher of the training loss."""
 
 from __future__ import annotations
 

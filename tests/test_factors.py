@@ -1,4 +1,4 @@
-"""A factor's running average and damped inverse against their formulas, with bad batches between."""
+"""A factor's running average and damped inverse against their formulas, also after bad batches."""
 
 from __future__ import annotations
 

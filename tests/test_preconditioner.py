@@ -23,6 +23,7 @@ from plain_kfac import (
     expected_grads,
     factors,
     grad_matrices,
+    output_rows,
     plain_covariances,
     record,
     solve,
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 
 from kfac_fast import KFAC
 from kfac_fast.curvature import sampled_loss
+from kfac_fast.layers import RULES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 approximations = pytest.mark.parametrize("approx", ["expand", "reduce"])
@@ -149,15 +151,20 @@ def test_a_divided_sum_is_scaled_back_by_the_accumulation_steps() -> None:
 
 
 @approximations
-def test_copies_of_the_examples_leave_the_factors_of_a_mean_loss_alone(approx: str) -> None:
+@reductions
+def test_copies_of_the_examples_change_a_sums_gradient_covariance_only(
+    reduction: str, approx: str
+) -> None:
     x, y = images(), torch.randint(3, (5,))
-    once, grads = run_batches(x, y, [5], F.cross_entropy, approx=approx)
-    thrice, copied_grads = run_batches(
-        x.repeat(3, 1, 1, 1), y.repeat(3), [15], F.cross_entropy, approx=approx
-    )
-    assert_covariances(thrice, covariances(once))
-    for grad, expected in zip(copied_grads, grads, strict=True):
-        assert_solved(grad, expected)
+    options = {"approx": approx, "loss_reduction": reduction}
+
+    def loss_of(outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, targets, reduction=reduction)
+
+    once, _ = run_batches(x, y, [5], loss_of, **options)
+    thrice, _ = run_batches(x.repeat(3, 1, 1, 1), y.repeat(3), [15], loss_of, **options)
+    scale = 1 if reduction == "mean" else 3
+    assert_covariances(thrice, {name: (a, scale * g) for name, (a, g) in covariances(once).items()})
 
 
 class Twice(nn.Module):
@@ -346,18 +353,30 @@ GEOMETRIES = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+def layer_and_input(
+    kind: type[nn.Module], geometry: dict[str, Any], examples: int, size: list[int]
+) -> tuple[nn.Module, Tensor]:
+    groups, bias = geometry["groups"], geometry["bias"]
+    if kind is nn.Linear:
+        layer = nn.Linear(geometry["kernel"], groups, bias=bias)
+        shape = (*size[: geometry["stride"] - 1], geometry["kernel"])
+    else:
+        spacing = {name: geometry[name] for name in ("stride", "padding", "dilation")}
+        layer = kind(groups, 2 * groups, geometry["kernel"], groups=groups, bias=bias, **spacing)
+        shape = (groups, *size[: len(layer.kernel_size)])
+    return layer.double(), torch.randn(examples, *shape, dtype=torch.float64)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(
-    kind=st.sampled_from(
-        [nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d]
-    ),
+    kind=st.sampled_from(list(RULES)),
     geometry=GEOMETRIES,
     examples=st.integers(1, 4),
     size=st.lists(st.integers(5, 7), min_size=3, max_size=3),
     approx=st.sampled_from(["expand", "reduce"]),
     reduction=st.sampled_from(["mean", "sum"]),
 )
-def test_any_layers_factors_equal_the_formula(
+def test_any_layers_step_equals_the_formula(
     kind: type[nn.Module],
     geometry: dict[str, Any],
     examples: int,
@@ -365,23 +384,22 @@ def test_any_layers_factors_equal_the_formula(
     approx: str,
     reduction: str,
 ) -> None:
+    """However a weight is laid out, its step moves the outputs as ``G^-1 V A^-1`` moves rows."""
     torch.manual_seed(0)
-    groups, bias = geometry["groups"], geometry["bias"]
-    if kind is nn.Linear:
-        layer = nn.Linear(geometry["kernel"], groups, bias=bias).double()
-        x = torch.randn(examples, *size[: geometry["stride"] - 1], geometry["kernel"]).double()
-    else:
-        spacing = {name: geometry[name] for name in ("stride", "padding", "dilation")}
-        layer = kind(groups, 2 * groups, geometry["kernel"], groups=groups, bias=bias, **spacing)
-        layer = layer.double()
-        x = torch.randn(examples, groups, *size[: len(layer.kernel_size)]).double()
+    layer, x = layer_and_input(kind, geometry, examples, size)
 
     def loss_of() -> Tensor:
         outputs = layer(x).sin().flatten(1).sum(1)
         return outputs.mean() if reduction == "mean" else outputs.sum()
 
     expected = plain_covariances(layer, loss_of, approx, examples, reduction)
+    (call,) = record(layer, loss_of)[""]
+    v = torch.einsum("nsgo,nsgi->goi", call.gradients, call.rows)
+    step = solve(v, damp(expected[""], DAMPING))
     with preconditioner(layer, approx=approx, loss_reduction=reduction) as kfac:
         loss_of().backward()
         kfac.step()
     assert_covariances(kfac, expected)
+    layer.load_state_dict({name: p.grad for name, p in layer.named_parameters()})
+    moved = output_rows(layer, layer(x).detach())
+    assert_solved(moved, torch.einsum("nsgi,goi->nsgo", call.rows, step))

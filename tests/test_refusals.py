@@ -7,12 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import bits, positive_definite
+from oracle import assert_same, assert_within_budget, bits, positive_definite
 from torch import Tensor
 
 from kfac_fast import ops
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
 
 X = torch.ones(5, 4)
 IMAGE = torch.ones(2, 4, 5, 6)
@@ -333,11 +339,12 @@ def test_neighbours_in_one_buffer_are_accepted() -> None:
     result = ops.damped_inverse([before, square[1]], memory[96].fill_(0.5), out=places[:2])
     wanted = ops.damped_inverse(square, 0.5)
     for got, want in zip(result.matrices, wanted.matrices, strict=True):
-        assert torch.equal(got, want)
+        assert_within_budget(got, want, want.double())
 
 
 def test_inputs_may_share_their_memory() -> None:
     square = positive_definite(3, 3)
     result = ops.damped_inverse([square, square], 0.0)
-    assert torch.equal(result.matrices[0], result.matrices[1])
+    for inverse in result.matrices:
+        assert_same(inverse, torch.linalg.inv(square))
     assert ops.precondition([square], [square], [square]).grads[0].shape == (3, 3)

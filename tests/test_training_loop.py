@@ -86,7 +86,6 @@ def test_the_damping_and_the_decay_may_be_functions_of_the_step() -> None:
         assert float(factor.weight) == pytest.approx(weight, rel=1e-14)
         damped = factor.covariance() + damping * torch.eye(4).double()
         assert_solved(factor.inverse, torch.linalg.inv(damped))
-        decays.append(0), dampings.append(1)
 
 
 def test_the_clip_may_be_a_function_of_the_step() -> None:

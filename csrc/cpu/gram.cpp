@@ -91,7 +91,7 @@ class Gram {
 
   int64_t tile_count() const { return tiles_.size(); }
   int64_t tile_size() const { return (tile_edge_ + 1) * tile_edge_; }  // and a row for the bias
-  int64_t panel_size() const { return block_rows_ * layout_.panel_width; }
+  int64_t panel_size() const { return block_rows_ * layout_.panel_width + PAD; }
   int64_t block_size() const { return layout_.panels() * panel_size(); }
   double operations() const {
     return static_cast<double>(source_.rows()) * layout_.columns * layout_.strip_columns;
@@ -198,16 +198,14 @@ class Gram {
 
   void pack_piece(const In* rows, int64_t row_stride, int64_t count, int64_t first_panel,
                   int64_t last_panel, T* memory) const {
+    const int64_t columns_a_panel = std::min(layout_.strip_columns, layout_.panel_width);
     for (int64_t panel = first_panel, next; panel < last_panel; panel = next) {
-      const int64_t strip = panel / layout_.strip_panels();
-      next = std::min(last_panel, (strip + 1) * layout_.strip_panels());
-      const int64_t column = panel % layout_.strip_panels() * layout_.panel_width;
-      const int64_t columns =
-          std::min(layout_.width(strip) - column, (next - panel) * layout_.panel_width);
-      const In* source =
-          rows + (strip * layout_.strip_columns + column) * source_.column_stride();
-      pack_(source, row_stride, source_.column_stride(), count, columns,
-            memory + panel * panel_size(), layout_.panel_width, panel_size());
+      next = layout_.end_of_run(panel, last_panel);
+      const int64_t column = layout_.first_column(panel);
+      const int64_t columns = layout_.end_column(next - 1) - column;
+      pack_(rows + column * source_.column_stride(), row_stride, source_.column_stride(), count,
+            columns, columns_a_panel, memory + panel * panel_size(), layout_.panel_width,
+            panel_size());
     }
   }
 
