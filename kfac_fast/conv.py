@@ -105,9 +105,7 @@ class ConvGeometry:
         steps = _per_dimension(op, "stride", stride, dimensions)
         spread = _per_dimension(op, "dilation", dilation, dimensions)
         if transposed and isinstance(padding, str):
-            raise ValueError(
-                f"{op}: padding must be an int or ints for a transposed convolution, got {padding!r}"
-            )
+            raise ValueError(f"{op}: padding must be an int or ints if transposed, got {padding!r}")
         return cls(
             tuple(kernel),
             tuple(steps),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kfac_fast.conv import ConvGeometry
+
+LARGEST_BATCHED = 128
+"""Matrices of up to this size are stacked into batched calls."""
 
 # Gram matrices of rows
 
@@ -67,15 +70,20 @@ def shared_gram(
     out: Tensor,
 ) -> None:
     """Gram of the rows' sums or means; see :func:`kfac_fast.ops.shared_gram`."""
-    rows = _rows(x, mask, groups, bias, out.dtype)
-    counted = rows.new_ones(x.shape[:-1]) if mask is None else mask.to(out.dtype)
+    rows = x.to(out.dtype).reshape(len(x), math.prod(x.shape[1:-1]), x.shape[-1])
+    counted = rows.new_ones(rows.shape[:2])
+    if mask is not None:
+        counted = mask.to(out.dtype).reshape(rows.shape[:2])
+        rows = torch.where(counted[..., None] > 0, rows, 0)
     if segments is None:
-        shared = math.prod(x.shape[1:-1])
-        total = rows.reshape(len(x), shared, *rows.shape[-2:]).sum(1)
-        count = counted.reshape(len(x), shared).sum(1)
+        total = counted[:, None] @ rows  # on a CPU faster than a sum over the middle dimension
+        count = counted.sum(1)
     else:
-        total = rows.new_zeros(num_segments, *rows.shape[1:]).index_add_(0, segments, rows)
-        count = rows.new_zeros(num_segments).index_add_(0, segments, counted)
+        total = rows.new_zeros(num_segments, 1, x.shape[-1]).index_add_(0, segments, rows)
+        count = rows.new_zeros(num_segments).index_add_(0, segments, counted[:, 0])
+    total = total.reshape(len(count), groups, x.shape[-1] // groups)
+    if bias:
+        total = torch.cat([total, count[:, None, None].expand(-1, groups, 1)], -1)
     if reduction == "mean":
         total = total / count.clamp(min=1)[:, None, None]
     _accumulate_symmetric(out, _outer_sum(total), alpha, beta)
@@ -140,15 +148,15 @@ def conv_window_sum(x: Tensor, *arguments: Any) -> None:
     out.copy_(sums if beta == 0 else torch.add(sums, out, alpha=beta))
 
 
-# Damped inverses of matrices of mixed sizes
+# Lists of matrices of mixed sizes
 
 
-def _by_size(matrices: Sequence[Tensor]) -> dict[int, list[int]]:
-    """Indices of the matrices of each size, so that each size takes one batched call."""
-    sizes = defaultdict(list)
-    for index, matrix in enumerate(matrices):
-        sizes[matrix.shape[-1]].append(index)
-    return sizes
+def _batches(sizes: Sequence[tuple[int, ...]]) -> Iterator[list[int]]:
+    """Indices to compute in one call: the small of each size; stacking would only copy the large."""
+    small = defaultdict(list)
+    for index, size in enumerate(sizes):
+        small[size if max(size, default=0) <= LARGEST_BATCHED else index].append(index)
+    yield from small.values()
 
 
 def _damped_factors(
@@ -161,30 +169,28 @@ def _damped_factors(
 ) -> None:
     """Write ``finish`` of each Cholesky factor of ``M + damping I``, NaN where there is none."""
     counts = [math.prod(matrix.shape[:-2]) for matrix in matrices]
-    infos = list(info.split(counts))
-    logdets = list(logdet.split(counts)) if logdet is not None else []
-    for size, indices in _by_size(matrices).items():
-        stacked = torch.cat([matrices[i].reshape(-1, size, size) for i in indices])
+    infos = info.split(counts)
+    logdets = logdet.split(counts) if logdet is not None else ()
+    for indices in _batches([matrix.shape[-1:] for matrix in matrices]):
+        size = matrices[indices[0]].shape[-1]
+        damped = torch.cat([matrices[i].reshape(-1, size, size) for i in indices])
         shift = torch.cat([damping[i].expand(matrices[i].shape[:-2]).reshape(-1) for i in indices])
-        identity = torch.eye(size, dtype=stacked.dtype, device=stacked.device)
-        lower = stacked.tril() + stacked.tril(-1).mT + shift[:, None, None] * identity
-        factor, failed = torch.linalg.cholesky_ex(lower)
-        valid = (failed == 0)[:, None, None]
+        damped.diagonal(dim1=-2, dim2=-1).add_(shift[:, None])
+        factor, status = torch.linalg.cholesky_ex(damped)  # reads the lower triangle only
+        failed = (status != 0)[:, None, None]
         # A failed factor may hold a zero pivot, which cholesky_inverse refuses for the whole batch.
-        results = torch.where(valid, finish(torch.where(valid, factor, identity)), math.nan)
+        result = finish(factor.masked_fill(failed, 1)).masked_fill_(failed, math.nan)
         lengths = [counts[i] for i in indices]
-        for i, result, fail, lower in zip(
-            indices,
-            results.split(lengths),
-            failed.split(lengths),
-            factor.split(lengths),
-            strict=True,
+        for i, part, state in zip(
+            indices, result.split(lengths), status.split(lengths), strict=True
         ):
-            out[i].copy_(result.reshape(out[i].shape))
-            infos[i].copy_(fail)
-            if logdet is not None:
-                value = 2 * lower.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-                logdets[i].copy_(torch.where(fail == 0, value, math.nan))
+            out[i].copy_(part.reshape(out[i].shape))
+            infos[i].copy_(state)
+        if logdets:
+            diagonal = factor.masked_fill(failed, math.nan).diagonal(dim1=-2, dim2=-1)
+            values = 2 * diagonal.log().sum(-1)
+            for i, part in zip(indices, values.split(lengths), strict=True):
+                logdets[i].copy_(part)
 
 
 def damped_inverse(
@@ -195,12 +201,7 @@ def damped_inverse(
     logdet: Tensor | None,
 ) -> None:
     """Inverses of ``M + damping I`` by Cholesky; see :func:`kfac_fast.ops.damped_inverse`."""
-
-    def invert(factor: Tensor) -> Tensor:
-        inverse = torch.cholesky_inverse(factor)
-        return inverse.tril() + inverse.tril(-1).mT
-
-    _damped_factors(matrices, damping, out, info, logdet, invert)
+    _damped_factors(matrices, damping, out, info, logdet, torch.cholesky_inverse)
 
 
 def damped_cholesky(
@@ -211,7 +212,7 @@ def damped_cholesky(
     logdet: Tensor | None,
 ) -> None:
     """Cholesky factors of ``M + damping I``; see :func:`kfac_fast.ops.damped_cholesky`."""
-    _damped_factors(matrices, damping, out, info, logdet, torch.tril)
+    _damped_factors(matrices, damping, out, info, logdet, torch.clone)
 
 
 # Preconditioning
@@ -222,7 +223,7 @@ def _inner_product(
 ) -> None:
     inner.zero_()
     for grad, result in zip(grads, preconditioned, strict=True):
-        inner += torch.sum(grad * result)
+        inner += torch.dot(grad.flatten(), result.flatten())
 
 
 def precondition(
@@ -233,8 +234,15 @@ def precondition(
     inner: Tensor,
 ) -> None:
     """``G^-1 V A^-1`` from inverses; see :func:`kfac_fast.ops.precondition`."""
-    for grad, right, left, result in zip(grads, input_sides, gradient_sides, out, strict=True):
-        torch.matmul(left @ grad, right, out=result)
+    for indices in _batches([grad.shape for grad in grads]):
+        if len(indices) == 1:
+            i = indices[0]
+            torch.matmul(gradient_sides[i] @ grads[i], input_sides[i], out=out[i])
+            continue
+        lists = (gradient_sides, grads, input_sides)
+        left, grad, right = (torch.stack([tensors[i] for i in indices]) for tensors in lists)
+        for i, result in zip(indices, left @ grad @ right, strict=True):
+            out[i].copy_(result)
     _inner_product(grads, out, inner)
 
 

@@ -97,7 +97,7 @@ def cached(name: str, command: list[str], sources: list[Path]) -> Path:
 
     Args:
         name: File that ``command`` writes.
-        command: The compiler's arguments; ``{out}`` stands for the folder of ``name``.
+        command: The compiler's arguments; ``{out}`` stands for the path of ``name``.
         sources: Files that the result depends on.
 
     Returns:

@@ -91,7 +91,7 @@ class Gram {
 
   int64_t tile_count() const { return tiles_.size(); }
   int64_t tile_size() const { return (tile_edge_ + 1) * tile_edge_; }  // and a row for the bias
-  int64_t panel_size() const { return block_rows_ * layout_.panel_width + PAD; }
+  int64_t panel_size() const { return block_rows_ * layout_.panel_width + 64 / sizeof(T); }
   int64_t block_size() const { return layout_.panels() * panel_size(); }
   double operations() const {
     return static_cast<double>(source_.rows()) * layout_.columns * layout_.strip_columns;
@@ -163,7 +163,7 @@ class Gram {
   // Rows that lie close together are multiplied where they are, unless the last lanes of their last
   // vectors would reach beyond the end of X.
   bool readable_in_place(int64_t index) const {
-    constexpr int64_t longest_row = 512 / sizeof(T);
+    static const int64_t longest_row = LR / sizeof(T);
     const int64_t stride = source_.even_row_stride();
     if (source_.column_stride() != 1 || stride < layout_.columns || stride > longest_row) return false;
     const int64_t rows_after = source_.rows() - (index + 1) * block_rows_;
