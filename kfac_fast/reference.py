@@ -26,8 +26,9 @@ LARGEST_BATCHED = 128
 def _accumulate_symmetric(out: Tensor, product: Tensor, alpha: float, beta: float) -> None:
     """``out <- beta out + alpha product``: reads lower triangles only, writes a mirrored result."""
     product = product.reshape(out.shape)
-    result = alpha * product if beta == 0 else torch.add(beta * out, product, alpha=alpha)
-    torch.tril(result, out=out)
+    if alpha != 1:
+        product = alpha * product
+    torch.tril(product if beta == 0 else torch.add(product, out, alpha=beta), out=out)
     out += out.tril(-1).mT
 
 
@@ -152,7 +153,7 @@ def conv_window_sum(x: Tensor, *arguments: Any) -> None:
 
 
 def _batches(sizes: Sequence[tuple[int, ...]]) -> Iterator[list[int]]:
-    """Indices to compute in one call: the small of each size; stacking would only copy the large."""
+    """Indices to compute in one call: the small ones of a size; large ones gain nothing by it."""
     small = defaultdict(list)
     for index, size in enumerate(sizes):
         small[size if max(size, default=0) <= LARGEST_BATCHED else index].append(index)
