@@ -26,11 +26,12 @@ struct Tile {
   bool on_diagonal() const { return row == column; }
 };
 
-struct GramLayout {
-  int64_t columns;  // at least 1
-  int64_t group_columns;
-  int64_t strip_columns;
-  int64_t panel_width;
+class GramLayout {
+ public:
+  const int64_t columns;  // at least 1
+  const int64_t group_columns;
+  const int64_t strip_columns;
+  const int64_t panel_width;
 
   GramLayout(int64_t columns, int64_t groups, int64_t widest_panel, int64_t lanes)
       : columns(columns),
@@ -41,36 +42,40 @@ struct GramLayout {
   int64_t strips() const { return divide_up(columns, strip_columns); }
   int64_t strip_panels() const { return divide_up(strip_columns, panel_width); }
   int64_t panels() const { return strips() * strip_panels(); }
-  int64_t width(int64_t strip) const {  // the last strip may hold fewer groups
+  int64_t columns_a_panel() const { return std::min(strip_columns, panel_width); }
+
+  // Columns of a strip; the last one may hold fewer groups.
+  int64_t width(int64_t strip) const {
     return std::min(strip_columns, columns - strip * strip_columns);
   }
 
   int64_t first_column(int64_t panel) const {
     return panel / strip_panels() * strip_columns + panel % strip_panels() * panel_width;
   }
+
   int64_t end_column(int64_t panel) const {
     const int64_t strip = panel / strip_panels();
     return std::min(first_column(panel) + panel_width, strip * strip_columns + width(strip));
   }
-  // The end of the panels after `panel`, at most `last`, that continue its columns evenly spaced.
+
+  // The end of the run of panels from `panel` on, at most `last`, of which all but the final one
+  // have columns_a_panel() columns.
   int64_t end_of_run(int64_t panel, int64_t last) const {
     if (strip_panels() == 1) return last;
     return std::min(last, (panel / strip_panels() + 1) * strip_panels());
   }
 
-  int64_t tile_count(int64_t edge) const {
-    const int64_t side = divide_up(strip_columns, edge);
-    return strips() * side * (side + 1) / 2;
-  }
-
-  // Tiles of this edge, a multiple of panel_width; those on the diagonal, which cost about half,
-  // come last, so that no thread begins a long task when the others are done.
+  // Tiles of this edge, a multiple of panel_width. Those on the diagonal, which cost about half,
+  // come last: then no thread begins a long task when the others are done.
   std::vector<Tile> tiles(int64_t edge) const {
+    const int64_t side = divide_up(strip_columns, edge);
     std::vector<Tile> tiles;
-    tiles.reserve(tile_count(edge));
+    tiles.reserve(strips() * side * (side + 1) / 2);
     for (int64_t strip = 0; strip < strips(); ++strip) {
       for (int64_t row = edge; row < width(strip); row += edge) {
-        for (int64_t column = 0; column < row; column += edge) tiles.push_back({strip, row, column});
+        for (int64_t column = 0; column < row; column += edge) {
+          tiles.push_back({strip, row, column});
+        }
       }
     }
     for (int64_t strip = 0; strip < strips(); ++strip) {

@@ -3,8 +3,8 @@
 //
 //   sum[r][c] (+)= Σ_k left[k][r] · right[k][c]
 //
-// where a tile's sums stay in registers while k runs. Row k of the left operand gives scalars, row k
-// of the right one vectors:
+// where a tile's sums stay in registers while k runs. Row k of the left operand gives scalars, row
+// k of the right one vectors:
 //
 //                              right: row k -> | vector 0 | vector 1 | vector 2 |
 //                                              +----------+----------+----------+
@@ -104,8 +104,8 @@ struct Packing {
       adjacent(source, row_stride, rows, columns, columns_a_panel, panel, panel_width,
                panel_distance);
     } else {
-      strided(source, row_stride, column_stride, rows, columns, columns_a_panel, panel,
-              panel_width, panel_distance);
+      strided(source, row_stride, column_stride, rows, columns, columns_a_panel, panel, panel_width,
+              panel_distance);
     }
   }
 };
@@ -120,14 +120,12 @@ const TileProduct<T>& tile_product(InstructionSet set) {
       2, 16 / size, {KFAC_FAST_TILES(portable, 1), KFAC_FAST_TILES(portable, 2)}};
 #if defined(__x86_64__)
   static constexpr TileProduct<T> on_avx2{
-      4,
-      32 / size,
-      {KFAC_FAST_TILES(avx2, 1), KFAC_FAST_TILES(avx2, 2), KFAC_FAST_TILES(avx2, 4)}};
-  static constexpr TileProduct<T> on_avx512{8,
-                                            64 / size,
-                                            {KFAC_FAST_TILES(avx512, 1), KFAC_FAST_TILES(avx512, 2),
-                                             KFAC_FAST_TILES(avx512, 4),
-                                             KFAC_FAST_TILES(avx512, 8)}};
+      4, 32 / size, {KFAC_FAST_TILES(avx2, 1), KFAC_FAST_TILES(avx2, 2), KFAC_FAST_TILES(avx2, 4)}};
+  static constexpr TileProduct<T> on_avx512{
+      8,
+      64 / size,
+      {KFAC_FAST_TILES(avx512, 1), KFAC_FAST_TILES(avx512, 2), KFAC_FAST_TILES(avx512, 4),
+       KFAC_FAST_TILES(avx512, 8)}};
   if (set == InstructionSet::avx512) return on_avx512;
   if (set == InstructionSet::avx2) return on_avx2;
 #endif
@@ -149,48 +147,51 @@ Packing<In, T> packing(InstructionSet set) {
   return {portable::pack_adjacent<In, T>, portable::pack_strided<In, T>};
 }
 
-// A block of rows cut into panels, packed or in place (then panels interleave: distance == width).
+// A block of `depth` rows cut into panels, packed or in place (then distance == width: the panels
+// lie side by side in every row).
 template <typename T>
 struct Panels {
   const T* data;
-  int64_t width;
-  int64_t distance;    // between the first elements of two panels
+  int64_t depth;
   int64_t row_stride;  // between the rows of one panel
+  int64_t width;
+  int64_t distance;  // between the first elements of two panels
 
-  // The same rows from `column` on, which begins a tile of the panel.
   const T* at(int64_t column) const { return data + column / width * distance + column % width; }
+
+  // The panels from `column` on, which begins one.
+  Panels from(int64_t column) const { return {at(column), depth, row_stride, width, distance}; }
 };
 
-// sum[r][c] (+)= Σ_k left[k][row + r] · right[k][column + c] for a block of rows x columns; with
-// `lower`, entries c > r may be left out. `row` and `column` begin panels. The last rows come first:
-// below a diagonal they are the longest, and rows that are read in place from memory for the first
-// time are best read whole.
+// sum[r][c] (+)= Σ_k left[k][r] · right[k][c] for rows x columns sums; with `lower`, entries c > r
+// may be left out. The last rows come first: below a diagonal they are the longest, and what is
+// read in place, for the first time, is best read from end to end.
 template <typename T>
-void multiply_panels(const TileProduct<T>& product, const Panels<T>& left, int64_t row,
-                     int64_t rows, const Panels<T>& right, int64_t column, int64_t columns,
-                     int64_t depth, bool lower, T* sum, int64_t sum_stride, bool accumulate) {
+void multiply_panels(const TileProduct<T>& product, const Panels<T>& left, int64_t rows,
+                     const Panels<T>& right, int64_t columns, bool lower, T* sum,
+                     int64_t sum_stride, bool accumulate) {
+  const int64_t last_tile = (rows - 1) / product.rows * product.rows;
   for (int64_t c = 0; c < columns; c += right.width) {
     const int64_t panel_columns = std::min(right.width, columns - c);
-    const int64_t top = lower ? c : 0;
-    for (int64_t r = (rows - 1) / product.rows * product.rows; r >= top; r -= product.rows) {
+    for (int64_t r = last_tile; r >= (lower ? c : 0); r -= product.rows) {
       const int64_t row_count = std::min(product.rows, rows - r);
       const int64_t column_count =
           lower ? std::min(panel_columns, r + row_count - c) : panel_columns;
-      product.covering(row_count, column_count)(
-          left.at(row + r), left.row_stride, right.at(column + c), right.row_stride, depth,
-          sum + r * sum_stride + c, sum_stride, accumulate);
+      const auto tile = product.covering(row_count, column_count);
+      tile(left.at(r), left.row_stride, right.at(c), right.row_stride, right.depth,
+           sum + r * sum_stride + c, sum_stride, accumulate);
     }
   }
 }
 
-// sum[c] (+)= Σ_k right[k][column + c]: a tile product with rows of ones.
+// sum[c] (+)= Σ_k right[k][c]: tile products with rows of ones.
 template <typename T>
-void sum_panels(const TileProduct<T>& product, const Panels<T>& right, int64_t column,
-                int64_t columns, int64_t depth, T* sum, bool accumulate) {
+void sum_panels(const TileProduct<T>& product, const Panels<T>& right, int64_t columns, T* sum,
+                bool accumulate) {
   static constexpr T one = 1;
   for (int64_t c = 0; c < columns; c += right.width) {
     const auto tile = product.covering(1, std::min(right.width, columns - c));
-    tile(&one, 0, right.at(column + c), right.row_stride, depth, sum + c, 0, accumulate);
+    tile(&one, 0, right.at(c), right.row_stride, right.depth, sum + c, 0, accumulate);
   }
 }
 

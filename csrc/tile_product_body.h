@@ -63,8 +63,8 @@ KFAC_FAST_TARGET void tile_product(const T* left, int64_t left_stride, const T* 
   }
 }
 
-// Packs rows whose columns are adjacent in memory. Vectors are copied one by one: the compiler would
-// turn a loop over the width into a call of memcpy, slow for so few bytes.
+// Packs rows whose columns are adjacent in memory. Vectors are copied one by one: the compiler
+// would turn a loop over the width into a call of memcpy, slow for so few bytes.
 template <typename In, typename T>
 KFAC_FAST_TARGET void pack_adjacent(const In* source, int64_t row_stride, int64_t rows,
                                     int64_t columns, int64_t columns_a_panel, T* panel,
@@ -91,8 +91,8 @@ KFAC_FAST_TARGET void pack_adjacent(const In* source, int64_t row_stride, int64_
   }
 }
 
-// Packs rows of any strides, best where neighbouring rows are adjacent (a channels-first tensor seen
-// channels-last): reads 16 rows of 4 columns, whole cache lines, and transposes them in cache.
+// Packs rows of any strides, best where neighbouring rows are adjacent (a channels-first tensor
+// seen channels-last): reads 16 rows of 4 columns, whole cache lines, and transposes them in cache.
 template <typename In, typename T>
 KFAC_FAST_TARGET void pack_strided(const In* source, int64_t row_stride, int64_t column_stride,
                                    int64_t rows, int64_t columns, int64_t columns_a_panel, T* panel,

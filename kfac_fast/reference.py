@@ -174,7 +174,7 @@ def _damped_factors(
     logdets = logdet.split(counts) if logdet is not None else ()
     for indices in _batches([matrix.shape[-1:] for matrix in matrices]):
         size = matrices[indices[0]].shape[-1]
-        damped = torch.cat([matrices[i].reshape(-1, size, size) for i in indices])
+        damped = torch.cat([matrices[i].reshape(counts[i], size, size) for i in indices])
         shift = torch.cat([damping[i].expand(matrices[i].shape[:-2]).reshape(-1) for i in indices])
         damped.diagonal(dim1=-2, dim2=-1).add_(shift[:, None])
         factor, status = torch.linalg.cholesky_ex(damped)  # reads the lower triangle only

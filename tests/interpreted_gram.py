@@ -19,6 +19,8 @@ from kfac_fast import reference
 
 # Bits of float32 that survive in tf32 and in bfloat16; the interpreter's casts truncate.
 SURVIVING = {"highest": -1, "high": ~0x1FFF, "medium": ~0xFFFF}
+# With rows for more than one chain and columns for more than one tile.
+ROWS = {**GRAM_ROWS, "many-rows": (1100, 6), "wide": (40, 260)}
 
 
 def _rounded(x: Tensor, precision: str) -> Tensor:
@@ -52,7 +54,7 @@ def _check(
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-@pytest.mark.parametrize("shape", GRAM_ROWS.values(), ids=GRAM_ROWS.keys())
+@pytest.mark.parametrize("shape", ROWS.values(), ids=ROWS.keys())
 def test_result(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     _check(torch.randn(shape).to(dtype), bias=True)

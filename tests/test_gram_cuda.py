@@ -33,6 +33,8 @@ KERNELS = {
     "half_128": torch.float16,
     "double_64": torch.float64,
 }
+# With rows for more than one chain and columns for more than one tile.
+ROWS = {**GRAM_ROWS, "many-rows": (1100, 6), "wide": (40, 260)}
 
 
 class Arguments(ctypes.Structure):
@@ -137,7 +139,7 @@ def _check(
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("shape", GRAM_ROWS.values(), ids=GRAM_ROWS.keys())
+@pytest.mark.parametrize("shape", ROWS.values(), ids=ROWS.keys())
 def test_result(emulated: ctypes.CDLL, kernel: str, shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     x = torch.randn(shape, dtype=torch.float64).to(KERNELS[kernel])

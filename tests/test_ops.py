@@ -141,6 +141,14 @@ def test_offsets_beyond_32_bits() -> None:
     assert torch.equal(ops.gram(x), ops.gram(x.clone()))
 
 
+@accumulating
+def test_autocast_changes_nothing(op, shape, options) -> None:
+    x = torch.randn(shape)
+    expected = op(x, bias=True, **options)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(op(x, bias=True, **options), expected)
+
+
 # Not differentiable
 
 
