@@ -8,8 +8,9 @@ and the bias entries. No sum depends on the order in which thread blocks run.
 import torch
 import triton
 import triton.language as tl
-from kfac_fast.kernels import launch
 from torch import Tensor
+
+from kfac_fast.kernels import launch
 
 # bfloat16 products that stand for one float32 product, by torch.get_float32_matmul_precision().
 PRODUCTS = {"highest": 6, "high": 3, "medium": 1}

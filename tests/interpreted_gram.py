@@ -9,13 +9,13 @@ import torch
 import triton
 import triton.language as tl
 from cases import GRAM_ROWS
-from kfac_fast.kernels import gram as kernels
-from kfac_fast.kernels import launch
 from oracle import assert_symmetric, assert_within_budget, lower_only, poisoned, spread
 from oracle import gram as oracle_gram
 from torch import Tensor
 
 from kfac_fast import reference
+from kfac_fast.kernels import gram as kernels
+from kfac_fast.kernels import launch
 
 # Bits of float32 that survive in tf32 and in bfloat16; the interpreter's casts truncate.
 SURVIVING = {"highest": -1, "high": ~0x1FFF, "medium": ~0xFFFF}

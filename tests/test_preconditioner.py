@@ -18,6 +18,7 @@ from plain_kfac import (
     assert_covariances,
     assert_grads,
     assert_solved,
+    condition,
     covariances,
     damp,
     expected_grads,
@@ -367,7 +368,7 @@ def layer_and_input(
     return layer.double(), torch.randn(examples, *shape, dtype=torch.float64)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=1500, deadline=None)
 @given(
     kind=st.sampled_from(list(RULES)),
     geometry=GEOMETRIES,
@@ -395,11 +396,13 @@ def test_any_layers_step_equals_the_formula(
     expected = plain_covariances(layer, loss_of, approx, examples, reduction)
     (call,) = record(layer, loss_of)[""]
     v = torch.einsum("nsgo,nsgi->goi", call.gradients, call.rows)
-    step = solve(v, damp(expected[""], DAMPING))
+    damped = damp(expected[""], DAMPING)
+    step = solve(v, damped)
     with preconditioner(layer, approx=approx, loss_reduction=reduction) as kfac:
         loss_of().backward()
         kfac.step()
     assert_covariances(kfac, expected)
     layer.load_state_dict({name: p.grad for name, p in layer.named_parameters()})
     moved = output_rows(layer, layer(x).detach())
-    assert_solved(moved, torch.einsum("nsgi,goi->nsgo", call.rows, step))
+    expected_move = torch.einsum("nsgi,goi->nsgo", call.rows, step)
+    assert_solved(moved, expected_move, condition(damped))
