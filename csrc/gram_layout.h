@@ -31,12 +31,14 @@ class GramLayout {
   const int64_t columns;  // at least 1
   const int64_t group_columns;
   const int64_t strip_columns;
+  const int64_t lanes;  // of a vector
   const int64_t panel_width;
 
   GramLayout(int64_t columns, int64_t groups, int64_t widest_panel, int64_t lanes)
       : columns(columns),
         group_columns(columns / groups),
         strip_columns(group_columns * std::clamp<int64_t>(lanes / group_columns, 1, groups)),
+        lanes(lanes),
         panel_width(std::min(widest_panel, round_up(strip_columns, lanes))) {}
 
   int64_t strips() const { return divide_up(columns, strip_columns); }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import ModuleType
@@ -52,7 +52,14 @@ class Implementation:
 
 
 def _reference(op: str) -> Implementation:
-    return Implementation("reference", getattr(reference, op))
+    """The pure-PyTorch version, apart from whatever autograd and autocast would make of it."""
+    function = getattr(reference, op)
+
+    def run(*args: Any) -> None:
+        with torch.no_grad(), torch.autocast(_device_type(args[0]), enabled=False):
+            function(*args)
+
+    return Implementation("reference", run)
 
 
 def _native(op: str, device: str) -> Implementation:
@@ -90,7 +97,9 @@ def _triton(op: str, device: str) -> Implementation:
 
 
 TABLE: dict[tuple[str, str], tuple[Implementation, ...]] = {
-    (op, device): (_reference(op),) for op in schema.OPERATORS for device in ("cpu", "cuda")
+    (op, device): (_reference(op),)
+    for op in schema.OPERATORS
+    for device in ("cpu", "cuda", "mps", "xpu")
 }
 TABLE["gram", "cpu"] = (_native("gram", "cpu"), _reference("gram"), _triton("gram", "cpu"))
 TABLE["gram", "cuda"] = (_triton("gram", "cuda"), _native("gram", "cuda"), _reference("gram"))
@@ -206,12 +215,8 @@ def _describe(op: str, *args: Any) -> Iterator[str]:
         )
         if reason is None:
             return
-
-
-def _without_autocast(device: str) -> AbstractContextManager[object]:
-    if torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
+    if not _candidates(op, device):
+        yield f"{op} on {device}: there is no {_forced.get()}"
 
 
 def _router(op: str) -> Callable[..., None]:
@@ -221,9 +226,7 @@ def _router(op: str) -> Callable[..., None]:
         schema.check(op, *args)
         explanation = _explanation.get()
         if explanation is None:
-            # Whatever the inputs require, no kernel is differentiable, and none sums in bfloat16.
-            with torch.no_grad(), _without_autocast(_device_type(args[0])):
-                select(op, *args).run(*args)
+            select(op, *args).run(*args)
         else:
             explanation.extend(_describe(op, *args))
 

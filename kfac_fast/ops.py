@@ -379,13 +379,13 @@ Damping = float | Tensor | Sequence[float | Tensor]
 
 def _damping_tensors(op: str, damping: Damping, matrices: Sequence[Tensor]) -> list[Tensor]:
     """One damping tensor for each entry of ``matrices``; numbers are checked, tensors not read."""
-    shared = isinstance(damping, int | float) or (
-        isinstance(damping, Tensor) and damping.dim() == 0
-    )
-    values = [damping] * len(matrices) if shared else list(damping)  # type: ignore[arg-type]
+    many = isinstance(damping, Sequence) or (isinstance(damping, Tensor) and damping.dim() > 0)
+    values = list(damping) if many else [damping] * len(matrices)  # type: ignore[arg-type]
     if len(values) != len(matrices):
         raise ValueError(f"{op}: damping must be one value or {len(matrices)}, got {len(values)}")
     for value in values:
+        if not isinstance(value, int | float | Tensor):
+            raise TypeError(f"{op}: damping must be numbers or tensors, got {value!r}")
         if isinstance(value, int | float) and not value >= 0:
             raise ValueError(f"{op}: damping must not be negative, got {value}")
     return [

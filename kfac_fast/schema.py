@@ -147,6 +147,8 @@ def _shared_gram_shape(
         if num_segments < 0:
             raise _refused(op, "num_segments", "given with segments and not negative", num_segments)
         _check_device(op, "segments", segments, x)
+    elif num_segments != -1:
+        raise _refused(op, "num_segments", "left out without segments", num_segments)
     return _gram_shape(op, x, mask, groups, bias)
 
 
@@ -304,7 +306,7 @@ def _check_precondition(
         for argument, side, size in (("input", right, columns), ("gradient", left, rows)):
             if tuple(side.shape) != (*batch, size, size):
                 expected = f"of shape {(*batch, size, size)}"
-                raise _refused(op, f"the {argument} side [{i}]", expected, tuple(side.shape))
+                raise _refused(op, f"the {argument} side[{i}]", expected, tuple(side.shape))
         _check_out(op, f"out[{i}]", out[i], grad.shape, grad.dtype, [])
         _check_device(op, f"out[{i}]", out[i], like)
     _check_apart(op, out, [*grads, *input_sides, *gradient_sides])

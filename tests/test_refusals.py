@@ -190,7 +190,7 @@ PRECONDITION_REFUSALS: list[tuple[tuple[Any, ...], type[Exception], str]] = [
     (
         ([X], [torch.eye(4)], [SQUARE]),
         ValueError,
-        "the gradient side [0] must be of shape (5, 5), got (3, 3)",
+        "the gradient side[0] must be of shape (5, 5), got (3, 3)",
     ),
     (([X[0]], [torch.eye(4)], [SQUARE]), ValueError, "grads[0] must be [*, out, in], got 1-d"),
     (([X], [X], [SQUARE]), ValueError, f"{SIDE}[0] must be [*, n, n], got (5, 4)"),

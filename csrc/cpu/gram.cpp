@@ -19,13 +19,13 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <optional>
-#include <type_traits>
 #include <vector>
 
 #include "gram_layout.h"
 #include "instruction_set.h"
 #include "narrow_float.h"
 #include "parallel.h"
+#include "row_blocks.h"
 #include "row_source.h"
 #include "scratch.h"
 #include "symmetric_store.h"
@@ -37,44 +37,25 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Rows of a block: enough that the sums are read and written seldom, few enough that a panel of the
-// block (48 KB at most) stays in the nearest caches.
-constexpr int64_t longest_block = 256;
-
-// A block of rows of all strips.
-template <typename T>
-struct Block {
-  Panels<T> first_strip;
-  int64_t strip_distance;
-
-  Panels<T> strip(int64_t index) const {
-    Panels<T> panels = first_strip;
-    panels.data += index * strip_distance;
-    return panels;
-  }
-};
-
 template <typename In, typename T>
 class Gram {
  public:
-  Gram(const RowSource<In>& source, const GramLayout& layout, const TileProduct<T>& product,
-       const Packing<In, T>& packing, const SymmetricStore<T>& store, bool bias, T* out)
-      : source_(source),
+  Gram(const RowSource<In>& source, const GramLayout& layout, InstructionSet set,
+       const SymmetricStore<T>& store, bool bias, T* out)
+      : rows_(source.rows()),
+        blocks_(source, layout, packing<In, T>(set)),
         layout_(layout),
-        product_(product),
-        pack_rows_(packing),
+        product_(tile_product<T>(set)),
         store_(store),
         bias_(bias),
-        out_(out),
-        block_rows_(std::clamp<int64_t>(source.rows(), 1, longest_block)),
-        blocks_(std::max<int64_t>(1, divide_up(source.rows(), block_rows_))) {}
+        out_(out) {}
 
   void run() {
     constexpr int64_t cached_bytes = 640 * 1024;  // of 1 MB, with a block of rows beside the sums
     constexpr int64_t enough_tasks = 16;
     cut(large_tile);
     const int64_t bytes = tile_count() * tile_size() * sizeof(T);
-    if (bytes <= cached_bytes && source_.rows() >= 8 * layout_.strip_columns) {
+    if (bytes <= cached_bytes && rows_ >= 8 * layout_.strip_columns) {
       by_rows();
     } else {
       if (tile_count() < enough_tasks) cut(large_tile / 2);
@@ -83,8 +64,7 @@ class Gram {
   }
 
  private:
-  // Sums of 36 KB: they meet each panel of a block while it is near, and larger tiles were not
-  // faster.
+  // 36 KB of sums, which meet each panel of a block while it is near; larger ones were not faster.
   static constexpr int64_t large_tile = 4 * max_tile_edge / sizeof(T);
 
   void cut(int64_t edge) {
@@ -93,29 +73,25 @@ class Gram {
   }
 
   int64_t tile_count() const { return tiles_.size(); }
-  // The last row of a tile on the diagonal is for the column sums, the outer products with the
-  // bias.
+  // With one more row for the column sums, the products with the bias, of tiles on the diagonal.
   int64_t tile_size() const { return (tile_edge_ + 1) * tile_edge_; }
-  // One cache line more than the rows: panels a power of two apart would displace each other.
-  int64_t panel_size() const { return block_rows_ * layout_.panel_width + 64 / sizeof(T); }
-  int64_t block_size() const { return layout_.panels() * panel_size(); }
   double operations() const {
-    return static_cast<double>(source_.rows()) * layout_.columns * layout_.strip_columns;
+    return static_cast<double>(rows_) * layout_.columns * layout_.strip_columns;
   }
 
   void by_rows() {
     // At least 8 chunks to balance, at most 64 sets of sums to add, otherwise 1024 rows each.
-    const int64_t most_chunks = std::clamp<int64_t>(source_.rows() / 1024, 8, 64);
-    const int64_t chunks = std::min(blocks_, most_chunks);
+    const int64_t most_chunks = std::clamp<int64_t>(rows_ / 1024, 8, 64);
+    const int64_t chunks = std::min(blocks_.count(), most_chunks);
     const int64_t sums_size = tile_count() * tile_size();
     const int64_t workers = worker_count(chunks, operations());
     const auto sums = make_scratch<T>(chunks * sums_size);
-    const auto packed = make_scratch<T>(workers * block_size());
+    const auto packed = make_scratch<T>(workers * blocks_.packed_size());
     for_each_task(chunks, workers, [&](int64_t chunk, int64_t worker) {
-      const int64_t begin = chunk * blocks_ / chunks;
-      const int64_t end = (chunk + 1) * blocks_ / chunks;
+      const int64_t begin = chunk * blocks_.count() / chunks;
+      const int64_t end = (chunk + 1) * blocks_.count() / chunks;
       for (int64_t index = begin; index < end; ++index) {
-        const Block<T> block = load(index, &packed[worker * block_size()]);
+        const Block<T> block = blocks_.load(index, &packed[worker * blocks_.packed_size()]);
         for (int64_t t = 0; t < tile_count(); ++t) {
           T* sum = &sums[chunk * sums_size + t * tile_size()];
           multiply(tiles_[t], block, sum, index > begin);
@@ -128,95 +104,62 @@ class Gram {
     });
   }
 
+  // All threads pack the blocks of a round and share out its tiles. No barrier ends a round: tasks
+  // are drawn in the order
+  //
+  //   pack 0 | pack 1, multiply 0 | pack 2, multiply 1 | ...
+  //
+  // and wait only for what they need, which was drawn at least a round earlier. A core that the
+  // system takes away for a while then delays its own task, not all the others.
   void by_tiles() {
-    constexpr int64_t packed_bytes = 4 << 20;  // to share a round of packing among many blocks
-    const int64_t block_bytes = block_size() * sizeof(T);
-    const int64_t together = std::clamp<int64_t>(packed_bytes / block_bytes, 1, blocks_);
-    const bool one_round = together == blocks_;  // then a worker stores a tile before the next one
-    const int64_t workers = worker_count(tile_count(), operations());
-    const auto packed = make_scratch<T>(together * block_size());
-    const auto sums = make_scratch<T>((one_round ? workers : tile_count()) * tile_size());
-    std::vector<Block<T>> blocks(together);
-    for (int64_t begin = 0; begin < blocks_; begin += together) {
-      const int64_t count = std::min(together, blocks_ - begin);
-      pack_round(begin, count, packed.get(), blocks);
-      for_each_task(tile_count(), workers, [&](int64_t t, int64_t worker) {
-        T* sum = &sums[(one_round ? worker : t) * tile_size()];
-        for (int64_t b = 0; b < count; ++b) multiply(tiles_[t], blocks[b], sum, begin + b > 0);
-        if (begin + count == blocks_) store(tiles_[t], {sum, tile_edge_, 1, 0});
-      });
-    }
-  }
-
-  // Packs `count` blocks from `begin` on, some panels a task.
-  void pack_round(int64_t begin, int64_t count, T* memory, std::vector<Block<T>>& blocks) const {
+    constexpr int64_t round_bytes = 4 << 20;
+    constexpr int64_t buffers = 3;  // one to pack, one to multiply, one with late tasks
     constexpr int64_t panels_a_task = 8;
+    const int64_t block_size = blocks_.packed_size();
+    const int64_t together =
+        std::clamp<int64_t>(round_bytes / (block_size * sizeof(T)), 1, blocks_.count());
+    const int64_t rounds = divide_up(blocks_.count(), together);
     const int64_t parts = divide_up(layout_.panels(), panels_a_task);
-    const int64_t workers = worker_count(count * parts, operations());
-    for_each_task(count * parts, workers, [&](int64_t task, int64_t) {
-      const int64_t b = task / parts;
+    const int64_t packs = together * parts;
+    const int64_t workers = worker_count(std::max(packs, tile_count()), operations());
+    const bool one_round = rounds == 1;  // then a worker's sums are stored before its next tile
+
+    const auto packed = make_scratch<T>(std::min(rounds, buffers) * together * block_size);
+    const auto sums = make_scratch<T>((one_round ? workers : tile_count()) * tile_size());
+    std::vector<Block<T>> blocks(rounds * together);
+    std::vector<Progress> packs_done(rounds), tiles_done(rounds), rounds_done(tile_count());
+
+    const auto pack = [&](int64_t round, int64_t task) {
+      if (round >= buffers) tiles_done[round - buffers].wait_for(tile_count());
+      const int64_t index = round * together + task / parts;
       const int64_t first = task % parts * panels_a_task;
       const int64_t last = std::min(first + panels_a_task, layout_.panels());
-      const Block<T> block = pack(begin + b, first, last, memory + b * block_size());
-      if (first == 0) blocks[b] = block;
-    });
-  }
-
-  // A block, packed into `memory` unless it can be read in place.
-  Block<T> load(int64_t index, T* memory) const {
-    if constexpr (std::is_same_v<In, T>) {
-      if (readable_in_place(index)) {
-        const int64_t stride = source_.even_row_stride();
-        const T* data = source_.data() + index * block_rows_ * stride;
-        const int64_t width = layout_.panel_width;
-        return {{data, block_rows_, stride, width, width}, layout_.strip_columns};
+      if (index < blocks_.count()) {
+        T* memory = &packed[(round % buffers * together + task / parts) * block_size];
+        const Block<T> block = blocks_.pack(index, first, last, memory);
+        if (first == 0) blocks[index] = block;
       }
-    }
-    return pack(index, 0, layout_.panels(), memory);
-  }
-
-  // Rows that lie close together can be multiplied where they are, if the last lanes of their last
-  // vectors do not reach beyond the end of X.
-  bool readable_in_place(int64_t index) const {
-    constexpr int64_t longest_row = 512 / sizeof(T);
-    const int64_t stride = source_.even_row_stride();
-    if (source_.column_stride() != 1 || stride < layout_.columns || stride > longest_row) {
-      return false;
-    }
-    const int64_t rows_after = source_.rows() - (index + 1) * block_rows_;
-    const int64_t last_width = layout_.width(layout_.strips() - 1);
-    const int64_t reach = round_up(last_width, product_.lanes) - last_width;
-    return rows_after >= 0 && rows_after * stride >= reach;
-  }
-
-  Block<T> pack(int64_t index, int64_t first_panel, int64_t last_panel, T* memory) const {
-    constexpr int64_t piece = 32;  // rows that stay in cache from one strip to the next
-    const int64_t width = layout_.panel_width;
-    const int64_t begin = index * block_rows_;
-    const int64_t end = std::min(begin + block_rows_, source_.rows());
-    int64_t depth = 0;
-    source_.for_each_stretch(begin, end, [&](const In* rows, int64_t row_stride, int64_t count) {
-      for (int64_t r = 0; r < count; r += piece) {
-        const int64_t height = std::min(piece, count - r);
-        pack_piece(rows + r * row_stride, row_stride, height, first_panel, last_panel,
-                   memory + depth * width);
-        depth += height;
+      packs_done[round].advance();
+    };
+    const auto multiply_round = [&](int64_t round, int64_t t, int64_t worker) {
+      packs_done[round].wait_for(packs);
+      rounds_done[t].wait_for(round);
+      T* sum = &sums[(one_round ? worker : t) * tile_size()];
+      const int64_t end = std::min((round + 1) * together, blocks_.count());
+      for (int64_t b = round * together; b < end; ++b) multiply(tiles_[t], blocks[b], sum, b > 0);
+      if (round == rounds - 1) store(tiles_[t], {sum, tile_edge_, 1, 0});
+      rounds_done[t].advance();
+      tiles_done[round].advance();
+    };
+    const int64_t step_tasks = packs + tile_count();
+    for_each_task((rounds + 1) * step_tasks, workers, [&](int64_t task, int64_t worker) {
+      const int64_t step = task / step_tasks, part = task % step_tasks;
+      if (part < packs) {
+        if (step < rounds) pack(step, part);
+      } else if (step > 0) {
+        multiply_round(step - 1, part - packs, worker);
       }
     });
-    return {{memory, depth, width, width, panel_size()}, layout_.strip_panels() * panel_size()};
-  }
-
-  void pack_piece(const In* rows, int64_t row_stride, int64_t count, int64_t first_panel,
-                  int64_t last_panel, T* memory) const {
-    const int64_t column_stride = source_.column_stride();
-    for (int64_t panel = first_panel, next; panel < last_panel; panel = next) {
-      next = layout_.end_of_run(panel, last_panel);
-      const int64_t column = layout_.first_column(panel);
-      const int64_t columns = layout_.end_column(next - 1) - column;
-      pack_rows_(rows + column * column_stride, row_stride, column_stride, count, columns,
-                 layout_.columns_a_panel(), memory + panel * panel_size(), layout_.panel_width,
-                 panel_size());
-    }
   }
 
   void multiply(const Tile& tile, const Block<T>& block, T* sum, bool accumulate) const {
@@ -247,15 +190,13 @@ class Gram {
     }
   }
 
-  const RowSource<In>& source_;
+  const int64_t rows_;
+  const RowBlocks<In, T> blocks_;
   const GramLayout& layout_;
   const TileProduct<T>& product_;
-  const Packing<In, T>& pack_rows_;
   const SymmetricStore<T>& store_;
   const bool bias_;
   T* const out_;
-  const int64_t block_rows_;
-  const int64_t blocks_;
   int64_t tile_edge_ = 0;
   std::vector<Tile> tiles_;
 };
@@ -293,7 +234,7 @@ void gram_of(const Tensor& x, const std::optional<Tensor>& mask, int64_t groups,
     const InstructionSet set = instruction_set_in_use();
     const TileProduct<T>& product = tile_product<T>(set);
     const GramLayout layout(columns, groups, product.panel_width(), product.lanes);
-    Gram<In, T>(source, layout, product, packing<In, T>(set), store, bias, data).run();
+    Gram<In, T>(source, layout, set, store, bias, data).run();
   }
   if (bias) store_count(store, source.counted(0, source.rows()), groups, data);
 }

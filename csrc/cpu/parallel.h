@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <thread>
 
 namespace kfac_fast {
 
@@ -14,6 +15,19 @@ inline int64_t worker_count(int64_t tasks, double operations) {
   if (tasks < 2 || operations < 2e6) return 1;
   return std::min<int64_t>(tasks, torch::stable::get_num_threads());
 }
+
+// How far some tasks have come, for other tasks that need their results. A task may only wait for
+// tasks that are drawn before it: then they are done or under way, and nobody waits in a circle.
+class Progress {
+ public:
+  void advance() { done_.fetch_add(1, std::memory_order_release); }
+  void wait_for(int64_t count) const {
+    while (done_.load(std::memory_order_acquire) < count) std::this_thread::yield();
+  }
+
+ private:
+  std::atomic<int64_t> done_{0};
+};
 
 // Calls run(task, worker) once for every task. The workers draw tasks in order from one counter, so
 // a core that is slowed down does fewer of them; two calls at the same time differ in `worker`.
