@@ -186,7 +186,7 @@ class KFAC:
             module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor
         ) -> None:
             ours = module is block.layer.module  # a deep copy of the model takes the hooks along
-            if not (ours and self._capturing and torch.is_grad_enabled() and output.requires_grad):
+            if not (ours and self._capturing and output.requires_grad):
                 return
             x = inputs[0] if inputs else named["input"]
             outer = block.layer.input_gram(x.detach(), output)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from host import NeverWaits
 from nets import Net, images, preconditioner, train_step
 from oracle import bits
-from plain_kfac import assert_covariances, covariances, factors, plain_covariances, record, scaled
+from plain_kfac import Call, assert_covariances, covariances, factors, plain_covariances, record
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -99,19 +99,33 @@ def test_a_step_without_a_backward_pass_changes_nothing(kl_clip: float | None) -
 
 
 def test_layers_may_be_called_by_themselves_and_by_keyword() -> None:
-    """An evaluation of the whole model in between is no pass of the step."""
+    """Each call is then a pass of its own; an evaluation of the whole model in between is none."""
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
     twin = copy.deepcopy(model)
-    kfac = preconditioner(model, factor_decay=0)
-    for _ in range(3):
-        with torch.no_grad():
-            model(torch.randn(2, 3, dtype=torch.float64))
-        x, y = torch.randn(5, 3, dtype=torch.float64), torch.randint(2, (5,))
-        calls = scaled(record(twin, lambda x=x, y=y: F.cross_entropy(twin(x), y)), 5)
+    kfac = preconditioner(model, factor_decay=0, accumulation_steps=2)
+    for by_layers in (False, True, True):
         model.zero_grad()
-        F.cross_entropy(model[2](input=model[0](input=x).tanh()), y).backward()
+        calls: dict[str, list[Call]] = {"0": [], "2": []}
+        for _ in range(2):
+            x, y = torch.randn(5, 3, dtype=torch.float64), torch.randint(2, (5,))
+            recorded = record(twin, lambda x=x, y=y: F.cross_entropy(twin(x), y, reduction="sum"))
+            for name, (call,) in recorded.items():
+                calls[name].append(call)
+            with torch.no_grad():
+                model(x)
+            outputs = model[2](input=model[0](input=x).tanh()) if by_layers else model(x)
+            (F.cross_entropy(outputs, y) / 2).backward()
         kfac.step()
-        assert_covariances(kfac, {name: factors(of, "expand", 5) for name, of in calls.items()})
+        assert_covariances(kfac, {name: factors(of, "expand", 10) for name, of in calls.items()})
+
+
+def test_layers_that_are_frozen_later_are_left_alone() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    kfac = preconditioner(model)
+    model[0].requires_grad_(False)
+    model(torch.randn(5, 3)).square().mean().backward()
+    kfac.step()
+    assert list(covariances(kfac)) == ["1"] and model[0].weight.grad is None
 
 
 def test_a_deep_copy_of_the_model_feeds_nothing_to_the_preconditioner() -> None:

@@ -266,9 +266,14 @@ def test_a_short_step_is_not_clipped() -> None:
         assert torch.equal(out.grad, expected.grad)
 
 
-def test_a_zero_gradient_is_not_clipped_to_nan() -> None:
+@pytest.mark.parametrize(
+    "options",
+    [{"kl_clip": 1e-3, "learning_rate": 0.1}, {"grafting": "adam"}],
+    ids=["clip", "graft"],
+)
+def test_a_zero_gradient_has_a_zero_step(options: dict[str, Any]) -> None:
     model = nn.Linear(3, 2)
-    kfac = preconditioner(model, kl_clip=1e-3, learning_rate=0.1)
+    kfac = preconditioner(model, **options)
     (0 * model(torch.randn(5, 3))).sum().backward()
     kfac.step()
     assert torch.equal(model.weight.grad, torch.zeros(2, 3))

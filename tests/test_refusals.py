@@ -186,7 +186,7 @@ SIDE = "the input side"
 PRECONDITION_REFUSALS: list[tuple[tuple[Any, ...], type[Exception], str]] = [
     (([X], [], [SQUARE]), ValueError, f"{SIDE} must be 1 tensors, got 0"),
     (([X], [SQUARE], []), ValueError, "the gradient side must be 1 tensors, got 0"),
-    (([X], [SQUARE], [SQUARE]), ValueError, f"{SIDE} [0] must be of shape (4, 4), got (3, 3)"),
+    (([X], [SQUARE], [SQUARE]), ValueError, f"{SIDE}[0] must be of shape (4, 4), got (3, 3)"),
     (
         ([X], [torch.eye(4)], [SQUARE]),
         ValueError,
