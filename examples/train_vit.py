@@ -47,7 +47,7 @@ class AdamWSettings:
     """AdamW on the linear layers; another learning rate for the norms and positions."""
 
     learning_rate: float = 8e-3
-    weight_decay: float = 0.05
+    weight_decay: float = 0.5
     beta2: float = 0.98
     other_learning_rate: float = 8e-3
 
@@ -72,7 +72,7 @@ class KFACSettings:
 
     approx: Literal["expand", "reduce"] = "reduce"
     learning_rate: float = 1.5e-3
-    weight_decay: float = 0.0
+    weight_decay: float = 0.2
     damping: float = 1e-5
     factor_decay: float = 0.7
     update_steps: int = 5

@@ -105,14 +105,14 @@ def test_layers_may_be_called_by_themselves_and_by_keyword() -> None:
     kfac = preconditioner(model, factor_decay=0, accumulation_steps=2)
     for by_layers in (False, True, True):
         model.zero_grad()
+        with torch.no_grad():
+            model(torch.randn(2, 3, dtype=torch.float64))
         calls: dict[str, list[Call]] = {"0": [], "2": []}
         for _ in range(2):
             x, y = torch.randn(5, 3, dtype=torch.float64), torch.randint(2, (5,))
             recorded = record(twin, lambda x=x, y=y: F.cross_entropy(twin(x), y, reduction="sum"))
             for name, (call,) in recorded.items():
                 calls[name].append(call)
-            with torch.no_grad():
-                model(x)
             outputs = model[2](input=model[0](input=x).tanh()) if by_layers else model(x)
             (F.cross_entropy(outputs, y) / 2).backward()
         kfac.step()

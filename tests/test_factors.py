@@ -180,15 +180,16 @@ def test_a_failed_inverse_keeps_the_previous_one_and_spares_its_neighbours() -> 
             assert_solved(factor.inverse[1], inverse[1])
         else:
             assert_solved(factor.inverse, inverse)
+    pairs[2][1].total[1] = pairs[2][1].total[0]
     refresh_inverses(pairs, 1.0, "plain")
-    assert pairs[0][0].failed == 2
+    assert pairs[0][0].failed == 2 and pairs[2][1].failed == 3
 
 
 def test_a_refresh_before_the_first_finite_batch_keeps_the_identity() -> None:
-    pair = Factor(poisoned(3, 3)), factor_of(positive_definite(2, 2))
-    pair[0].update(poisoned(3, 3), 0.9)
-    refresh_inverses([(pair[0], pair[0])], 0.0)
-    assert torch.equal(pair[0].inverse, torch.eye(3))
+    factor = Factor(poisoned(3, 3))
+    factor.update(poisoned(3, 3), 0.9)
+    refresh_inverses([(factor, factor)], 0.1)
+    assert torch.equal(factor.inverse, torch.eye(3)) and factor.failed == 0
 
 
 def test_no_layers_have_nothing_to_refresh() -> None:

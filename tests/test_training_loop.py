@@ -397,10 +397,10 @@ def trained_loss(steps: int, rate: float, **options: Any) -> float:
 
 
 @fishers
-def test_sixty_steps_beat_a_tuned_optimizers_hundred_and_eighty(fisher: str) -> None:
-    start = trained_loss(0, 0.1)
-    tuned = min(trained_loss(180, rate) for rate in (0.05, 0.1, 0.2, 0.4))
-    options = {"fisher": fisher, "loss_terms_per_example": 4, "damping": 1e-2}
-    steps = {"factor_update_steps": 5, "inverse_update_steps": 5}
-    loss = trained_loss(60, 0.3, kl_clip=1e-2, learning_rate=0.3, **options, **steps)
-    assert loss < 0.9 * tuned < 0.3 * start
+def test_sixty_steps_reach_less_than_half_the_loss_of_tuned_sgd(fisher: str) -> None:
+    """Momentum SGD at its best learning rate; from 1.5 on it diverges."""
+    tuned = min(trained_loss(60, rate) for rate in (0.2, 0.4, 0.6, 0.8, 1.0))
+    steps = {"factor_update_steps": 2, "inverse_update_steps": 2}
+    options = {"fisher": fisher, "loss_terms_per_example": 4, "damping": 3e-3, **steps}
+    loss = trained_loss(60, 0.3, kl_clip=0.02, learning_rate=0.3, **options)
+    assert loss < 0.5 * tuned < tuned < 0.5 * trained_loss(0, 0.3)

@@ -112,7 +112,7 @@ class Gram {
   // and wait only for what they need, which was drawn at least a round earlier. A core that the
   // system takes away for a while then delays its own task, not all the others.
   void by_tiles() {
-    constexpr int64_t round_bytes = 4 << 20;
+    constexpr int64_t round_bytes = 1 << 20;
     constexpr int64_t buffers = 3;  // one to pack, one to multiply, one with late tasks
     constexpr int64_t panels_a_task = 8;
     const int64_t block_size = blocks_.packed_size();
@@ -126,7 +126,7 @@ class Gram {
 
     const auto packed = make_scratch<T>(std::min(rounds, buffers) * together * block_size);
     const auto sums = make_scratch<T>((one_round ? workers : tile_count()) * tile_size());
-    std::vector<Block<T>> blocks(rounds * together);
+    std::vector<Block<T>> blocks(buffers * together);
     std::vector<Progress> packs_done(rounds), tiles_done(rounds), rounds_done(tile_count());
 
     const auto pack = [&](int64_t round, int64_t task) {
@@ -135,9 +135,9 @@ class Gram {
       const int64_t first = task % parts * panels_a_task;
       const int64_t last = std::min(first + panels_a_task, layout_.panels());
       if (index < blocks_.count()) {
-        T* memory = &packed[(round % buffers * together + task / parts) * block_size];
-        const Block<T> block = blocks_.pack(index, first, last, memory);
-        if (first == 0) blocks[index] = block;
+        const int64_t slot = round % buffers * together + task / parts;
+        const Block<T> block = blocks_.pack(index, first, last, &packed[slot * block_size]);
+        if (first == 0) blocks[slot] = block;
       }
       packs_done[round].advance();
     };
@@ -145,8 +145,11 @@ class Gram {
       packs_done[round].wait_for(packs);
       rounds_done[t].wait_for(round);
       T* sum = &sums[(one_round ? worker : t) * tile_size()];
-      const int64_t end = std::min((round + 1) * together, blocks_.count());
-      for (int64_t b = round * together; b < end; ++b) multiply(tiles_[t], blocks[b], sum, b > 0);
+      const int64_t first_slot = round % buffers * together;
+      const int64_t count = std::min(together, blocks_.count() - round * together);
+      for (int64_t b = 0; b < count; ++b) {
+        multiply(tiles_[t], blocks[first_slot + b], sum, round + b > 0);
+      }
       if (round == rounds - 1) store(tiles_[t], {sum, tile_edge_, 1, 0});
       rounds_done[t].advance();
       tiles_done[round].advance();

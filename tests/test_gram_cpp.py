@@ -1,0 +1,193 @@
+"""The C++ Gram kernel with every instruction set that this processor has."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import mmap
+from collections.abc import Callable, Iterator
+
+import oracle
+import pytest
+import torch
+from cases import FLOATING
+from oracle import (
+    assert_symmetric,
+    assert_within_budget,
+    lower_only,
+    poisoned,
+    spread,
+    whole_numbers,
+)
+from torch import Tensor
+
+from kfac_fast import reference
+from kfac_fast.schema import result_dtype
+
+native = pytest.importorskip("kfac_fast._C", reason="the C++ extension is not built")
+dtypes = pytest.mark.parametrize("dtype", FLOATING, ids=str)
+
+# Columns about the edges of vectors, panels and tiles of every instruction set.
+COLUMNS = (1, 2, 3, 4, 5, 7, 8, 9, 12, 13, 15, 16, 17, 23, 24, 25, 31, 33, 47, 48, 49)
+MORE_COLUMNS = (64, 95, 96, 97, 127, 128, 129, 144, 145, 192, 200)
+# Rows about the edges of a block; many enough to be shared out by rows, or too few.
+ROWS = (0, 1, 2, 7, 255, 256, 257, 1300)
+
+
+@pytest.fixture(params=native.instruction_sets(), autouse=True)
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    torch.manual_seed(0)
+    before = native.instruction_set()
+    native.use_instruction_set(request.param)
+    yield request.param
+    native.use_instruction_set(before)
+
+
+def run(
+    x: Tensor,
+    mask: Tensor | None = None,
+    groups: int = 1,
+    bias: bool = False,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    out: Tensor | None = None,
+) -> Tensor:
+    edge = x.shape[-1] // groups + bias
+    if out is None:
+        shape = (edge, edge) if groups == 1 else (groups, edge, edge)
+        out = poisoned(*shape, dtype=result_dtype(x.dtype))
+    torch.ops.kfac_fast_native.gram(x, mask, groups, bias, alpha, beta, out)
+    return out
+
+
+def check(x: Tensor, mask: Tensor | None = None, groups: int = 1, bias: bool = False) -> None:
+    out = run(x, mask, groups, bias)
+    torch_result = torch.empty_like(out)
+    reference.gram(x, mask, groups, bias, 1.0, 0.0, torch_result)
+    assert_within_budget(out, torch_result, oracle.gram(x, mask, groups, bias))
+    assert_symmetric(out)
+
+
+@dtypes
+def test_edges_of_panels_and_blocks(dtype: torch.dtype) -> None:
+    few = dtype == torch.float64  # its oracle in extended precision is slow
+    for columns in COLUMNS if few else COLUMNS + MORE_COLUMNS:
+        for rows in ROWS[:-1] if few else ROWS:
+            x = whole_numbers(rows, columns, dtype=dtype)  # exact, so every entry is compared
+            expected = x.double().T @ x.double()
+            assert torch.equal(run(x).double(), expected), (rows, columns)
+            assert torch.equal(run(x, bias=True).double(), oracle.gram(x.float(), bias=True))
+    for columns, rows in ((33, 600), (100, 150), (145, 40)):
+        check(torch.randn(rows, columns).to(dtype), bias=True)
+
+
+@dtypes
+@pytest.mark.parametrize("bias", [False, True])
+def test_groups_narrower_and_wider_than_a_vector(dtype: torch.dtype, bias: bool) -> None:
+    for groups, width in ((2, 1), (70, 1), (40, 2), (7, 3), (5, 7), (3, 16), (4, 17), (2, 50)):
+        for rows in (5, 300, 900):
+            x = torch.randn(rows, groups * width).to(dtype)
+            check(x, groups=groups, bias=bias)
+            check(x, torch.rand(rows) < 0.5, groups=groups, bias=bias)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "channels-first": lambda x: x.movedim(-1, 1).contiguous().movedim(1, -1),
+    "channels-before-batch": lambda x: x.movedim(-1, 0).contiguous().movedim(0, -1),
+    "columns-of-a-wider-one": lambda x: torch.cat([x, x, x], -1)[..., 5 : 5 + x.shape[-1]],
+    "every-second-column": lambda x: x.repeat_interleave(2, -1)[..., ::2],
+    "every-second-row": lambda x: x.repeat_interleave(2, -2)[..., ::2, :],
+    "one-row-repeated": lambda x: x[:1, :1, :1].expand_as(x),
+    "with-gaps-and-reversed": spread,
+}
+
+
+@dtypes
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_strides(dtype: torch.dtype, layout: Callable[[Tensor], Tensor]) -> None:
+    for shape in ((3, 1, 5, 12), (9, 7, 7, 26), (2, 16, 20, 60), (1, 70, 4, 130)):
+        x = layout(torch.randn(shape).to(dtype))
+        mask = spread(torch.rand(shape[:-1]) < 0.7)
+        check(x)
+        check(x, mask, groups=2, bias=True)
+
+
+@dtypes
+def test_masks_leave_rows_out(dtype: torch.dtype) -> None:
+    """Whatever a row holds that does not count, it is not seen: not even multiplied by zero."""
+    x = torch.randn(1100, 37).to(dtype)
+    masks = {
+        "none": torch.zeros(1100, dtype=torch.bool),
+        "alternating": torch.arange(1100) % 2 == 1,
+        "not the first block": torch.arange(1100) >= 300,
+        "only the last": torch.arange(1100) == 1099,
+    }
+    for mask in masks.values():
+        dirty = torch.where(mask[:, None], x, math.nan)
+        assert torch.equal(run(dirty, mask, bias=True), run(x, mask, bias=True))
+        check(x, mask, bias=True)
+        assert run(dirty, mask, bias=True)[-1, -1] == mask.sum()
+
+
+@dtypes
+@pytest.mark.parametrize(("alpha", "beta"), [(0.05, 0.95), (2.0, 1.0), (0.0, 0.5), (3.0, 0.0)])
+def test_accumulates_on_the_lower_triangle(dtype: torch.dtype, alpha: float, beta: float) -> None:
+    for rows, columns, groups in ((40, 130, 1), (0, 70, 1), (700, 60, 1), (90, 24, 8), (9, 66, 2)):
+        x = torch.randn(rows, columns).to(dtype)
+        edge = columns // groups + 1
+        before = torch.randn(groups, edge, edge, dtype=result_dtype(dtype))
+        before = (before + before.mT) if groups > 1 else (before + before.mT)[0]
+        start = lower_only(before) if beta else torch.full_like(before, math.nan)
+        out = run(x, None, groups, True, alpha, beta, start.clone())
+        torch_result = start.clone()
+        reference.gram(x, None, groups, True, alpha, beta, torch_result)
+        plain = oracle.gram(x, None, groups, True)
+        assert_within_budget(out, torch_result, beta * before.double() + alpha * plain)
+        assert_symmetric(out)
+
+
+@pytest.mark.parametrize("shape", [(3000, 520), (1200, 700), (300, 1100)], ids=str)
+def test_rounds_of_blocks(shape: tuple[int, int]) -> None:
+    """Many columns: blocks are packed into a few buffers that are used again and again."""
+    x = whole_numbers(*shape, dtype=torch.float32)
+    expected = oracle.gram(x, bias=True)
+    assert torch.equal(run(x, bias=True).double(), expected)
+    mask = torch.rand(shape[0]) < 0.5
+    assert torch.equal(run(x, mask).double(), oracle.gram(x, mask))
+
+
+@pytest.mark.parametrize("shape", [(5000, 7), (3000, 90), (1000, 600), (70, 300)], ids=str)
+def test_same_bits_every_time_and_for_any_number_of_threads(shape: tuple[int, int]) -> None:
+    x, mask = torch.randn(shape), torch.rand(shape[0]) < 0.9
+    threads = torch.get_num_threads()
+    results = []
+    for count in (threads, threads, 1, 2, 3, 5):
+        torch.set_num_threads(count)
+        results.append(run(x, mask, bias=True))
+    torch.set_num_threads(threads)
+    assert all(torch.equal(out, results[0]) for out in results)
+
+
+@dtypes
+@pytest.mark.parametrize("columns", [1, 5, 16, 30, 50, 100])
+def test_reads_nothing_beyond_the_end(dtype: torch.dtype, columns: int) -> None:
+    """The rows end where a page ends whose successor may not be read."""
+    item = torch.empty(0, dtype=dtype).element_size()
+    rows = mmap.PAGESIZE * 50 // (columns * item)
+    size = math.ceil(rows * columns * item / mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, size + mmap.PAGESIZE)
+    buffer = torch.frombuffer(memory, dtype=dtype)
+    x = buffer[size // item - rows * columns : size // item].view(rows, columns)
+    x.copy_(whole_numbers(rows, columns))
+    guard, no_access = ctypes.c_void_p(buffer.data_ptr() + size), 0
+    assert ctypes.CDLL(None).mprotect(guard, ctypes.c_size_t(mmap.PAGESIZE), no_access) == 0
+    expected = x.double().T @ x.double()
+    assert torch.equal(run(x).double(), expected)
+
+
+def test_refuses_an_out_of_another_size_or_dtype() -> None:
+    x = torch.ones(3, 4)
+    for out in (torch.zeros(3, 3), torch.zeros(4, 4).double(), torch.zeros(4, 8)[:, ::2]):
+        with pytest.raises(RuntimeError, match="gram: out must be contiguous with 16 elements"):
+            run(x, out=out)
+        assert not out.any()
