@@ -185,7 +185,7 @@ if __name__ == "__main__":
     setup(
         packages=[*find_packages(include=["kfac_fast*"]), "kfac_fast.kernels"],
         package_dir={"kfac_fast.kernels": "kernels"},
-        package_data={"kfac_fast": ["py.typed", "*.pyi"], "kfac_fast.kernels": ["tuned/*.json"]},
+        package_data={"kfac_fast": ["py.typed", "*.pyi"]},
         ext_modules=[Extension("kfac_fast._C", sources=[])],
         cmdclass={"build_ext": CMakeBuild, "dist_info": Metadata},
     )

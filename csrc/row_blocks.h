@@ -73,9 +73,10 @@ class RowBlocks {
   }
 
  private:
-  // Enough rows that the sums are read and written seldom, few enough that a panel of the block,
-  // 48 KB at most, stays in the nearest caches.
-  static constexpr int64_t longest = 256;
+  // Enough rows that the sums are read and written seldom; few enough that a panel of the block, 24
+  // KB at most, stays in the nearest cache, and that the sums of a block, added to the others' only
+  // at its end, are rounded few times.
+  static constexpr int64_t longest = 128;
 
   // One cache line more than the rows: panels a power of two apart would displace each other.
   int64_t panel_size() const { return rows_ * layout_.panel_width + 64 / sizeof(T); }

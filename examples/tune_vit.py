@@ -1,18 +1,24 @@
-"""Tune both arms of `train_vit.py` on seed 0: a grid of equal size for each, one record per run.
+"""Tune both arms of `train_vit.py` on seed 0, a grid of equal size for each, one record per run.
 
-A run whose record is already in the file is not repeated, so an interrupted search goes on.
+The best settings of each arm then run on other seeds, to see how far seed 0 flattered them. A run
+whose record is already in the file is not repeated, so an interrupted search goes on.
 """
 
 import argparse
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import fmean, stdev
 
 import torch
+from comparison import Record
 from image_data import load_images
+from rich.console import Console
 from rich.progress import track
-from train_vit import AdamWSettings, KFACSettings, train
+from rich.table import Table
+from train_vit import AdamWSettings, KFACSettings, Settings, train
 
+CONFIRMATION_SEEDS = 1, 2, 3
 STEPS = {"AdamW": 800, "K-FAC reduce": 600}
 _ADAMW = AdamWSettings(learning_rate=8e-3, weight_decay=0.05, beta2=0.98, other_learning_rate=8e-3)
 _KFAC = KFACSettings(
@@ -63,27 +69,70 @@ GRID = [
 ]
 
 
+def search(records_path: Path, confirm: int) -> list[Record]:
+    """Run what the file lacks: the grid on seed 0, each arm's best settings on seeds 1, 2 and 3."""
+    records_path.parent.mkdir(parents=True, exist_ok=True)
+    records_path.touch()
+    records = [json.loads(line) for line in records_path.read_text().splitlines()]
+    images = load_images()
+
+    def run(candidates: list[Settings], seed: int) -> None:
+        done = [(r["arm"], r["settings"], r["seed"]) for r in records]
+        missing = [s for s in candidates if (s.arm, asdict(s), seed) not in done]
+        for settings in track(missing, f"Seed {seed}"):
+            records.append(train(settings, images, steps=STEPS[settings.arm], seed=seed))
+            with open(records_path, "a") as file:
+                file.write(json.dumps(records[-1]) + "\n")
+
+    run(GRID, seed=0)
+    best = []
+    for arm in STEPS:
+        ranked = sorted((r for r in records if r["arm"] == arm and r["seed"] == 0), key=final_loss)
+        chosen = [record["settings"] for record in ranked[:confirm]]
+        best += [s for s in GRID if s.arm == arm and asdict(s) in chosen]
+    for seed in CONFIRMATION_SEEDS:
+        run(best, seed)
+    return records
+
+
+def final_loss(record: Record) -> float:
+    """Return the validation loss at the end of a run."""
+    return record["history"][-1]["validation_loss"]
+
+
+def summary(records: list[Record]) -> Table:
+    """List every setting with its loss on seed 0 and its mean loss on the other seeds."""
+    result = Table("arm", "settings that differ from the centre", "seed 0", "seeds 1, 2, 3")
+    for record in sorted(
+        (r for r in records if r["seed"] == 0), key=lambda r: (r["arm"], final_loss(r))
+    ):
+        centre = asdict(_ADAMW if record["arm"] == _ADAMW.arm else _KFAC)
+        changes = {k: v for k, v in record["settings"].items() if v != centre[k]}
+        others = [
+            final_loss(r)
+            for r in records
+            if r["settings"] == record["settings"] and r["seed"] in CONFIRMATION_SEEDS
+        ]
+        spread = f"{fmean(others):.4f} ± {stdev(others):.4f}" if others else ""
+        result.add_row(record["arm"], str(changes), f"{final_loss(record):.4f}", spread)
+    return result
+
+
 def main() -> None:
-    """Run what is missing of the grid and print both arms from the best to the worst."""
+    """Search, then print both arms from the best to the worst."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, default=1, help="processor threads (default: 1)")
-    parser.add_argument(
-        "--records", type=Path, default=Path(__file__).parent / "output" / "vit_grid.jsonl"
+    add = parser.add_argument
+    add("--threads", type=int, default=1, help="processor threads (default: 1)")
+    add("--confirm", type=int, default=3, help="settings of each arm to confirm (default: 3)")
+    add(
+        "--records",
+        type=Path,
+        default=Path(__file__).parent / "output" / "vit_grid.jsonl",
+        help="file of the records; runs that it holds are not repeated",
     )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    options.records.parent.mkdir(parents=True, exist_ok=True)
-    options.records.touch()
-    images = load_images()
-    records = [json.loads(line) for line in options.records.read_text().splitlines()]
-    for settings in track(GRID, "Tuning"):
-        if any((r["arm"], r["settings"]) == (settings.arm, asdict(settings)) for r in records):
-            continue
-        records.append(train(settings, images, steps=STEPS[settings.arm], seed=0))
-        with open(options.records, "a") as file:
-            file.write(json.dumps(records[-1]) + "\n")
-    for record in sorted(records, key=lambda r: (r["arm"], r["history"][-1]["validation_loss"])):
-        print(record["arm"], record["history"][-1]["validation_loss"], record["settings"])
+    Console().print(summary(search(options.records, options.confirm)))
 
 
 if __name__ == "__main__":

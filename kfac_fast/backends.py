@@ -91,6 +91,8 @@ def _triton(op: str, device: str) -> Implementation:
     missing = None
     if importlib.util.find_spec("triton") is None:
         missing = "Triton is not installed"
+    elif importlib.util.find_spec("kfac_fast.kernels") is None:
+        missing = "kfac_fast.kernels is not installed: run `pip install --no-build-isolation .`"
     elif device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         missing = "Triton needs a GPU, or TRITON_INTERPRET=1 to interpret its kernels"
     return Implementation("triton", run, missing, refuses)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -62,6 +63,10 @@ class Block:
             self.factors = Factor(batches[0]), Factor(batches[1])
         for factor, batch in zip(self.factors, batches, strict=True):
             factor.update(batch, decay)
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what the current step's batches have added."""
         self._sums, self.counted_pass = None, 0
 
     def parts(self) -> dict[str, Part]:
@@ -139,7 +144,8 @@ def find_blocks(
         The blocks in the model's order, and reasons by qualified name.
 
     Raises:
-        ValueError: If a pattern is no regular expression or matches no module, or no layer is left.
+        ValueError: If a pattern is no regular expression or matches no module, if no layer is left,
+            or the layers differ in device or precision.
     """
     patterns = _compiled(skip)
     modules = [
@@ -153,15 +159,19 @@ def find_blocks(
             )
     blocks: list[Block] = []
     left_alone: dict[str, str] = {}
-    owners: dict[nn.Parameter, str] = {}
+    holders: dict[nn.Parameter, list[str]] = defaultdict(list)
     for name, module in modules:
-        reason = _reason_against(name, module, patterns, owners)
+        for parameter in module.parameters(recurse=False):
+            holders[parameter].append(name)
+    for name, module in modules:
+        reason = _reason_against(name, module, patterns, holders)
         if reason is not None:
             left_alone[name] = reason
             continue
-        layer = RULES[type(module)](name, module, approx)
-        owners.update(dict.fromkeys(layer.parameters(), name))
-        blocks.append(Block(layer))
+        blocks.append(Block(RULES[type(module)](name, module, approx)))
+    kinds = {(b.layer.weight.device, result_dtype(b.layer.weight.dtype)) for b in blocks}
+    if len(kinds) > 1:
+        raise ValueError(f"KFAC: layers must be on one device and of one precision, got {kinds}")
     if not blocks:
         raise ValueError(f"KFAC: model must have a layer to precondition, got none: {left_alone}")
     return blocks, left_alone
@@ -186,7 +196,7 @@ def _reason_against(
     name: str,
     module: nn.Module,
     patterns: Sequence[re.Pattern[str]],
-    owners: dict[nn.Parameter, str],
+    holders: dict[nn.Parameter, list[str]],
 ) -> str | None:
     """Why a module with parameters is not preconditioned, or None if it is."""
     for pattern in patterns:
@@ -199,6 +209,7 @@ def _reason_against(
     if not module.weight.requires_grad:
         return "its weight is frozen"
     for parameter in module.parameters(recurse=False):
-        if parameter in owners:
-            return f"shares a parameter with {owners[parameter]!r}"
+        others = [other for other in holders[parameter] if other != name]
+        if others:
+            return f"shares a parameter with {', '.join(map(repr, others))}"
     return None

@@ -59,6 +59,29 @@ SAMPLED_LOSSES: dict[str, SampledLoss] = {
 }
 
 
+def check_sampled_loss(outputs: Tensor, loss: str) -> None:
+    """Check the arguments of :func:`sampled_loss`.
+
+    Args:
+        outputs: The model's outputs.
+        loss: Name of the loss.
+
+    Raises:
+        TypeError: If ``outputs`` is not a tensor.
+        ValueError: If ``loss`` is unknown, or ``outputs`` has no classes.
+    """
+    if loss not in SAMPLED_LOSSES:
+        raise ValueError(
+            f"update_curvature: loss must be one of {sorted(SAMPLED_LOSSES)}, got {loss!r}"
+        )
+    if not isinstance(outputs, Tensor):
+        raise TypeError(f"update_curvature: outputs must be a tensor, got {type(outputs).__name__}")
+    if loss == "cross_entropy" and outputs.dim() < 2:
+        raise ValueError(
+            f"update_curvature: outputs must be [N, C, *positions], got {outputs.dim()}-d"
+        )
+
+
 def sampled_loss(
     outputs: Tensor, loss: str, generator: torch.Generator | None = None
 ) -> tuple[Tensor, int]:
@@ -77,12 +100,10 @@ def sampled_loss(
         The sum, and the number of terms that the loss's ``"mean"`` would divide it by.
 
     Raises:
-        ValueError: If ``loss`` is unknown.
+        TypeError: As :func:`check_sampled_loss`.
+        ValueError: As :func:`check_sampled_loss`.
 
     Source: Martens & Grosse (2015), section 5.
     """
-    if loss not in SAMPLED_LOSSES:
-        raise ValueError(
-            f"sampled_loss: loss must be one of {sorted(SAMPLED_LOSSES)}, got {loss!r}"
-        )
+    check_sampled_loss(outputs, loss)
     return SAMPLED_LOSSES[loss](outputs, generator)

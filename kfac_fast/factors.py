@@ -55,7 +55,7 @@ class Factor:
             decay: Weight of the past, in [0, 1).
         """
         finite = batch.diagonal(dim1=-2, dim2=-1).isfinite().all()
-        self.total = torch.where(finite, torch.lerp(batch, self.total, decay), self.total)
+        self.total = torch.where(finite, torch.lerp(self.total, batch, 1 - decay), self.total)
         self.weight = torch.where(finite, 1 - decay + decay * self.weight, self.weight)
         self.skipped = self.skipped + ~finite
 
@@ -63,16 +63,14 @@ class Factor:
         """The running average, zero before the first finite batch."""
         return self.total / torch.where(self.weight > 0, self.weight, 1)
 
-    def keep_inverse(self, inverse: Tensor, info: Tensor) -> None:
-        """Take over the new inverses of the matrices that have one.
+    def keep_inverse(self, inverse: Tensor, valid: Tensor) -> None:
+        """Take over the new inverses that are valid.
 
         Args:
             inverse: New inverses ``[*, n, n]``.
-            info: int32 of the batch shape, flat; zero where the inverse is valid.
+            valid: Bool of the batch shape, flat.
         """
-        valid = ((info == 0) & (self.weight > 0)).reshape(*inverse.shape[:-2], 1, 1)
-        self.inverse = torch.where(valid, inverse, self.inverse)
-        self.failed = self.failed + (info != 0).sum()
+        self.inverse = torch.where(valid.reshape(*inverse.shape[:-2], 1, 1), inverse, self.inverse)
 
 
 def factored_damping(
@@ -106,6 +104,9 @@ def refresh_inverses(
 ) -> None:
     """Refresh the damped inverses of all layers' (input, gradient) factors in one call.
 
+    A pair takes over new inverses only if both are valid: one alone would scale the layer's step by
+    whatever the other lacks.
+
     Args:
         pairs: The factors of each layer.
         damping: Tikhonov damping, at least 0.
@@ -117,7 +118,11 @@ def refresh_inverses(
     for a, g in zip(covariances[::2], covariances[1::2], strict=True):
         dampings += factored_damping(a, g, damping) if mode == "factored" else (damping, damping)
     inverses, info, _ = ops.damped_inverse(covariances, dampings)
-    infos = torch.split(info, [math.prod(c.shape[:-2]) for c in covariances])
-    factors = [factor for pair in pairs for factor in pair]
-    for factor, inverse, status in zip(factors, inverses, infos, strict=True):
-        factor.keep_inverse(inverse, status)
+    failed = torch.split(info != 0, [math.prod(c.shape[:-2]) for c in covariances])
+    for i, pair in enumerate(pairs):
+        sides = slice(2 * i, 2 * i + 2)
+        seen = (pair[0].weight > 0) & (pair[1].weight > 0)
+        valid = seen & ~(failed[2 * i] | failed[2 * i + 1])
+        for factor, inverse, failure in zip(pair, inverses[sides], failed[sides], strict=True):
+            factor.keep_inverse(inverse, valid)
+            factor.failed = factor.failed + failure.sum()

@@ -37,7 +37,7 @@ class AdamNorm:
             Scalar tensor.
         """
         finite = gradient.isfinite().all()
-        averaged = torch.lerp(gradient.square(), self.second_moment, self.beta2)
+        averaged = torch.lerp(self.second_moment, gradient.square(), 1 - self.beta2)
         self.second_moment = torch.where(finite, averaged, self.second_moment)
         weight = 1 - self.beta2 + self.beta2 * self.weight
         self.weight = torch.where(finite, weight, self.weight)

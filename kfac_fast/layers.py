@@ -3,7 +3,7 @@
 A layer maps ``a[n, s] -> W a[n, s] + b`` for examples ``n`` and shared positions ``s``. Its rule
 knows, for the expand and the reduce setting, which operator forms the sum of outer products of the
 inputs and of the output gradients, and over how many terms the inputs' sum runs. Dividing by these
-counts is the business of :mod:`kfac_fast.factors`.
+counts is the business of :mod:`kfac_fast.blocks`.
 """
 
 from __future__ import annotations

@@ -26,10 +26,33 @@ def _detached(x: Tensor) -> Tensor:
     return x.detach() if x.requires_grad else x
 
 
+_KINDS: dict[str, tuple[type, ...]] = {
+    "x": (Tensor,),
+    "mask": (Tensor, type(None)),
+    "segments": (Tensor, type(None)),
+    "num_segments": (int, torch.SymInt, type(None)),
+    "reduction": (str,),
+    "groups": (int, torch.SymInt),
+    "bias": (bool,),
+    "transposed": (bool,),
+    "alpha": (float, int, torch.SymFloat),
+    "beta": (float, int, torch.SymFloat),
+    "out": (Tensor, type(None)),
+}
+
+
+def _check_types(op: str, **arguments: object) -> None:
+    for argument, value in arguments.items():
+        if not isinstance(value, _KINDS[argument]):
+            kinds = " or ".join(kind.__name__ for kind in _KINDS[argument])
+            raise TypeError(f"{op}: {argument} must be {kinds}, got {type(value).__name__}")
+
+
 def _accumulate(
     op: str, inputs: tuple[Any, ...], alpha: float, beta: float, out: Tensor | None
 ) -> Tensor:
     """Run an accumulating operator, into a new tensor if ``out`` is None."""
+    _check_types(op, alpha=alpha, beta=beta, out=out)
     if out is None:
         if beta != 0:
             raise ValueError(f"{op}: beta must be 0 without out, got {beta}")
@@ -83,6 +106,7 @@ def gram(
 
     Source: Martens & Grosse (2015), section 3; Eschenhagen et al. (2023), section 3.
     """
+    _check_types("gram", x=x, bias=bias, groups=groups, mask=mask)
     return _accumulate("gram", (_detached(x), mask, groups, bias), alpha, beta, out)
 
 
@@ -95,7 +119,7 @@ def shared_gram(
     groups: int = 1,
     mask: Tensor | None = None,
     segments: Tensor | None = None,
-    num_segments: int = -1,
+    num_segments: int | None = None,
     alpha: float = 1.0,
     beta: float = 0.0,
     out: Tensor | None = None,
@@ -137,19 +161,20 @@ def shared_gram(
 
     Source: Eschenhagen et al. (2023), section 3.3.
     """
-    inputs = (_detached(x), mask, segments, num_segments, reduction, groups, bias)
+    _check_types("shared_gram", x=x, bias=bias, groups=groups, mask=mask, segments=segments)
+    _check_types("shared_gram", num_segments=num_segments, reduction=reduction)
+    count = -1 if num_segments is None else num_segments
+    inputs = (_detached(x), mask, segments, count, reduction, groups, bias)
     return _accumulate("shared_gram", inputs, alpha, beta, out)
 
 
-def _conv(
-    op: str, x: Tensor, kernel_size: int | Sequence[int], bias: bool, geometry: dict[str, Any]
-) -> tuple[Any, ...]:
+def _conv(op: str, x: Tensor, bias: bool, *geometry: Any) -> tuple[Any, ...]:
     """Dispatcher arguments of a convolution operator before ``alpha``."""
     if x.dim() < 3 or x.dim() > 5:
         raise ValueError(
             f"{op}: x must be [N, C, *spatial] with 1 to 3 spatial dimensions, got {x.dim()}-d"
         )
-    normal = ConvGeometry.normalize(op, x.dim() - 2, kernel_size, **geometry)
+    normal = ConvGeometry.normalize(op, x.dim() - 2, *geometry)
     return (_detached(x), *normal.arguments(), bias)
 
 
@@ -210,17 +235,11 @@ def conv_expand_gram(
 
     Source: Grosse & Martens (2016), section 3; Eschenhagen et al. (2023), section 3.2.
     """
-    geometry = {
-        "stride": stride,
-        "padding": padding,
-        "padding_mode": padding_mode,
-        "dilation": dilation,
-        "groups": groups,
-        "transposed": transposed,
-        "output_padding": output_padding,
-    }
-    inputs = _conv("conv_expand_gram", x, kernel_size, bias, geometry)
-    return _accumulate("conv_expand_gram", inputs, alpha, beta, out)
+    _check_types("conv_expand_gram", x=x, groups=groups, transposed=transposed, bias=bias)
+    conv = kernel_size, stride, padding, padding_mode, dilation, groups, transposed, output_padding
+    return _accumulate(
+        "conv_expand_gram", _conv("conv_expand_gram", x, bias, *conv), alpha, beta, out
+    )
 
 
 @public
@@ -279,17 +298,11 @@ def conv_reduce_gram(
 
     Source: Eschenhagen et al. (2023), section 3.3.
     """
-    geometry = {
-        "stride": stride,
-        "padding": padding,
-        "padding_mode": padding_mode,
-        "dilation": dilation,
-        "groups": groups,
-        "transposed": transposed,
-        "output_padding": output_padding,
-    }
-    inputs = _conv("conv_reduce_gram", x, kernel_size, bias, geometry)
-    return _accumulate("conv_reduce_gram", inputs, alpha, beta, out)
+    _check_types("conv_reduce_gram", x=x, groups=groups, transposed=transposed, bias=bias)
+    conv = kernel_size, stride, padding, padding_mode, dilation, groups, transposed, output_padding
+    return _accumulate(
+        "conv_reduce_gram", _conv("conv_reduce_gram", x, bias, *conv), alpha, beta, out
+    )
 
 
 @public
@@ -344,17 +357,11 @@ def conv_window_sum(
 
     Source: Eschenhagen et al. (2023), section 3.3.
     """
-    geometry = {
-        "stride": stride,
-        "padding": padding,
-        "padding_mode": padding_mode,
-        "dilation": dilation,
-        "groups": groups,
-        "transposed": transposed,
-        "output_padding": output_padding,
-    }
-    inputs = _conv("conv_window_sum", x, kernel_size, bias, geometry)
-    return _accumulate("conv_window_sum", inputs, alpha, beta, out)
+    _check_types("conv_window_sum", x=x, groups=groups, transposed=transposed, bias=bias)
+    conv = kernel_size, stride, padding, padding_mode, dilation, groups, transposed, output_padding
+    return _accumulate(
+        "conv_window_sum", _conv("conv_window_sum", x, bias, *conv), alpha, beta, out
+    )
 
 
 class DampedInverses(NamedTuple):
@@ -380,7 +387,7 @@ Damping = float | Tensor | Sequence[float | Tensor]
 def _damping_tensors(op: str, damping: Damping, matrices: Sequence[Tensor]) -> list[Tensor]:
     """One damping tensor for each entry of ``matrices``; numbers are checked, tensors not read."""
     many = isinstance(damping, Sequence) or (isinstance(damping, Tensor) and damping.dim() > 0)
-    values = list(damping) if many else [damping] * len(matrices)  # type: ignore[arg-type]
+    values: list[Any] = list(damping) if many else [damping] * len(matrices)  # type: ignore[arg-type]
     if len(values) != len(matrices):
         raise ValueError(f"{op}: damping must be one value or {len(matrices)}, got {len(values)}")
     for value in values:
@@ -389,7 +396,9 @@ def _damping_tensors(op: str, damping: Damping, matrices: Sequence[Tensor]) -> l
         if isinstance(value, int | float) and not value >= 0:
             raise ValueError(f"{op}: damping must not be negative, got {value}")
     return [
-        torch.as_tensor(value, dtype=matrix.dtype, device=matrix.device)
+        value.detach().to(matrix.device, matrix.dtype)
+        if isinstance(value, Tensor)
+        else torch.full((), value, dtype=matrix.dtype, device=matrix.device)
         for value, matrix in zip(values, matrices, strict=True)
     ]
 

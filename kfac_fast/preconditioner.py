@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from kfac_fast import ops
 from kfac_fast.blocks import Block, Sum, find_blocks
-from kfac_fast.curvature import Fisher, sampled_loss
+from kfac_fast.curvature import Fisher, check_sampled_loss, sampled_loss
 from kfac_fast.factors import DampingMode, refresh_inverses
 from kfac_fast.grafting import AdamNorm
 from kfac_fast.layers import Approximation
 
 Schedule = float | Callable[[int], float]
 STATE_VERSION = 1
+SAVED_OPTIONS = ("approx", "fisher", "loss_reduction")
 
 _CHOICES = {
     "approx": ("expand", "reduce"),
@@ -37,6 +40,14 @@ _BOUNDS = {  # lowest value, and the value to stay below
     "inverse_update_steps": (1, math.inf),
     "kl_clip": (0, math.inf),
 }
+
+
+def _refuse_replicas() -> None:
+    """Each process would precondition the common gradient by factors of its own."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        size = torch.distributed.get_world_size()
+        if size > 1:
+            raise RuntimeError(f"KFAC: the process group must have one process, got {size}")
 
 
 class KFAC:
@@ -56,9 +67,10 @@ class KFAC:
             kfac.step()  # rewrites .grad; or, once before the loop, kfac.attach(optimizer)
             optimizer.step()
 
-    Options marked *schedule* are a number, or a function of the number of steps taken. A batch
-    whose inputs or gradients hold NaN or infinity leaves the factors as they were, and is counted
-    in :meth:`summary`.
+    Inputs have the batch first; its size is taken from the model's first input. Loss scaling and
+    several processes are not served yet. Options marked *schedule* are a number, or a function of
+    the number of steps taken. A batch whose inputs or gradients hold NaN or infinity leaves the
+    factors as they were, and is counted in :meth:`summary`.
 
     Args:
         model: The model; layers of the types in :data:`kfac_fast.layers.RULES` are preconditioned.
@@ -89,6 +101,7 @@ class KFAC:
             class name.
 
     Raises:
+        RuntimeError: If several processes train one model.
         ValueError: If an option is refused, a pattern matches nothing, or the model has no layer to
             precondition.
 
@@ -115,25 +128,31 @@ class KFAC:
         grafting: Literal["adam"] | None = None,
         skip: Sequence[str] = (),
     ) -> None:
-        self.approx, self.fisher, self.loss_reduction = approx, fisher, loss_reduction
-        self.loss_terms_per_example, self.accumulation_steps = (
-            loss_terms_per_example,
-            accumulation_steps,
-        )
+        _refuse_replicas()
+        self.approx = approx
+        self.fisher = fisher
+        self.loss_reduction = loss_reduction
+        self.loss_terms_per_example = loss_terms_per_example
+        self.accumulation_steps = accumulation_steps
         self.mc_samples = mc_samples
-        self.damping, self.damping_mode, self.factor_decay = damping, damping_mode, factor_decay
-        self.factor_update_steps, self.inverse_update_steps = (
-            factor_update_steps,
-            inverse_update_steps,
-        )
-        self.kl_clip, self.learning_rate, self.grafting = kl_clip, learning_rate, grafting
+        self.damping = damping
+        self.damping_mode = damping_mode
+        self.factor_decay = factor_decay
+        self.factor_update_steps = factor_update_steps
+        self.inverse_update_steps = inverse_update_steps
+        self.kl_clip = kl_clip
+        self.learning_rate = learning_rate
+        self.grafting = grafting
         self.steps = 0
         self._check_options()
         self._blocks, self._left_alone = find_blocks(model, approx, skip)
-        self._capturing = self._due("factor_update_steps")
         self._passes = 0
+        self._batch: int | None = None
         self._calls: list[tuple[Block, GradientEdge, Sum]] = []
-        self._hooks: list[RemovableHandle] = [model.register_forward_pre_hook(self._count_pass)]
+        begin = self._begin_hook(model)
+        self._hooks: list[RemovableHandle] = [
+            model.register_forward_pre_hook(begin, with_kwargs=True)
+        ]
         self._optimizer_hook: RemovableHandle | None = None
         for block in self._blocks:
             hook = self._capture_hook(block)
@@ -149,9 +168,7 @@ class KFAC:
             count = getattr(self, option)
             if not isinstance(count, int) or count < 1:
                 raise ValueError(f"KFAC: {option} must be a positive int, got {count!r}")
-        for option in _BOUNDS:
-            if option != "kl_clip" or self.kl_clip is not None:
-                self._now(option)
+        self._check_schedules()
         if self.kl_clip is not None and (self.learning_rate is None or not self.learning_rate > 0):
             raise ValueError(
                 f"KFAC: learning_rate must be positive for kl_clip, got {self.learning_rate}"
@@ -160,6 +177,12 @@ class KFAC:
             raise ValueError(
                 "KFAC: kl_clip must be None with grafting, which sets the step's length, got both"
             )
+
+    def _check_schedules(self) -> None:
+        """Read every schedule at the current step, so that a bad one stops before any change."""
+        for option in _BOUNDS:
+            if option != "kl_clip" or self.kl_clip is not None:
+                self._now(option)
 
     def _now(self, option: str) -> float:
         """An option's number at the current step, checked."""
@@ -170,16 +193,34 @@ class KFAC:
             raise ValueError(
                 f"KFAC: {option} must be in [{low}, {high}), got {number!r} at step {self.steps}"
             )
+        if option.endswith("_steps") and number != int(number):
+            raise ValueError(f"KFAC: {option} must be whole, got {number!r} at step {self.steps}")
         return number
 
     def _due(self, option: str) -> bool:
-        return self.steps % int(self._now(option)) == 0
+        return self.steps % self._now(option) == 0
+
+    @property
+    def _capturing(self) -> bool:
+        return self._due("factor_update_steps")
 
     # Capture. A layer's inputs enter the sums only together with their gradients, so that a forward
     # pass without a backward pass leaves no trace.
 
-    def _count_pass(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self._passes += torch.is_grad_enabled()  # an evaluation in between is no pass
+    def _begin_hook(self, model: nn.Module) -> Callable[..., None]:
+        def begin(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            # An evaluation in between is no pass, and a deep copy of the model has the hook too.
+            if module is not model or not torch.is_grad_enabled():
+                return
+            sizes = [
+                x.shape[0]
+                for x in tree_leaves((inputs, named))
+                if isinstance(x, Tensor) and x.dim() > 0
+            ]
+            self._passes += 1
+            self._batch = sizes[0] if sizes else None
+
+        return begin
 
     def _capture_hook(self, block: Block) -> Callable[..., None]:
         def capture(
@@ -193,16 +234,21 @@ class KFAC:
             if self.fisher == "mc":
                 self._calls.append((block, get_gradient_edge(output), outer))
             else:
-                forward_pass = self._passes
-                output.register_hook(lambda g: self._add_empirical(block, outer, g, forward_pass))
+                # Flattened tokens or windows come first in a layer, but are no examples.
+                examples = block.layer.examples(output)
+                examples = examples if self._batch is None else min(examples, self._batch)
+                add = partial(self._add_empirical, block, outer, examples, self._passes)
+                output.register_hook(add)
 
         return capture
 
     def _add_empirical(
-        self, block: Block, inputs: Sum, gradient: Tensor, forward_pass: int
+        self, block: Block, inputs: Sum, examples: int, forward_pass: int, gradient: Tensor
     ) -> None:
         """Add a call's outer products under the training loss."""
-        terms = block.layer.examples(gradient) * self.loss_terms_per_example
+        if torch.is_grad_enabled():
+            return  # a backward pass that is differentiated again is not that of the training loss
+        terms = examples * self.loss_terms_per_example
         scale = self.accumulation_steps * (terms if self.loss_reduction == "mean" else 1)
         # A layer called twice in one pass sees the same terms of the loss twice.
         first_call = forward_pass == 0 or block.counted_pass != forward_pass
@@ -222,7 +268,8 @@ class KFAC:
 
         with :math:`c = 1/M` for a mean of M terms, 1 for a sum. Call it after the forward pass and
         before ``backward()``. It keeps the graph and touches no ``.grad``; on steps whose factors
-        are not updated it does nothing.
+        are not updated it does nothing. One call serves one forward pass: a model with several
+        outputs takes them in a single loss.
 
         Args:
             outputs: The model's outputs, as the loss takes them.
@@ -237,6 +284,7 @@ class KFAC:
         """
         if self.fisher != "mc":
             raise RuntimeError(f"update_curvature: fisher must be 'mc', got {self.fisher!r}")
+        check_sampled_loss(outputs, loss)
         calls = self._calls
         if not calls:
             return
@@ -267,17 +315,28 @@ class KFAC:
 
         Raises:
             RuntimeError: If ``fisher="mc"`` and :meth:`update_curvature` was not called on a step
-                that updates the factors.
+                that updates the factors, or after :meth:`detach`.
+            ValueError: If a schedule's number is refused; nothing has changed then.
         """
-        if self._calls and not any(block.pending for block in self._blocks):
+        if not self._hooks:
+            raise RuntimeError("KFAC.step: the model must be hooked, got a call after detach()")
+        pending = any(block.pending for block in self._blocks)
+        if self._calls and not pending:
             raise RuntimeError(
                 "KFAC.step: fisher='mc' needs update_curvature() after the forward pass, got none"
             )
+        if not pending and self._untouched() and any(p.grad is not None for p in self.parameters()):
+            raise RuntimeError(
+                "KFAC.step: the gradients must come from the model given to KFAC, got no pass of it"
+            )
+        self._check_schedules()
         self._calls, self._passes = [], 0
         self._update_factors()
         self._precondition()
         self.steps += 1
-        self._capturing = self._due("factor_update_steps")
+
+    def _untouched(self) -> bool:
+        return self._capturing and all(block.factors is None for block in self._blocks)
 
     def _update_factors(self) -> None:
         new = [block for block in self._blocks if block.factors is None]
@@ -302,9 +361,8 @@ class KFAC:
         directions, inner_product = ops.precondition(grads, inputs, gradients)
         if self.kl_clip is not None and self.learning_rate is not None:
             bound = self._now("kl_clip") / self.learning_rate**2
-            torch._foreach_mul_(
-                directions, (bound / inner_product.clamp(min=0)).sqrt().clamp(max=1)
-            )
+            scale = (bound / inner_product.clamp(min=0)).sqrt().nan_to_num(nan=1.0).clamp(max=1)
+            torch._foreach_mul_(directions, scale)
         for (block, _), grad, direction in zip(ready, grads, directions, strict=True):
             if self.grafting is not None:
                 if block.norm is None:
@@ -411,32 +469,49 @@ class KFAC:
             }
             for block in self._blocks
         }
-        return {"version": STATE_VERSION, "steps": self.steps, "layers": layers}
+        options = {option: getattr(self, option) for option in SAVED_OPTIONS}
+        return {
+            "version": STATE_VERSION,
+            "options": options,
+            "steps": self.steps,
+            "layers": layers,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved state; nothing changes unless all of it fits.
 
         Args:
-            state: Result of :meth:`state_dict` of a run with the same layers.
+            state: Result of :meth:`state_dict` of a run with the same layers and options that say
+                what the factors are.
 
         Raises:
-            ValueError: If the version, the layers, a part or a shape does not fit.
+            ValueError: If the version, an option, the steps, a layer, a part or a shape does not
+                fit.
         """
-        if state.get("version") != STATE_VERSION:
+        names = sorted(block.layer.name for block in self._blocks)
+        expected = {
+            "version": STATE_VERSION,
+            "options": {option: getattr(self, option) for option in SAVED_OPTIONS},
+        }
+        for key, value in expected.items():
+            if state.get(key) != value:
+                raise ValueError(f"load_state_dict: {key} must be {value}, got {state.get(key)}")
+        if sorted(state) != ["layers", "options", "steps", "version"]:
             raise ValueError(
-                f"load_state_dict: version must be {STATE_VERSION}, got {state.get('version')}"
+                "load_state_dict: state must hold layers, options, steps and version, "
+                f"got {sorted(state)}"
             )
-        if sorted(state) != ["layers", "steps", "version"]:
+        if not isinstance(state["steps"], int) or state["steps"] < 0:
             raise ValueError(
-                f"load_state_dict: state must hold layers, steps and version, got {sorted(state)}"
+                f"load_state_dict: steps must be an int from 0, got {state['steps']!r}"
             )
-        names = [block.layer.name for block in self._blocks]
-        if sorted(state["layers"]) != sorted(names):
+        if sorted(state["layers"]) != names:
             raise ValueError(
-                f"load_state_dict: layers must be {sorted(names)}, got {sorted(state['layers'])}"
+                f"load_state_dict: layers must be {names}, got {sorted(state['layers'])}"
             )
         restored = [block.restored(state["layers"][block.layer.name]) for block in self._blocks]
-        self.steps = int(state["steps"])
+        self.steps = state["steps"]
+        self._calls, self._passes = [], 0
         for block, saved in zip(self._blocks, restored, strict=True):
+            block.forget()
             block.factors, block.norm = saved.factors, saved.norm
-        self._capturing = self._due("factor_update_steps")

@@ -27,7 +27,7 @@ ROOMS = [
     {"blocks", "grafting"},
     {"preconditioner"},
     {"__init__"},
-    {"env", "integrations"},
+    {"env"},
 ]
 FLOOR = {name: level for level, room in enumerate(ROOMS) for name in room}
 OUTSIDE = {"bench", "tests", "examples"}

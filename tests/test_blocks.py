@@ -106,10 +106,18 @@ def test_a_frozen_bias_is_left_out_of_its_layer() -> None:
 
 
 @pytest.mark.parametrize("name", ["weight", "bias"])
-def test_a_layer_with_a_shared_parameter_is_left_to_the_first_owner(name: str) -> None:
-    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3))
+def test_layers_that_share_a_parameter_are_left_alone(name: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
     setattr(model[2], name, getattr(model[0], name))
-    assert found(model) == (["0"], {"2": "shares a parameter with '0'"})
+    reasons = {"0": "shares a parameter with '2'", "2": "shares a parameter with '0'"}
+    assert found(model) == (["1"], reasons)
+
+
+def test_a_layer_that_shares_its_weight_with_an_embedding_is_left_alone() -> None:
+    model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 3), nn.Linear(3, 5, bias=False))
+    model[2].weight = model[0].weight
+    reasons = {"0": "no rule for Embedding", "2": "shares a parameter with '0'"}
+    assert found(model) == (["1"], reasons)
 
 
 def test_a_module_registered_twice_is_one_block() -> None:

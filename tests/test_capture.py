@@ -90,12 +90,52 @@ def test_a_layer_that_took_no_part_keeps_its_gradient() -> None:
 
 
 @pytest.mark.parametrize("kl_clip", [None, 1e-3])
-def test_a_step_without_a_backward_pass_changes_nothing(kl_clip: float | None) -> None:
+def test_gradients_of_another_model_are_refused(kl_clip: float | None) -> None:
     model = nn.Linear(3, 2)
     kfac = preconditioner(model, kl_clip=kl_clip, learning_rate=0.1)
     model.weight.grad = torch.ones(2, 3)
+    with pytest.raises(RuntimeError, match="must come from the model given to KFAC, got no pass"):
+        kfac.step()
+    assert torch.equal(model.weight.grad, torch.ones(2, 3)) and kfac.steps == 0
+
+
+def test_a_step_without_gradients_changes_nothing() -> None:
+    kfac = preconditioner(nn.Linear(3, 2), kl_clip=1e-3, learning_rate=0.1)
     kfac.step()
-    assert torch.equal(model.weight.grad, torch.ones(2, 3)) and kfac.steps == 1
+    assert kfac.steps == 1
+
+
+def test_a_backward_pass_to_be_differentiated_again_is_not_captured() -> None:
+    model = nn.Linear(3, 2)
+    kfac = preconditioner(model)
+    loss = model(torch.randn(4, 3)).square().mean()
+    torch.autograd.grad(loss, model.weight, create_graph=True)
+    assert not kfac._blocks[0].pending
+    loss.backward()
+    assert kfac._blocks[0].pending
+
+
+def test_flattened_tokens_are_no_examples() -> None:
+    """A layer on ``[N * S, D]`` and one on ``[N, S, D]`` see the same loss."""
+
+    class Tokens(nn.Module):
+        def __init__(self, flat: bool) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.flat, self.first = flat, nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            rows = self.first(x.flatten(0, 1) if self.flat else x)
+            return rows.unflatten(0, x.shape[:2]) if self.flat else rows
+
+    x, gradient_factors = torch.randn(4, 5, 3), []
+    for flat in (False, True):
+        model = Tokens(flat)
+        kfac = preconditioner(model)
+        model(x).sum(1).square().mean(0).sum().backward()
+        kfac.step()
+        gradient_factors.append(kfac._blocks[0].factors[1].covariance())
+    assert torch.equal(*gradient_factors)
 
 
 def test_layers_may_be_called_by_themselves_and_by_keyword() -> None:

@@ -160,7 +160,7 @@ def test_refreshed_inverses_are_those_of_the_damped_covariances(damping: float, 
             assert factor.failed == 0
 
 
-def test_a_failed_inverse_keeps_the_previous_one_and_spares_its_neighbours() -> None:
+def test_a_failed_inverse_keeps_the_previous_pair_and_spares_its_neighbours() -> None:
     pairs = list(layer_factors())
     refresh_inverses(pairs, 1e-3)
     previous = [factor.inverse.clone() for pair in pairs for factor in pair]
@@ -173,9 +173,9 @@ def test_a_failed_inverse_keeps_the_previous_one_and_spares_its_neighbours() -> 
         covariance = factor.covariance()
         inverse = torch.linalg.inv(covariance + torch.eye(covariance.shape[-1]).double())
         kept = previous[index]
-        if index == 0:
+        if index in (0, 1):
             assert torch.equal(factor.inverse, kept)
-        elif index == 5:
+        elif index in (4, 5):
             assert torch.equal(factor.inverse[0], kept[0])
             assert_solved(factor.inverse[1], inverse[1])
         else:

@@ -147,9 +147,12 @@ def head_input(state: State) -> State:
 BAD_STATES: dict[str, tuple[Callable[[State], Any], str]] = {
     "no-version": (lambda s: s.pop("version"), "version must be 1, got None"),
     "version": (lambda s: s.update(version=2), "version must be 1, got 2"),
-    "no-layers": (lambda s: s.pop("layers"), "state must hold layers, steps and version"),
-    "no-steps": (lambda s: s.pop("steps"), "state must hold layers, steps and version"),
-    "unknown-key": (lambda s: s.update(more=1), "state must hold layers, steps and version"),
+    "no-layers": (lambda s: s.pop("layers"), "state must hold layers, options, steps and version"),
+    "no-steps": (lambda s: s.pop("steps"), "state must hold layers, options, steps and version"),
+    "unknown-key": (
+        lambda s: s.update(more=1),
+        "state must hold layers, options, steps and version",
+    ),
     "bad-steps": (lambda s: s.update(steps="many"), "many"),
     "layer-missing": (lambda s: s["layers"].pop("head"), "layers must be .*'head'"),
     "unknown-layer": (lambda s: s["layers"].update(tail={}), "layers must be .* got .*'tail'"),

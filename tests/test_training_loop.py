@@ -280,6 +280,30 @@ def test_detaching_leaves_no_hook_and_plain_gradients(way: str) -> None:
     assert kfac.steps == 0 and kfac.state_dict()["layers"]["head"] == {}
 
 
+def test_a_step_after_detaching_is_refused() -> None:
+    kfac = preconditioner(Net())
+    kfac.detach()
+    with pytest.raises(RuntimeError, match="KFAC.step: the model must be hooked, got a call after"):
+        kfac.step()
+
+
+def test_a_schedule_out_of_bounds_stops_the_step_before_any_change() -> None:
+    model = Net()
+    kfac = preconditioner(model, damping=lambda step: -1.0 if step else 1e-2)
+    train_step(model, kfac, images(), torch.randint(3, (5,)))
+    factors = [f for block in kfac._blocks for f in block.factors]
+    before = [(f.total, f.inverse) for f in factors]
+    with pytest.raises(ValueError, match="damping must be in .* got -1.0 at step 1"):
+        train_step(model, kfac, images(), torch.randint(3, (5,)))
+    assert kfac.steps == 1
+    after = [(f.total, f.inverse) for f in factors]
+    assert all(
+        a is b
+        for old, new in zip(before, after, strict=True)
+        for a, b in zip(old, new, strict=True)
+    )
+
+
 def test_several_preconditioners_may_share_a_model() -> None:
     """One for the convolutions and one for the rest equal one for all."""
     models = []

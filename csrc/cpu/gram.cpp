@@ -80,9 +80,9 @@ class Gram {
   }
 
   void by_rows() {
-    // At least 8 chunks to balance, at most 64 sets of sums to add, otherwise 1024 rows each.
+    // 1024 rows each, but up to 8 chunks for balance, and at most 64 sets of sums to add.
     const int64_t most_chunks = std::clamp<int64_t>(rows_ / 1024, 8, 64);
-    const int64_t chunks = std::min(blocks_.count(), most_chunks);
+    const int64_t chunks = std::clamp<int64_t>(rows_ / 256, 1, most_chunks);
     const int64_t sums_size = tile_count() * tile_size();
     const int64_t workers = worker_count(chunks, operations());
     const auto sums = make_scratch<T>(chunks * sums_size);
@@ -107,17 +107,15 @@ class Gram {
   // All threads pack the blocks of a round and share out its tiles. No barrier ends a round: tasks
   // are drawn in the order
   //
-  //   pack 0 | pack 1, multiply 0 | pack 2, multiply 1 | ...
+  //   pack 0 | pack 1, multiply 0 | pack 2, multiply 1 | ... | multiply last
   //
   // and wait only for what they need, which was drawn at least a round earlier. A core that the
   // system takes away for a while then delays its own task, not all the others.
   void by_tiles() {
-    constexpr int64_t round_bytes = 1 << 20;
     constexpr int64_t buffers = 3;  // one to pack, one to multiply, one with late tasks
     constexpr int64_t panels_a_task = 8;
     const int64_t block_size = blocks_.packed_size();
-    const int64_t together =
-        std::clamp<int64_t>(round_bytes / (block_size * sizeof(T)), 1, blocks_.count());
+    const int64_t together = blocks_a_round();
     const int64_t rounds = divide_up(blocks_.count(), together);
     const int64_t parts = divide_up(layout_.panels(), panels_a_task);
     const int64_t packs = together * parts;
@@ -126,16 +124,16 @@ class Gram {
 
     const auto packed = make_scratch<T>(std::min(rounds, buffers) * together * block_size);
     const auto sums = make_scratch<T>((one_round ? workers : tile_count()) * tile_size());
-    std::vector<Block<T>> blocks(buffers * together);
+    std::vector<Block<T>> blocks(std::min(rounds, buffers) * together);
     std::vector<Progress> packs_done(rounds), tiles_done(rounds), rounds_done(tile_count());
 
     const auto pack = [&](int64_t round, int64_t task) {
       if (round >= buffers) tiles_done[round - buffers].wait_for(tile_count());
       const int64_t index = round * together + task / parts;
+      const int64_t slot = round % buffers * together + task / parts;
       const int64_t first = task % parts * panels_a_task;
       const int64_t last = std::min(first + panels_a_task, layout_.panels());
       if (index < blocks_.count()) {
-        const int64_t slot = round % buffers * together + task / parts;
         const Block<T> block = blocks_.pack(index, first, last, &packed[slot * block_size]);
         if (first == 0) blocks[slot] = block;
       }
@@ -145,10 +143,10 @@ class Gram {
       packs_done[round].wait_for(packs);
       rounds_done[t].wait_for(round);
       T* sum = &sums[(one_round ? worker : t) * tile_size()];
-      const int64_t first_slot = round % buffers * together;
       const int64_t count = std::min(together, blocks_.count() - round * together);
       for (int64_t b = 0; b < count; ++b) {
-        multiply(tiles_[t], blocks[first_slot + b], sum, round + b > 0);
+        const Block<T>& block = blocks[round % buffers * together + b];
+        multiply(tiles_[t], block, sum, round + b > 0);
       }
       if (round == rounds - 1) store(tiles_[t], {sum, tile_edge_, 1, 0});
       rounds_done[t].advance();
@@ -156,13 +154,23 @@ class Gram {
     };
     const int64_t step_tasks = packs + tile_count();
     for_each_task((rounds + 1) * step_tasks, workers, [&](int64_t task, int64_t worker) {
-      const int64_t step = task / step_tasks, part = task % step_tasks;
+      const int64_t step = task / step_tasks;
+      const int64_t part = task % step_tasks;
       if (part < packs) {
         if (step < rounds) pack(step, part);
       } else if (step > 0) {
         multiply_round(step - 1, part - packs, worker);
       }
     });
+  }
+
+  // Blocks of 1 MB together, or all, in one round, if they are small beside the sums, which then
+  // need not be kept from round to round.
+  int64_t blocks_a_round() const {
+    const int64_t block_size = blocks_.packed_size();
+    if (blocks_.count() * block_size <= tile_count() * tile_size() / 2) return blocks_.count();
+    constexpr int64_t round_size = (1 << 20) / sizeof(T);
+    return std::clamp<int64_t>(round_size / block_size, 1, blocks_.count());
   }
 
   void multiply(const Tile& tile, const Block<T>& block, T* sum, bool accumulate) const {
