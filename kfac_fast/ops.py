@@ -26,33 +26,11 @@ def _detached(x: Tensor) -> Tensor:
     return x.detach() if x.requires_grad else x
 
 
-_KINDS: dict[str, tuple[type, ...]] = {
-    "x": (Tensor,),
-    "mask": (Tensor, type(None)),
-    "segments": (Tensor, type(None)),
-    "num_segments": (int, torch.SymInt, type(None)),
-    "reduction": (str,),
-    "groups": (int, torch.SymInt),
-    "bias": (bool,),
-    "transposed": (bool,),
-    "alpha": (float, int, torch.SymFloat),
-    "beta": (float, int, torch.SymFloat),
-    "out": (Tensor, type(None)),
-}
-
-
-def _check_types(op: str, **arguments: object) -> None:
-    for argument, value in arguments.items():
-        if not isinstance(value, _KINDS[argument]):
-            kinds = " or ".join(kind.__name__ for kind in _KINDS[argument])
-            raise TypeError(f"{op}: {argument} must be {kinds}, got {type(value).__name__}")
-
-
 def _accumulate(
     op: str, inputs: tuple[Any, ...], alpha: float, beta: float, out: Tensor | None
 ) -> Tensor:
     """Run an accumulating operator, into a new tensor if ``out`` is None."""
-    _check_types(op, alpha=alpha, beta=beta, out=out)
+    schema.check_types(op, alpha=alpha, beta=beta, out=out)
     if out is None:
         if beta != 0:
             raise ValueError(f"{op}: beta must be 0 without out, got {beta}")
@@ -106,7 +84,7 @@ def gram(
 
     Source: Martens & Grosse (2015), section 3; Eschenhagen et al. (2023), section 3.
     """
-    _check_types("gram", x=x, bias=bias, groups=groups, mask=mask)
+    schema.check_types("gram", x=x, bias=bias, groups=groups, mask=mask)
     return _accumulate("gram", (_detached(x), mask, groups, bias), alpha, beta, out)
 
 
@@ -161,8 +139,8 @@ def shared_gram(
 
     Source: Eschenhagen et al. (2023), section 3.3.
     """
-    _check_types("shared_gram", x=x, bias=bias, groups=groups, mask=mask, segments=segments)
-    _check_types("shared_gram", num_segments=num_segments, reduction=reduction)
+    schema.check_types("shared_gram", x=x, bias=bias, groups=groups, mask=mask, segments=segments)
+    schema.check_types("shared_gram", num_segments=num_segments, reduction=reduction)
     count = -1 if num_segments is None else num_segments
     inputs = (_detached(x), mask, segments, count, reduction, groups, bias)
     return _accumulate("shared_gram", inputs, alpha, beta, out)
@@ -235,7 +213,7 @@ def conv_expand_gram(
 
     Source: Grosse & Martens (2016), section 3; Eschenhagen et al. (2023), section 3.2.
     """
-    _check_types("conv_expand_gram", x=x, groups=groups, transposed=transposed, bias=bias)
+    schema.check_types("conv_expand_gram", x=x, groups=groups, transposed=transposed, bias=bias)
     conv = kernel_size, stride, padding, padding_mode, dilation, groups, transposed, output_padding
     return _accumulate(
         "conv_expand_gram", _conv("conv_expand_gram", x, bias, *conv), alpha, beta, out
@@ -298,7 +276,7 @@ def conv_reduce_gram(
 
     Source: Eschenhagen et al. (2023), section 3.3.
     """
-    _check_types("conv_reduce_gram", x=x, groups=groups, transposed=transposed, bias=bias)
+    schema.check_types("conv_reduce_gram", x=x, groups=groups, transposed=transposed, bias=bias)
     conv = kernel_size, stride, padding, padding_mode, dilation, groups, transposed, output_padding
     return _accumulate(
         "conv_reduce_gram", _conv("conv_reduce_gram", x, bias, *conv), alpha, beta, out
@@ -357,7 +335,7 @@ def conv_window_sum(
 
     Source: Eschenhagen et al. (2023), section 3.3.
     """
-    _check_types("conv_window_sum", x=x, groups=groups, transposed=transposed, bias=bias)
+    schema.check_types("conv_window_sum", x=x, groups=groups, transposed=transposed, bias=bias)
     conv = kernel_size, stride, padding, padding_mode, dilation, groups, transposed, output_padding
     return _accumulate(
         "conv_window_sum", _conv("conv_window_sum", x, bias, *conv), alpha, beta, out

@@ -96,6 +96,37 @@ def _check_apart(op: str, out: Sequence[Tensor], inputs: Sequence[Tensor]) -> No
         written = max(written, stop) if is_out else written
 
 
+_KINDS: dict[str, tuple[type, ...]] = {
+    "x": (Tensor,),
+    "mask": (Tensor, type(None)),
+    "segments": (Tensor, type(None)),
+    "num_segments": (int, torch.SymInt, type(None)),
+    "reduction": (str,),
+    "groups": (int, torch.SymInt),
+    "bias": (bool,),
+    "transposed": (bool,),
+    "alpha": (float, int, torch.SymFloat),
+    "beta": (float, int, torch.SymFloat),
+    "out": (Tensor, type(None)),
+}
+
+
+def check_types(op: str, **arguments: object) -> None:
+    """Check the types of a public function's arguments, which the dispatcher names less plainly.
+
+    Args:
+        op: Name of the operator.
+        **arguments: Arguments by name.
+
+    Raises:
+        TypeError: If one is of another type than its name asks for.
+    """
+    for argument, value in arguments.items():
+        if not isinstance(value, _KINDS[argument]):
+            kinds = " or ".join(kind.__name__ for kind in _KINDS[argument])
+            raise TypeError(f"{op}: {argument} must be {kinds}, got {type(value).__name__}")
+
+
 # Accumulating operators: out <- beta * out + alpha * (...). Each has a function from the operator's
 # name and its arguments before alpha, which it checks, to the shape of out.
 
