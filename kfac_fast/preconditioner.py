@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from types import TracebackType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from kfac_fast import ops
-from kfac_fast.blocks import Block, Sum, find_blocks
+from kfac_fast.blocks import find_blocks
+from kfac_fast.capture import Capture
 from kfac_fast.curvature import Fisher, check_sampled_loss, sampled_loss
 from kfac_fast.factors import DampingMode, refresh_inverses
 from kfac_fast.grafting import AdamNorm
@@ -146,17 +144,16 @@ class KFAC:
         self.steps = 0
         self._check_options()
         self._blocks, self._left_alone = find_blocks(model, approx, skip)
-        self._passes = 0
-        self._batch: int | None = None
-        self._calls: list[tuple[Block, GradientEdge, Sum]] = []
-        begin = self._begin_hook(model)
-        self._hooks: list[RemovableHandle] = [
-            model.register_forward_pre_hook(begin, with_kwargs=True)
-        ]
         self._optimizer_hook: RemovableHandle | None = None
-        for block in self._blocks:
-            hook = self._capture_hook(block)
-            self._hooks.append(block.layer.module.register_forward_hook(hook, with_kwargs=True))
+        self._capture = Capture(
+            model,
+            self._blocks,
+            lambda: self._due("factor_update_steps"),
+            sampled=fisher == "mc",
+            mean=loss_reduction == "mean",
+            terms_per_example=loss_terms_per_example,
+            accumulation_steps=accumulation_steps,
+        )
 
     def _check_options(self) -> None:
         for option, choices in _CHOICES.items():
@@ -200,64 +197,6 @@ class KFAC:
     def _due(self, option: str) -> bool:
         return self.steps % self._now(option) == 0
 
-    @property
-    def _capturing(self) -> bool:
-        return self._due("factor_update_steps")
-
-    # Capture. A layer's inputs enter the sums only together with their gradients, so that a forward
-    # pass without a backward pass leaves no trace.
-
-    def _begin_hook(self, model: nn.Module) -> Callable[..., None]:
-        def begin(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-            # An evaluation in between is no pass, and a deep copy of the model has the hook too.
-            if module is not model or not torch.is_grad_enabled():
-                return
-            sizes = [
-                x.shape[0]
-                for x in tree_leaves((inputs, named))
-                if isinstance(x, Tensor) and x.dim() > 0
-            ]
-            self._passes += 1
-            self._batch = sizes[0] if sizes else None
-
-        return begin
-
-    def _capture_hook(self, block: Block) -> Callable[..., None]:
-        def capture(
-            module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor
-        ) -> None:
-            ours = module is block.layer.module  # a deep copy of the model takes the hooks along
-            if not (ours and self._capturing and output.requires_grad):
-                return
-            x = inputs[0] if inputs else named["input"]
-            outer = block.layer.input_gram(x.detach(), output)
-            if self.fisher == "mc":
-                self._calls.append((block, get_gradient_edge(output), outer))
-            else:
-                # Flattened tokens or windows come first in a layer, but are no examples.
-                examples = block.layer.examples(output)
-                examples = examples if self._batch is None else min(examples, self._batch)
-                add = partial(self._add_empirical, block, outer, examples, self._passes)
-                output.register_hook(add)
-
-        return capture
-
-    def _add_empirical(
-        self, block: Block, inputs: Sum, examples: int, forward_pass: int, gradient: Tensor
-    ) -> None:
-        """Add a call's outer products under the training loss."""
-        if torch.is_grad_enabled():
-            return  # a backward pass that is differentiated again is not that of the training loss
-        terms = examples * self.loss_terms_per_example
-        scale = self.accumulation_steps * (terms if self.loss_reduction == "mean" else 1)
-        # A layer called twice in one pass sees the same terms of the loss twice.
-        first_call = forward_pass == 0 or block.counted_pass != forward_pass
-        block.counted_pass = forward_pass
-        block.add(
-            inputs,
-            (block.layer.gradient_gram(gradient, float(scale) ** 2), terms if first_call else 0),
-        )
-
     def update_curvature(
         self, outputs: Tensor, *, loss: str, generator: torch.Generator | None = None
     ) -> None:
@@ -285,24 +224,9 @@ class KFAC:
         if self.fisher != "mc":
             raise RuntimeError(f"update_curvature: fisher must be 'mc', got {self.fisher!r}")
         check_sampled_loss(outputs, loss)
-        calls = self._calls
-        if not calls:
-            return
-        grams: dict[int, Tensor] = {}
-        for _ in range(self.mc_samples):
-            total, terms = sampled_loss(outputs, loss, generator)
-            edges = [edge for _, edge, _ in calls]
-            gradients = torch.autograd.grad(total, edges, retain_graph=True, allow_unused=True)
-            for index, gradient in enumerate(gradients):
-                if gradient is not None:
-                    gram = calls[index][0].layer.gradient_gram(gradient, 1 / self.mc_samples)
-                    grams[index] = gram if index not in grams else grams[index] + gram
-        counted: set[Block] = set()
-        for index, gram in grams.items():
-            block, _, inputs = calls[index]
-            block.add(inputs, (gram, 0 if block in counted else terms))
-            counted.add(block)
-        self._calls = [call for index, call in enumerate(calls) if index not in grams]
+        self._capture.sample(
+            lambda: sampled_loss(outputs, loss, generator), samples=self.mc_samples
+        )
 
     # The step
 
@@ -318,10 +242,10 @@ class KFAC:
                 that updates the factors, or after :meth:`detach`.
             ValueError: If a schedule's number is refused; nothing has changed then.
         """
-        if not self._hooks:
+        if not self._capture.hooked:
             raise RuntimeError("KFAC.step: the model must be hooked, got a call after detach()")
         pending = any(block.pending for block in self._blocks)
-        if self._calls and not pending:
+        if self._capture.calls and not pending:
             raise RuntimeError(
                 "KFAC.step: fisher='mc' needs update_curvature() after the forward pass, got none"
             )
@@ -330,17 +254,19 @@ class KFAC:
                 "KFAC.step: the gradients must come from the model given to KFAC, got no pass of it"
             )
         self._check_schedules()
-        self._calls, self._passes = [], 0
+        self._capture.forget()
         self._update_factors()
         self._precondition()
         self.steps += 1
 
     def _untouched(self) -> bool:
-        return self._capturing and all(block.factors is None for block in self._blocks)
+        return self._due("factor_update_steps") and all(
+            block.factors is None for block in self._blocks
+        )
 
     def _update_factors(self) -> None:
         new = [block for block in self._blocks if block.factors is None]
-        if self._capturing:
+        if self._due("factor_update_steps"):
             for block in self._blocks:
                 block.update(self._now("factor_decay"), self.loss_reduction)
         if self._due("inverse_update_steps") or any(block.factors is not None for block in new):
@@ -404,10 +330,10 @@ class KFAC:
 
     def detach(self) -> None:
         """Remove every hook from the model and the optimizer; :meth:`state_dict` keeps working."""
-        hooks = [*self._hooks, *([] if self._optimizer_hook is None else [self._optimizer_hook])]
-        for hook in hooks:
-            hook.remove()
-        self._hooks, self._optimizer_hook, self._calls = [], None, []
+        self._capture.remove()
+        if self._optimizer_hook is not None:
+            self._optimizer_hook.remove()
+            self._optimizer_hook = None
 
     def __enter__(self) -> KFAC:
         """Return itself; the ``with`` block detaches at its end."""
@@ -511,7 +437,7 @@ class KFAC:
             )
         restored = [block.restored(state["layers"][block.layer.name]) for block in self._blocks]
         self.steps = state["steps"]
-        self._calls, self._passes = [], 0
+        self._capture.forget()
         for block, saved in zip(self._blocks, restored, strict=True):
             block.forget()
             block.factors, block.norm = saved.factors, saved.norm

@@ -109,7 +109,7 @@ def test_steps_that_update_no_factors_take_nothing_down(fisher: str) -> None:
     if fisher == "mc":
         kfac.update_curvature(outputs, loss="cross_entropy")
     outputs.sum().backward()
-    assert not kfac._calls and not any(block.pending for block in kfac._blocks)
+    assert not kfac._capture.calls and not any(block.pending for block in kfac._blocks)
     kfac.step()
 
 
@@ -129,7 +129,7 @@ def test_a_forward_pass_alone_leaves_no_trace(mode: Callable[[], Any], fisher: s
         model(images())
     F.cross_entropy(outputs, y).backward()
     kfac.step()
-    assert not kfac._calls
+    assert not kfac._capture.calls
     for name, pair in covariances(kfac).items():
         assert_solved(pair[0], expected[name][0])
         if fisher == "empirical":

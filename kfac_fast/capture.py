@@ -1,0 +1,155 @@
+"""What the passes of a training step add to the blocks: hooks on the model, and drawn labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
+
+from kfac_fast.blocks import Block, Sum
+
+
+class Call(NamedTuple):
+    """A layer's call that waits for gradients of the loss on drawn labels."""
+
+    block: Block
+    output: GradientEdge
+    inputs: Sum
+
+
+class Capture:
+    """Hooks that add the outer products of every layer's inputs and output gradients to its block.
+
+    A layer's inputs enter its sums only together with their gradients, so that a forward pass
+    without a backward pass leaves no trace.
+
+    Args:
+        model: The model.
+        blocks: The blocks of its layers.
+        due: Says whether the current step captures.
+        sampled: Whether the gradients are of the loss on drawn labels, else of the training loss.
+        mean: Whether the training loss is a mean over its terms.
+        terms_per_example: Terms of each example that a mean is divided by.
+        accumulation_steps: Number that each micro-batch's loss is divided by.
+
+    Attributes:
+        calls: Calls that wait for :meth:`sample`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[Block],
+        due: Callable[[], bool],
+        *,
+        sampled: bool,
+        mean: bool,
+        terms_per_example: int,
+        accumulation_steps: int,
+    ) -> None:
+        self.calls: list[Call] = []
+        self._due = due
+        self._sampled = sampled
+        self._mean = mean
+        self._terms_per_example = terms_per_example
+        self._accumulation_steps = accumulation_steps
+        self._passes = 0
+        self._batch: int | None = None
+        begin = self._begin_hook(model)
+        self._hooks: list[RemovableHandle] = [
+            model.register_forward_pre_hook(begin, with_kwargs=True)
+        ]
+        for block in blocks:
+            hook = self._layer_hook(block)
+            self._hooks.append(block.layer.module.register_forward_hook(hook, with_kwargs=True))
+
+    @property
+    def hooked(self) -> bool:
+        """Whether the hooks are on the model."""
+        return bool(self._hooks)
+
+    def forget(self) -> None:
+        """Drop the calls that still wait, at the end of a step."""
+        self.calls, self._passes = [], 0
+
+    def remove(self) -> None:
+        """Take the hooks off the model."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self.forget()
+
+    def sample(self, draw: Callable[[], tuple[Tensor, int]], *, samples: int) -> None:
+        """Add the waiting calls that the loss on drawn labels depends on, averaged over draws.
+
+        Args:
+            draw: Draws labels; gives the sum of the loss's terms on them, and their number.
+            samples: Number of draws.
+        """
+        if not self.calls:
+            return
+        grams: dict[int, Tensor] = {}
+        for _ in range(samples):
+            total, terms = draw()
+            edges = [call.output for call in self.calls]
+            gradients = torch.autograd.grad(total, edges, retain_graph=True, allow_unused=True)
+            for index, gradient in enumerate(gradients):
+                if gradient is not None:
+                    gram = self.calls[index].block.layer.gradient_gram(gradient, 1 / samples)
+                    grams[index] = gram if index not in grams else grams[index] + gram
+        counted: set[Block] = set()
+        for index, gram in grams.items():
+            block, _, inputs = self.calls[index]
+            block.add(inputs, (gram, 0 if block in counted else terms))
+            counted.add(block)
+        self.calls = [call for index, call in enumerate(self.calls) if index not in grams]
+
+    def _begin_hook(self, model: nn.Module) -> Callable[..., None]:
+        def begin(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            # An evaluation in between is no pass, and a deep copy of the model has the hook too.
+            if module is not model or not torch.is_grad_enabled():
+                return
+            tensors = [x for x in tree_leaves((inputs, named)) if isinstance(x, Tensor)]
+            self._passes += 1
+            self._batch = next((x.shape[0] for x in tensors if x.dim() > 0), None)
+
+        return begin
+
+    def _layer_hook(self, block: Block) -> Callable[..., None]:
+        def capture(
+            module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor
+        ) -> None:
+            ours = module is block.layer.module  # a deep copy of the model takes the hooks along
+            if not (ours and output.requires_grad and self._due()):
+                return
+            x = inputs[0] if inputs else named["input"]
+            outer = block.layer.input_gram(x.detach(), output)
+            if self._sampled:
+                self.calls.append(Call(block, get_gradient_edge(output), outer))
+                return
+            # Flattened tokens or windows come first in a layer, but are no examples.
+            examples = block.layer.examples(output)
+            examples = examples if self._batch is None else min(examples, self._batch)
+            output.register_hook(partial(self._add, block, outer, examples, self._passes))
+
+        return capture
+
+    def _add(
+        self, block: Block, inputs: Sum, examples: int, forward_pass: int, gradient: Tensor
+    ) -> None:
+        """Add a call's outer products under the training loss."""
+        if torch.is_grad_enabled():
+            return  # a backward pass that is differentiated again is not that of the training loss
+        terms = examples * self._terms_per_example
+        scale = float(self._accumulation_steps * (terms if self._mean else 1))
+        # A layer called twice in one pass sees the same terms of the loss twice.
+        first_call = forward_pass == 0 or block.counted_pass != forward_pass
+        block.counted_pass = forward_pass
+        gram = block.layer.gradient_gram(gradient, scale**2)
+        block.add(inputs, (gram, terms if first_call else 0))
