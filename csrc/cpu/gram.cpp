@@ -109,8 +109,8 @@ class Gram {
   //
   //   pack 0 | pack 1, multiply 0 | pack 2, multiply 1 | ... | multiply last
   //
-  // and wait only for what they need, which was drawn at least a round earlier. A core that the
-  // system takes away for a while then delays its own task, not all the others.
+  // and wait only for what they need, which after the first round was drawn a round earlier. A core
+  // that the system takes away for a while then delays its own task, not all the others.
   void by_tiles() {
     constexpr int64_t buffers = 3;  // one to pack, one to multiply, one with late tasks
     constexpr int64_t panels_a_task = 8;

@@ -10,10 +10,13 @@
 
 namespace kfac_fast {
 
-// Threads worth using: waking one costs some microseconds, which is about a million operations.
+// Threads worth using: each should have some tens of microseconds of multiply-adds, since waking
+// one takes several, and many more on a busy machine.
 inline int64_t worker_count(int64_t tasks, double operations) {
-  if (tasks < 2 || operations < 2e6) return 1;
-  return std::min<int64_t>(tasks, torch::stable::get_num_threads());
+  constexpr double operations_a_thread = 3e6;
+  const int64_t threads = torch::stable::get_num_threads();
+  return std::clamp<int64_t>(operations / operations_a_thread, 1,
+                             std::clamp<int64_t>(tasks, 1, threads));
 }
 
 // How far some tasks have come, for other tasks that need their results. A task may only wait for
