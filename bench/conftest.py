@@ -21,7 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--impl", help="serve every operator by this implementation")
     parser.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where to run")
     parser.addoption(
-        "--seconds", type=float, default=1.5, help="about how long to time each benchmark"
+        "--seconds", type=float, default=1.0, help="about how long to time each benchmark"
     )
 
 
