@@ -80,7 +80,9 @@ def search(records_path: Path, confirm: int) -> list[Record]:
         done = [(r["arm"], r["settings"], r["seed"]) for r in records]
         missing = [s for s in candidates if (s.arm, asdict(s), seed) not in done]
         for settings in track(missing, f"Seed {seed}"):
-            records.append(train(settings, images, steps=STEPS[settings.arm], seed=seed))
+            records.append(
+                train(settings, images, steps=STEPS[settings.arm], seed=seed, evaluations=5)
+            )
             with open(records_path, "a") as file:
                 file.write(json.dumps(records[-1]) + "\n")
 
