@@ -16,6 +16,7 @@ from torch import Tensor
 from kfac_fast import reference
 from kfac_fast.kernels import gram as kernels
 from kfac_fast.kernels import launch
+from kfac_fast.schema import result_shape
 
 # Bits of float32 that survive in tf32 and in bfloat16; the interpreter's casts truncate.
 SURVIVING = {"highest": -1, "high": ~0x1FFF, "medium": ~0xFFFF}
@@ -40,8 +41,7 @@ def _check(
     precision: str = "highest",
     old: Tensor | None = None,
 ) -> None:
-    edge = x.shape[-1] // groups + bias
-    shape = (edge, edge) if groups == 1 else (groups, edge, edge)
+    shape = result_shape("gram", x, mask, groups, bias)
     expected = alpha * oracle_gram(x, mask, groups, bias)
     out, torch_result = poisoned(*shape), poisoned(*shape)
     if old is not None:

@@ -22,7 +22,7 @@ from oracle import (
 from torch import Tensor
 
 from kfac_fast import reference
-from kfac_fast.schema import result_dtype
+from kfac_fast.schema import result_dtype, result_shape
 
 native = pytest.importorskip("kfac_fast._C", reason="the C++ extension is not built")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -53,9 +53,8 @@ def run(
     beta: float = 0.0,
     out: Tensor | None = None,
 ) -> Tensor:
-    edge = x.shape[-1] // groups + bias
     if out is None:
-        shape = (edge, edge) if groups == 1 else (groups, edge, edge)
+        shape = result_shape("gram", x, mask, groups, bias)
         out = poisoned(*shape, dtype=result_dtype(x.dtype))
     torch.ops.kfac_fast_native.gram(x, mask, groups, bias, alpha, beta, out)
     return out

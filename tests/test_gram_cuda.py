@@ -19,7 +19,7 @@ from oracle import gram as oracle_gram
 from torch import Tensor
 
 from kfac_fast import reference
-from kfac_fast.schema import result_dtype
+from kfac_fast.schema import result_dtype, result_shape
 
 CUDA = ROOT / "csrc" / "cuda"
 TORCH = Path(torch.__file__).parent
@@ -89,8 +89,7 @@ def _run(
     old: Tensor | None = None,
 ) -> Tensor:
     """The result, after checking that it does not depend on the order of the threads."""
-    edge = x.shape[-1] // groups + bias
-    shape = (edge, edge) if groups == 1 else (groups, edge, edge)
+    shape = result_shape("gram", x, mask, groups, bias)
     dtype = result_dtype(x.dtype)
     results = []
     for descending in (False, True):

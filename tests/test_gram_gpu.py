@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kfac_fast import reference
 from kfac_fast.backends import TABLE
-from kfac_fast.schema import result_dtype
+from kfac_fast.schema import result_dtype, result_shape
 
 pytestmark = pytest.mark.gpu
 
@@ -55,8 +55,7 @@ def _check(
     alpha: float = 1.0,
     beta: float = 0.0,
 ) -> None:
-    edge = x.shape[-1] // groups + bias
-    shape = (edge, edge) if groups == 1 else (groups, edge, edge)
+    shape = result_shape("gram", x, mask, groups, bias)
     old = torch.randn(shape, dtype=result_dtype(x.dtype), device="cuda")
     old = old + old.mT
     out = lower_only(old) if beta else poisoned(*shape, dtype=old.dtype, device="cuda")
