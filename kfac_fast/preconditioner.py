@@ -51,8 +51,10 @@ def _refuse_replicas() -> None:
 class KFAC:
     r"""Preconditions the gradients of a model's layers with inverses of their Kronecker factors.
 
-    .. math:: V \leftarrow \nu \, (G + \sqrt\lambda / \pi \, I)^{-1} \, V \, (A + \pi \sqrt\lambda
-    \, I)^{-1}
+    .. math::
+
+        V \leftarrow \nu \, (G + \sqrt\lambda / \pi \, I)^{-1} \, V \,
+        (A + \pi \sqrt\lambda \, I)^{-1}
 
     for each layer's gradient :math:`V` of shape ``[out, in (+ 1)]``, with the covariances :math:`A`
     of its inputs and :math:`G` of the gradients of its output. It stands beside any ``torch.optim``
@@ -92,7 +94,7 @@ class KFAC:
             \langle V, P V \rangle)})`.
         learning_rate: Peak learning rate :math:`\eta` that ``kl_clip`` assumes. The peak on
             purpose: with the current rate of a decaying schedule, the decay would cancel wherever
-                the clip acts.
+            the clip acts.
         grafting: ``"adam"`` scales each layer's direction to the length of Adam's step on its raw
             gradient.
         skip: Regular expressions; a layer is left alone if one is found in its qualified or its
@@ -239,7 +241,7 @@ class KFAC:
 
         Raises:
             RuntimeError: If ``fisher="mc"`` and :meth:`update_curvature` was not called on a step
-                that updates the factors, or after :meth:`detach`.
+                that updates the factors, if no pass of the model was seen, or after :meth:`detach`.
             ValueError: If a schedule's number is refused; nothing has changed then.
         """
         if not self._capture.hooked:
