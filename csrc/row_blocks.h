@@ -35,6 +35,8 @@ class RowBlocks {
         rows_(std::clamp<int64_t>(source.rows(), 1, longest)),
         count_(std::max<int64_t>(1, divide_up(source.rows(), rows_))) {}
 
+  int64_t rows() const { return source_.rows(); }
+
   // Blocks; one without rows if there are no rows.
   int64_t count() const { return count_; }
 

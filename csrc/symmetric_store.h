@@ -54,6 +54,20 @@ struct SymmetricStore {
     }
   }
 
+  // The same of any number of columns.
+  void wide(const TileSums<T>& sums, int64_t rows, int64_t columns, bool diagonal, T* matrix,
+            int64_t row, int64_t column) const {
+    for (int64_t c = 0; c < columns; c += max_tile_edge) {
+      const int64_t width = std::min(max_tile_edge, columns - c);
+      const int64_t above = diagonal ? c : 0;  // rows whose entries here lie above the diagonal
+      const int64_t square = diagonal ? std::min(max_tile_edge, rows - above) : 0;
+      if (diagonal)
+        (*this)(sums.at(above, c), square, width, true, matrix, row + above, column + c);
+      (*this)(sums.at(above + square, c), rows - above - square, width, false, matrix,
+              row + above + square, column + c);
+    }
+  }
+
  private:
   // One row, to the matrix and to `values`.
   void finish(const TileSums<T>& sums, int64_t width, T* __restrict target,

@@ -33,37 +33,14 @@
 #include <bit>
 #include <cstdint>
 #include <type_traits>
+#include <utility>
 
 #include "instruction_set.h"
-#include "transpose.h"
 
 namespace kfac_fast {
 
-#define KFAC_FAST_TARGET
-#define KFAC_FAST_VECTOR_BYTES 16
-namespace portable {
-#include "tile_product_body.h"
-}
-#undef KFAC_FAST_TARGET
-#undef KFAC_FAST_VECTOR_BYTES
-
-#if defined(__x86_64__)
-#define KFAC_FAST_TARGET __attribute__((target("avx2,fma")))
-#define KFAC_FAST_VECTOR_BYTES 32
-namespace avx2 {
-#include "tile_product_body.h"
-}
-#undef KFAC_FAST_TARGET
-#undef KFAC_FAST_VECTOR_BYTES
-
-#define KFAC_FAST_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
-#define KFAC_FAST_VECTOR_BYTES 64
-namespace avx512 {
-#include "tile_product_body.h"
-}
-#undef KFAC_FAST_TARGET
-#undef KFAC_FAST_VECTOR_BYTES
-#endif
+#define KFAC_FAST_BODY "tile_product_body.h"
+#include "compile_for_instruction_sets.h"
 
 // The tile products of one instruction set for T = float or double.
 template <typename T>
@@ -90,22 +67,22 @@ struct TileProduct {
 template <typename In, typename T>
 struct Packing {
   void (*adjacent)(const In* source, int64_t row_stride, int64_t rows, int64_t columns,
-                   int64_t columns_a_panel, T* panel, int64_t panel_width, int64_t panel_distance);
+                   int64_t columns_a_panel, T* panel, int64_t panel_stride, int64_t panel_distance);
   void (*strided)(const In* source, int64_t row_stride, int64_t column_stride, int64_t rows,
-                  int64_t columns, int64_t columns_a_panel, T* panel, int64_t panel_width,
+                  int64_t columns, int64_t columns_a_panel, T* panel, int64_t panel_stride,
                   int64_t panel_distance);
 
-  // Cuts `columns` columns into panels of columns_a_panel <= panel_width, which lie panel_distance
-  // apart, and fills each up with zeros to the end of its last vector.
+  // Cuts `columns` columns into panels of columns_a_panel, which lie panel_distance apart, the rows
+  // of each panel_stride apart, and fills each up with zeros to the end of its last vector.
   void operator()(const In* source, int64_t row_stride, int64_t column_stride, int64_t rows,
-                  int64_t columns, int64_t columns_a_panel, T* panel, int64_t panel_width,
+                  int64_t columns, int64_t columns_a_panel, T* panel, int64_t panel_stride,
                   int64_t panel_distance) const {
     if (column_stride == 1) {
-      adjacent(source, row_stride, rows, columns, columns_a_panel, panel, panel_width,
+      adjacent(source, row_stride, rows, columns, columns_a_panel, panel, panel_stride,
                panel_distance);
     } else {
-      strided(source, row_stride, column_stride, rows, columns, columns_a_panel, panel, panel_width,
-              panel_distance);
+      strided(source, row_stride, column_stride, rows, columns, columns_a_panel, panel,
+              panel_stride, panel_distance);
     }
   }
 };
@@ -145,6 +122,19 @@ Packing<In, T> packing(InstructionSet set) {
   }
 #endif
   return {portable::pack_adjacent<In, T>, portable::pack_strided<In, T>};
+}
+
+// See store_transposed.
+template <typename T>
+using SquareStore = void (*)(const T* square, int64_t count, T* target, int64_t target_stride);
+
+template <typename T>
+SquareStore<T> square_store(InstructionSet set) {
+#if defined(__x86_64__)
+  if (set == InstructionSet::avx512) return avx512::store_transposed<T>;
+  if (set == InstructionSet::avx2) return avx2::store_transposed<T>;
+#endif
+  return portable::store_transposed<T>;
 }
 
 // A block of `depth` rows cut into panels, packed or in place (then distance == width: the panels

@@ -1,12 +1,5 @@
-// The tile product and the packing of its operands for one instruction set. tile_product.h includes
-// this file once per set, inside a namespace of that name, after defining
-//   KFAC_FAST_TARGET        the attribute that allows the set's instructions in one function
-//   KFAC_FAST_VECTOR_BYTES  the size of its vector registers
-//
-// The attribute must sit on the very function that does the vector arithmetic: the compiler breaks
-// wide vectors into narrow ones when it compiles a function without it, and inlining that function
-// into one that has the attribute afterwards does not put them together again. Lambdas do not
-// inherit it either.
+// The tile product and the packing of its operands for one instruction set; see
+// compile_for_instruction_sets.h.
 
 // A vector that may lie anywhere: packed panels are aligned, rows read in place are not.
 template <typename T>
@@ -14,6 +7,17 @@ struct VectorOf {
   typedef T type
       __attribute__((vector_size(KFAC_FAST_VECTOR_BYTES), aligned(alignof(T)), may_alias));
 };
+
+template <typename In, typename T>
+KFAC_FAST_TARGET inline typename VectorOf<T>::type load_vector(const In* from) {
+  if constexpr (std::is_same_v<In, T>) {
+    return *reinterpret_cast<const typename VectorOf<T>::type*>(from);
+  } else {
+    typename VectorOf<T>::type value;
+    for (size_t i = 0; i < KFAC_FAST_VECTOR_BYTES / sizeof(T); ++i) value[i] = from[i];
+    return value;
+  }
+}
 
 // sum[r][c] (+)= Σ_k left[k][r] · right[k][c]. The sums stay in registers for the whole depth; a
 // step k loads VECTORS vectors and ROWS scalars and multiplies all pairs. A multiply-add takes four
@@ -68,10 +72,10 @@ KFAC_FAST_TARGET void tile_product(const T* left, int64_t left_stride, const T* 
 template <typename In, typename T>
 KFAC_FAST_TARGET void pack_adjacent(const In* source, int64_t row_stride, int64_t rows,
                                     int64_t columns, int64_t columns_a_panel, T* panel,
-                                    int64_t panel_width, int64_t panel_distance) {
+                                    int64_t panel_stride, int64_t panel_distance) {
   using Vector = typename VectorOf<T>::type;
   constexpr int64_t LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
-  for (int64_t r = 0; r < rows; ++r, source += row_stride, panel += panel_width) {
+  for (int64_t r = 0; r < rows; ++r, source += row_stride, panel += panel_stride) {
     const In* __restrict from = source;
     T* __restrict to = panel;
     for (int64_t left = columns; left > 0; left -= columns_a_panel) {
@@ -91,36 +95,84 @@ KFAC_FAST_TARGET void pack_adjacent(const In* source, int64_t row_stride, int64_
   }
 }
 
+// Exchanges, between rows that lie D apart, the entries off the diagonal of D x D blocks.
+template <typename T, int D, int... I>
+KFAC_FAST_TARGET inline void exchange(typename VectorOf<T>::type& upper,
+                                      typename VectorOf<T>::type& lower,
+                                      std::integer_sequence<int, I...>) {
+  using Index = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  constexpr int LANES = sizeof...(I);
+  using Choice = typename VectorOf<Index>::type;
+  const Choice left = {((I & D) ? LANES + I - D : I)...};
+  const Choice right = {((I & D) ? LANES + I : I + D)...};
+  const auto first = __builtin_shuffle(upper, lower, left);
+  lower = __builtin_shuffle(upper, lower, right);
+  upper = first;
+}
+
+template <typename T, int D, typename Vectors>
+KFAC_FAST_TARGET inline void exchange_all(Vectors& rows) {
+  constexpr int LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
+  if constexpr (D < LANES) {
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; ++i) {
+      if (!(i & D)) {
+        exchange<T, D>(rows[i], rows[i + D], std::make_integer_sequence<int, LANES>{});
+      }
+    }
+    exchange_all<T, 2 * D>(rows);
+  }
+}
+
+// Writes the columns of a square, a vector wide, as rows target_stride apart: the first `count`.
+template <typename T>
+KFAC_FAST_TARGET inline void store_transposed(const T* square, int64_t count, T* target,
+                                              int64_t target_stride) {
+  using Vector = typename VectorOf<T>::type;
+  constexpr int LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
+  Vector rows[LANES];
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; ++i) rows[i] = *reinterpret_cast<const Vector*>(square + i * LANES);
+  exchange_all<T, 1>(rows);
+  if (count == LANES) {
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; ++i) {
+      *reinterpret_cast<Vector*>(target + i * target_stride) = rows[i];
+    }
+  } else {
+    for (int i = 0; i < count; ++i) {
+      *reinterpret_cast<Vector*>(target + i * target_stride) = rows[i];
+    }
+  }
+}
+
 // Packs rows of any strides, best where neighbouring rows are adjacent (a channels-first tensor
-// seen channels-last): reads 16 rows of 4 columns, whole cache lines, and transposes them in cache.
+// seen channels-last): reads squares of a vector of rows by as many columns and transposes them.
 template <typename In, typename T>
 KFAC_FAST_TARGET void pack_strided(const In* source, int64_t row_stride, int64_t column_stride,
                                    int64_t rows, int64_t columns, int64_t columns_a_panel, T* panel,
-                                   int64_t panel_width, int64_t panel_distance) {
+                                   int64_t panel_stride, int64_t panel_distance) {
   constexpr int64_t LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
-  constexpr int64_t LINES = 4, LINE = 16;
-  T block[LINES][LINE];
+  T square[LANES][LANES];
   for (int64_t left = columns; left > 0; left -= columns_a_panel, panel += panel_distance) {
     const int64_t width = std::min(columns_a_panel, left);
-    for (int64_t r = 0; r < rows; r += LINE) {
-      const int64_t height = std::min(LINE, rows - r);
-      for (int64_t c = 0; c < width; c += LINES) {
-        const int64_t lines = std::min(LINES, width - c);
-        for (int64_t line = 0; line < lines; ++line) {
-          const In* from = source + r * row_stride + (c + line) * column_stride;
-          if (row_stride == 1 && height == LINE) {
-            for (int64_t i = 0; i < LINE; ++i) block[line][i] = static_cast<T>(from[i]);
+    for (int64_t r = 0; r < rows; r += LANES) {
+      const int64_t height = std::min(LANES, rows - r);
+      for (int64_t c = 0; c < width; c += LANES) {
+        const In* from = source + r * row_stride + c * column_stride;
+        for (int64_t line = 0; line < LANES; ++line, from += column_stride) {
+          if (c + line >= width) {
+            for (int64_t i = 0; i < LANES; ++i) square[line][i] = 0;
+          } else if (row_stride == 1 && height == LANES) {
+            for (int64_t i = 0; i < LANES; ++i) square[line][i] = static_cast<T>(from[i]);
           } else {
             for (int64_t i = 0; i < height; ++i) {
-              block[line][i] = static_cast<T>(from[i * row_stride]);
+              square[line][i] = static_cast<T>(from[i * row_stride]);
             }
           }
         }
-        transpose(block[0], LINE, lines, height, panel + r * panel_width + c, panel_width);
+        store_transposed(square[0], height, panel + r * panel_stride + c, panel_stride);
       }
-    }
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t c = width; c % LANES != 0; ++c) panel[r * panel_width + c] = 0;
     }
     source += columns_a_panel * column_stride;
   }

@@ -13,12 +13,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import lru_cache
 from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
 
-from kfac_fast import reference, schema
+from kfac_fast import conv_kernels, reference, schema
+from kfac_fast.conv import ConvGeometry
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -37,12 +39,14 @@ class Implementation:
         missing: A sentence why this installation does not have it, or None.
         refuses: Takes the dispatcher arguments; a sentence why it cannot serve them, or None. None
             if it serves all.
+        way: Takes the dispatcher arguments; names the algorithm. None if there is only one.
     """
 
     name: str
     run: Callable[..., None]
     missing: str | None = None
     refuses: Callable[..., str | None] | None = None
+    way: Callable[..., str] | None = None
 
     def reason_against(self, *args: Any) -> str | None:
         """A sentence why it does not serve these dispatcher arguments, or None."""
@@ -62,17 +66,53 @@ def _reference(op: str) -> Implementation:
     return Implementation("reference", run)
 
 
+def _missing(kernel: str, device: str) -> str | None:
+    """A sentence why the compiled extension has no such kernel for ``device``, or None."""
+    if not EXTENSION_BUILT:
+        return "the C++ extension is not built: run `pip install --no-build-isolation .`"
+    if torch._C._dispatch_has_kernel_for_dispatch_key(
+        f"kfac_fast_native::{kernel}", device.upper()
+    ):
+        return None
+    return f"the C++ extension was built without {device.upper()} kernels"
+
+
 def _native(op: str, device: str) -> Implementation:
     """The compiled extension's kernel for ``device``."""
-    missing = None
-    if not EXTENSION_BUILT:
-        missing = "the C++ extension is not built: run `pip install --no-build-isolation .`"
-    elif not torch._C._dispatch_has_kernel_for_dispatch_key(
-        f"kfac_fast_native::{op}", device.upper()
-    ):
-        missing = f"the C++ extension was built without {device.upper()} kernels"
     overload = getattr(torch.ops.kfac_fast_native, op).default
-    return Implementation("cpp" if device == "cpu" else "cuda", overload, missing)
+    return Implementation("cpp" if device == "cpu" else "cuda", overload, _missing(op, device))
+
+
+def _native_conv(op: str, device: str) -> Implementation:
+    """The compiled extension's kernel of a convolution, which takes a plan of its geometry."""
+
+    def run(x: torch.Tensor, *arguments: Any) -> None:
+        *geometry, bias, alpha, beta, out = arguments
+        overload, plan, groups = _prepared(
+            op, ConvGeometry.from_arguments(*geometry), tuple(x.shape)
+        )
+        overload(x, plan, groups, bias, alpha, beta, out)
+
+    expand = op == "conv_expand_gram"
+    missing = _missing("conv_offset_gram" if expand else op, device)
+    name = "cpp" if device == "cpu" else "cuda"
+    return Implementation(name, run, missing, way=_expand_way if expand else None)
+
+
+@lru_cache(maxsize=1024)
+def _prepared(
+    op: str, geometry: ConvGeometry, shape: tuple[int, ...]
+) -> tuple[Callable[..., None], torch.Tensor, int]:
+    """The compiled kernel for an input of this shape, its plan and the groups."""
+    kernel = conv_kernels.expand_kernel(geometry, shape) if op == "conv_expand_gram" else op
+    overload = getattr(torch.ops.kfac_fast_native, kernel).default
+    return overload, conv_kernels.plan(kernel, geometry, shape[2:]), geometry.groups
+
+
+def _expand_way(x: torch.Tensor, *arguments: Any) -> str:
+    *geometry, _, _, _, _ = arguments
+    kernel = conv_kernels.expand_kernel(ConvGeometry.from_arguments(*geometry), tuple(x.shape))
+    return conv_kernels.EXPAND_KERNELS[kernel]
 
 
 def _triton(op: str, device: str) -> Implementation:
@@ -104,6 +144,9 @@ TABLE: dict[tuple[str, str], tuple[Implementation, ...]] = {
     for device in ("cpu", "cuda", "mps", "xpu")
 }
 TABLE["gram", "cpu"] = (_native("gram", "cpu"), _reference("gram"), _triton("gram", "cpu"))
+TABLE["shared_gram", "cpu"] = (_native("shared_gram", "cpu"), _reference("shared_gram"))
+for _op in ("conv_expand_gram", "conv_reduce_gram", "conv_window_sum"):
+    TABLE[_op, "cpu"] = (_native_conv(_op, "cpu"), _reference(_op))
 TABLE["gram", "cuda"] = (_triton("gram", "cuda"), _native("gram", "cuda"), _reference("gram"))
 
 _forced: ContextVar[str | None] = ContextVar("kfac_fast_implementation", default=None)
@@ -212,11 +255,11 @@ def _describe(op: str, *args: Any) -> Iterator[str]:
     device = _device_type(args[0])
     for implementation in _candidates(op, device):
         reason = implementation.reason_against(*args)
-        yield f"{op} on {device}: {implementation.name} " + (
-            "serves this call" if reason is None else f"refuses: {reason}"
-        )
         if reason is None:
+            way = f" by {implementation.way(*args)}" if implementation.way else ""
+            yield f"{op} on {device}: {implementation.name} serves this call{way}"
             return
+        yield f"{op} on {device}: {implementation.name} refuses: {reason}"
     if not _candidates(op, device):
         yield f"{op} on {device}: there is no {_forced.get()}"
 

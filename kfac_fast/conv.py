@@ -1,18 +1,25 @@
-"""Convolution geometry: which input pixels the kernel reads at each output position.
+"""Convolution geometry: which input pixels the kernel reads at each output position, and plans.
 
 Every convolution here is reduced to one picture. The input is first *framed*: padded in its padding
 mode, or, for a transposed convolution, stuffed with zeros between its pixels and then padded. A
 window of ``kernel_size`` taps, ``dilation`` apart, moves over the framed input in steps of
 ``window_stride``; the values under it are the *patch* ``a[n, s]`` of output position ``s``, ordered
 ``(channel, kernel index...)`` as in :func:`torch.nn.functional.unfold`.
+
+Everything separates over the dimensions, so a plan is a list of plans of one :class:`Axis` each.
+What they say is derived in ``docs/math.md``, section 3; every implementation follows the same plan.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property, lru_cache
+from itertools import pairwise
+from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -117,9 +124,8 @@ class ConvGeometry:
             tuple(_per_dimension(op, "output_padding", output_padding, dimensions)),
         )
 
-    @classmethod
+    @staticmethod
     def from_arguments(
-        cls,
         kernel_size: Sequence[int],
         stride: Sequence[int],
         padding: Sequence[int],
@@ -131,7 +137,10 @@ class ConvGeometry:
     ) -> ConvGeometry:
         """The geometry from an operator's arguments, the inverse of :meth:`arguments`."""
         sizes = (tuple(kernel_size), tuple(stride), tuple(padding))
-        return cls(*sizes, padding_mode, tuple(dilation), groups, transposed, tuple(output_padding))
+        make = ConvGeometry if torch.compiler.is_compiling() else _kept_geometry
+        return make(
+            *sizes, padding_mode, tuple(dilation), groups, transposed, tuple(output_padding)
+        )
 
     def arguments(self) -> tuple[object, ...]:
         """The geometry as plain lists and scalars, in the order of the operators' schemas."""
@@ -209,3 +218,192 @@ class ConvGeometry:
         return F.pad(
             x, pads, mode="constant" if self.padding_mode == "zeros" else self.padding_mode
         )
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, field.name) for field in fields(self)))
+
+    def __hash__(self) -> int:
+        """The hash of all fields, kept: every call looks its plan up by the geometry."""
+        return self._hash
+
+    def axes(self, size: Sequence[int]) -> tuple[Axis, ...]:
+        """The spatial dimensions, over an input of this spatial size."""
+        return tuple(
+            Axis(n, taps, spread, step, apart, before, outputs, self.padding_mode)
+            for n, taps, spread, step, apart, (before, _), outputs in zip(
+                size,
+                self.kernel_size,
+                self.dilation,
+                self.window_stride,
+                self.stride if self.transposed else (1,) * self.dimensions,
+                self.frame(),
+                self.output_size(size),
+                strict=True,
+            )
+        )
+
+
+# Every call of an operator asks for its geometry several times. The compiler traces no caches.
+_kept_geometry = lru_cache(maxsize=1024)(ConvGeometry)
+
+
+# Plans
+
+
+class Shift(NamedTuple):
+    """Pairs of taps that lie the same distance apart in the line of an axis.
+
+    Attributes:
+        distance: Position in the line of what the second tap reads, less that of the first.
+        mirror: Index of the shift by ``-distance``: the same pairs with their taps exchanged.
+        cells: (first position, length) of disjoint stretches of the line. What a pair's first tap
+            reads where both taps read pixels is a run of them.
+    """
+
+    distance: int
+    mirror: int
+    cells: tuple[tuple[int, int], ...]
+
+
+class OffsetPlan(NamedTuple):
+    """Which products of an axis' line with its shifted self make up the products of all taps.
+
+    Attributes:
+        line: The input pixel at each position of the line. The pixels that one tap reads, one
+            output position after the other, lie side by side in it.
+        shifts: The distinct distances of two taps.
+        pairs: For each pair of taps in order, (shift, first cell, one after the last cell); an
+            empty run where they never both read a pixel.
+    """
+
+    line: tuple[int, ...]
+    shifts: tuple[Shift, ...]
+    pairs: tuple[tuple[int, int, int], ...]
+
+
+class SumPlan(NamedTuple):
+    """Which pixels of an axis enter which window sum.
+
+    Attributes:
+        cells: For each pixel the cell it belongs to, -1 if no tap reads it.
+        weights: For each tap and each cell, how often the tap reads each of the cell's pixels.
+    """
+
+    cells: tuple[int, ...]
+    weights: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One spatial dimension of a convolution: tap ``k`` reads position ``stride o + dilation k``.
+
+    Attributes:
+        size: Pixels of the input.
+        taps: Taps of the kernel.
+        dilation: Distance between the taps.
+        stride: Step of the window over the framed input.
+        spread: Distance of the pixels in the framed input; above 1 in transposed convolutions.
+        before: Positions of the framed input before the first pixel; negative if cropped.
+        outputs: Output positions.
+        padding_mode: One of :data:`PADDING_MODES`.
+    """
+
+    size: int
+    taps: int
+    dilation: int
+    stride: int
+    spread: int
+    before: int
+    outputs: int
+    padding_mode: str
+
+    def pixel(self, framed: int) -> int:
+        """The input pixel at a position of the framed input; -1 for a zero."""
+        position, last = framed - self.before, self.size - 1
+        if self.padding_mode == "circular":
+            return position % self.size
+        if self.padding_mode == "replicate":
+            return min(max(position, 0), last)
+        if self.padding_mode == "reflect":
+            return last - abs(last - abs(position))
+        pixel, between = divmod(position, self.spread)
+        return pixel if 0 <= pixel <= last and not between else -1
+
+    def reads(self, tap: int) -> tuple[int, ...]:
+        """The pixel that a tap reads at each output position; -1 for a zero."""
+        first = self.dilation * tap
+        last = first + self.stride * (self.outputs - 1)
+        return tuple(self.pixel(f) for f in range(first, last + 1, self.stride))
+
+    def sums(self) -> SumPlan:
+        """Pixels that the same taps read equally often make a cell."""
+        counts = [[0] * self.size for _ in range(self.taps)]
+        for tap, count in enumerate(counts):
+            for pixel in self.reads(tap):
+                if pixel >= 0:
+                    count[pixel] += 1
+        by_pixel = list(zip(*counts, strict=True))
+        distinct = list(dict.fromkeys(signature for signature in by_pixel if any(signature)))
+        index = {signature: cell for cell, signature in enumerate(distinct)}
+        weights = tuple(zip(*distinct, strict=True)) if distinct else ((),) * self.taps
+        return SumPlan(tuple(index.get(signature, -1) for signature in by_pixel), weights)
+
+    def offsets(self) -> OffsetPlan:
+        """Pairs of taps at the same distance share their products; see ``docs/math.md``."""
+        places: dict[int, int] = {}
+        line: list[int] = []
+        phases = dict.fromkeys(tap * self.dilation % self.stride for tap in range(self.taps))
+        framed = self.dilation * (self.taps - 1) + self.stride * (self.outputs - 1) + 1
+        for phase in phases:
+            for position in range(phase, framed, self.stride):
+                pixel = self.pixel(position)
+                if pixel >= 0:
+                    places[position] = len(line)
+                    line.append(pixel)
+        reads: list[range] = []  # output positions at which each tap reads a pixel
+        for tap in range(self.taps):
+            hits = [o for o, pixel in enumerate(self.reads(tap)) if pixel >= 0]
+            reads.append(range(hits[0], hits[-1] + 1, self.spread) if hits else range(0))
+        windows: list[tuple[int, int, int]] = []  # distance, first position, length
+        for tap, left in enumerate(reads):
+            for other, right in enumerate(reads):
+                first = max(left.start, right.start)
+                both = range(first, min(left.stop, right.stop), self.spread)
+                if not both or (left.start - right.start) % self.spread:
+                    windows.append((0, 0, 0))
+                    continue
+                place, where = (
+                    places[self.stride * first + self.dilation * k] for k in (tap, other)
+                )
+                windows.append((where - place, place, len(both)))
+        shifts, runs = _cells(windows)
+        return OffsetPlan(tuple(line), shifts, runs)
+
+
+def _cells(
+    windows: Sequence[tuple[int, int, int]],
+) -> tuple[tuple[Shift, ...], tuple[tuple[int, int, int], ...]]:
+    """Cut the windows (distance, first, length) of each distance where any of them begins or ends.
+
+    Returns:
+        The shifts, and for each window (shift, first cell, one after the last cell).
+    """
+    distances = list(dict.fromkeys(distance for distance, _, length in windows if length)) or [0]
+    shifts: list[Shift] = []
+    runs: dict[tuple[int, int, int], tuple[int, int, int]] = {}
+    for distance in distances:
+        own = {(first, first + length) for d, first, length in windows if length and d == distance}
+        edges = sorted({edge for window in own for edge in window})
+        cells = [
+            (start, stop)
+            for start, stop in pairwise(edges)
+            if any(first <= start and stop <= end for first, end in own)
+        ]
+        starts = {start: cell for cell, (start, _) in enumerate(cells)}
+        stops = {stop: cell + 1 for cell, (_, stop) in enumerate(cells)}
+        for first, end in own:
+            runs[distance, first, end - first] = (len(shifts), starts[first], stops[end])
+        lengths = tuple((start, stop - start) for start, stop in cells)
+        shifts.append(Shift(distance, distances.index(-distance), lengths))
+    return tuple(shifts), tuple(runs.get(window, (0, 0, 0)) for window in windows)

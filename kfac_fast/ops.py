@@ -10,6 +10,7 @@ Results of float64 inputs are float64; of float32, bfloat16 and float16 inputs f
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -152,8 +153,15 @@ def _conv(op: str, x: Tensor, bias: bool, *geometry: Any) -> tuple[Any, ...]:
         raise ValueError(
             f"{op}: x must be [N, C, *spatial] with 1 to 3 spatial dimensions, got {x.dim()}-d"
         )
-    normal = ConvGeometry.normalize(op, x.dim() - 2, *geometry)
+    if torch.compiler.is_compiling():  # it traces no caches
+        normal = ConvGeometry.normalize(op, x.dim() - 2, *geometry)
+    else:
+        hashable = (tuple(value) if isinstance(value, list) else value for value in geometry)
+        normal = _kept_normalize(op, x.dim() - 2, *hashable)
     return (_detached(x), *normal.arguments(), bias)
+
+
+_kept_normalize = lru_cache(maxsize=1024)(ConvGeometry.normalize)
 
 
 @public

@@ -5,8 +5,9 @@ The check is all that is known about an operator without computing it. It is the
 :func:`result_shape`, what tells :mod:`kfac_fast.ops` how much to allocate. Operators only mutate
 ``out`` and return nothing, so no fake ever invents a result.
 
-Every operator is defined twice from its row: ``kfac_fast::<op>`` is the router,
-``kfac_fast_native::<op>`` is where the compiled extension registers its kernels.
+``kfac_fast::<op>`` is the router of an operator. The compiled extension registers its kernels in
+``kfac_fast_native``: under the operator's own signature, or, for convolutions, one that takes a
+plan of :mod:`kfac_fast.conv` instead of the geometry.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -183,15 +185,13 @@ def _shared_gram_shape(
     return _gram_shape(op, x, mask, groups, bias)
 
 
-def _check_conv(op: str, x: Tensor, geometry: ConvGeometry) -> None:
-    if x.dim() != geometry.dimensions + 2:
+def _check_conv(op: str, shape: Shape, geometry: ConvGeometry) -> None:
+    if len(shape) != geometry.dimensions + 2:
         expected = f"[N, C, *spatial] with {geometry.dimensions} spatial dimensions"
-        raise _refused(op, "x", expected, f"{x.dim()}-d")
-    if x.dtype not in FLOATING:
-        raise _refused_dtype(op, "x", "float32, float64, bfloat16 or float16", x.dtype)
-    if geometry.groups < 1 or x.shape[1] % geometry.groups:
+        raise _refused(op, "x", expected, f"{len(shape)}-d")
+    if geometry.groups < 1 or shape[1] % geometry.groups:
         raise _refused(
-            op, "groups", f"positive and divide x's {x.shape[1]} channels", geometry.groups
+            op, "groups", f"positive and divide x's {shape[1]} channels", geometry.groups
         )
     for argument, least in (
         ("kernel_size", 1),
@@ -206,10 +206,10 @@ def _check_conv(op: str, x: Tensor, geometry: ConvGeometry) -> None:
     if geometry.padding_mode not in PADDING_MODES:
         raise _refused(op, "padding_mode", f"one of {PADDING_MODES}", repr(geometry.padding_mode))
     _check_transposed(op, geometry)
-    _check_padding(op, x, geometry)
-    if min(geometry.output_size(x.shape[2:])) < 1:
+    _check_padding(op, shape[2:], geometry)
+    if min(geometry.output_size(shape[2:])) < 1:
         span = f"kernel_size {geometry.kernel_size} with dilation {geometry.dilation}"
-        framed = geometry.framed_size(x.shape[2:])
+        framed = geometry.framed_size(shape[2:])
         raise _refused(op, "the padded input", f"as large as {span}", framed)
 
 
@@ -227,28 +227,38 @@ def _check_transposed(op: str, geometry: ConvGeometry) -> None:
         raise _refused(op, "output_padding", f"below stride or dilation, {tuple(limits)}", extra)
 
 
-def _check_padding(op: str, x: Tensor, geometry: ConvGeometry) -> None:
+def _check_padding(op: str, size: Shape, geometry: ConvGeometry) -> None:
     """Check that the padding modes that copy pixels have enough of them."""
-    sides = [
-        (size, pad) for size, pad in zip(_twice(x.shape[2:]), geometry.padding, strict=True) if pad
-    ]
-    if geometry.padding_mode == "reflect" and any(pad >= size for size, pad in sides):
-        raise _refused(op, "padding", f"below the input's {tuple(x.shape[2:])}", geometry.padding)
-    if geometry.padding_mode == "circular" and any(pad > size for size, pad in sides):
-        raise _refused(op, "padding", f"at most the input's {tuple(x.shape[2:])}", geometry.padding)
-    if geometry.padding_mode == "replicate" and any(size < 1 for size, _ in sides):
-        raise _refused(op, "x", "not empty in space to be replicated", tuple(x.shape))
+    sides = [(n, pad) for n, pad in zip(_twice(size), geometry.padding, strict=True) if pad]
+    if geometry.padding_mode == "reflect" and any(pad >= n for n, pad in sides):
+        raise _refused(op, "padding", f"below the input's {size}", geometry.padding)
+    if geometry.padding_mode == "circular" and any(pad > n for n, pad in sides):
+        raise _refused(op, "padding", f"at most the input's {size}", geometry.padding)
+    if geometry.padding_mode == "replicate" and any(n < 1 for n, _ in sides):
+        raise _refused(op, "x", "not empty in space to be replicated", size)
 
 
 def _twice(values: Sequence[int]) -> list[int]:
     return [value for value in values for _ in range(2)]
 
 
+def _conv_features(op: str, shape: Shape, geometry: ConvGeometry) -> int:
+    _check_conv(op, shape, geometry)
+    return geometry.features(shape[1])
+
+
+# What passed once passes again. Symbolic sizes, which fakes have, and the compiler's are not kept.
+_kept_conv_features = lru_cache(maxsize=1024)(_conv_features)
+
+
 def _conv_gram_shape(op: str, x: Tensor, *arguments: Any) -> Shape:
     *geometry_arguments, bias = arguments
     geometry = ConvGeometry.from_arguments(*geometry_arguments)
-    _check_conv(op, x, geometry)
-    return _stacked(geometry.groups, geometry.features(x.shape[1]) + bias)
+    if x.dtype not in FLOATING:
+        raise _refused_dtype(op, "x", "float32, float64, bfloat16 or float16", x.dtype)
+    kept = type(x) is Tensor and not torch.compiler.is_compiling()
+    features = (_kept_conv_features if kept else _conv_features)(op, tuple(x.shape), geometry)
+    return _stacked(geometry.groups, features + bias)
 
 
 def _window_sum_shape(op: str, x: Tensor, *arguments: Any) -> Shape:
@@ -426,21 +436,34 @@ def result_shape(op: str, *inputs: Any) -> Shape:
     return shape(op, *inputs)
 
 
-def _define() -> tuple[torch.library.Library, torch.library.Library]:
-    """Define every row in both namespaces; the fake of each is its check."""
-    libraries = (
-        torch.library.Library("kfac_fast", "DEF"),
-        torch.library.Library("kfac_fast_native", "DEF"),
-    )
-    for op, row in OPERATORS.items():
-        for library in libraries:
-            library.define(f"{op}({row.arguments}) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
-            torch.library.register_fake(f"{library.ns}::{op}", _fake(op), lib=library)
-    return libraries
+_PLANNED = "Tensor x, Tensor plan, int groups, bool bias, float alpha, float beta, Tensor(a!) out"
+NATIVE: dict[str, str] = {
+    **{op: row.arguments for op, row in OPERATORS.items() if not op.startswith("conv_")},
+    "conv_offset_gram": _PLANNED,
+    "conv_patch_gram": _PLANNED,
+    "conv_reduce_gram": _PLANNED,
+    "conv_window_sum": _PLANNED,
+}
+
+
+def _define(
+    namespace: str, signatures: dict[str, str], fakes: dict[str, Callable[..., None]]
+) -> torch.library.Library:
+    library = torch.library.Library(namespace, "DEF")
+    for op, arguments in signatures.items():
+        library.define(f"{op}({arguments}) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"{namespace}::{op}", fakes[op], lib=library)
+    return library
 
 
 def _fake(op: str) -> Callable[..., None]:
     return lambda *args: check(op, *args)
 
 
-LIBRARY, NATIVE_LIBRARY = _define()
+LIBRARY = _define(
+    "kfac_fast",
+    {op: row.arguments for op, row in OPERATORS.items()},
+    {op: _fake(op) for op in OPERATORS},
+)
+# The router has checked what it hands on.
+NATIVE_LIBRARY = _define("kfac_fast_native", NATIVE, dict.fromkeys(NATIVE, lambda *args: None))

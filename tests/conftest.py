@@ -1,9 +1,14 @@
 """Tests marked ``gpu`` are skipped, with that reason, where torch sees no CUDA device."""
 
-from collections.abc import Iterator
+import importlib
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+
+from kfac_fast import backends
+
+NATIVE = importlib.import_module("kfac_fast._C") if backends.EXTENSION_BUILT else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -22,3 +27,21 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def set_threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=NATIVE.instruction_sets() if NATIVE else ["none"])
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every set of vector instructions that this processor has, in use."""
+    if NATIVE is None:
+        pytest.skip("the C++ extension is not built")
+    before = NATIVE.instruction_set()
+    NATIVE.use_instruction_set(request.param)
+    yield request.param
+    NATIVE.use_instruction_set(before)

@@ -1,17 +1,22 @@
-"""Convolution geometry against PyTorch's own modules."""
+"""Convolution geometry against PyTorch's own modules, and the plans made from it."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import CONVOLUTIONS, Convolution
-from oracle import convolution, whole_numbers
+from oracle import convolution, patches, whole_numbers
+from torch import Tensor
 
-from kfac_fast.conv import ConvGeometry
+from kfac_fast import conv_kernels
+from kfac_fast.conv import ConvGeometry, OffsetPlan
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 convolutions = pytest.mark.parametrize("case", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
@@ -92,6 +97,129 @@ def test_kernel_that_does_not_fit_has_no_positive_size() -> None:
     geometry = ConvGeometry.normalize("test", 2, 3, padding=(1, 0))
     assert geometry.output_size((1, 2)) == (1, 0)
     assert replace(geometry, dilation=(2, 1)).output_size((1, 3))[0] < 1
+
+
+# Plans
+
+
+def taps_of(geometry: ConvGeometry) -> list[tuple[int, ...]]:
+    return list(product(*map(range, geometry.kernel_size)))
+
+
+@convolutions
+def test_reads_are_those_of_the_window(case: Convolution) -> None:
+    """What an axis' taps read of the input is what the framed input holds there."""
+    geometry = geometry_of(case)
+    x = 1 + torch.arange(math.prod(case.size)).reshape(1, 1, *case.size).double()
+    framed = geometry.frame_input(x)[0, 0]
+    axes = geometry.axes(case.size)
+    padded = torch.zeros([n + 1 for n in case.size], dtype=torch.float64)
+    padded[tuple(map(slice, case.size))] = x[0, 0]  # index -1 reads a zero
+    for tap in taps_of(geometry):
+        places = [
+            [axis.stride * o + axis.dilation * k for o in range(axis.outputs)]
+            for axis, k in zip(axes, tap, strict=True)
+        ]
+        reads = [axis.reads(k) for axis, k in zip(axes, tap, strict=True)]
+        assert torch.equal(padded[np.ix_(*reads)], framed[np.ix_(*places)])
+
+
+@convolutions
+def test_sum_plan_gives_the_window_sums(case: Convolution) -> None:
+    geometry = geometry_of(case)
+    x = whole_numbers(2, case.channels, *case.size)
+    sums = x
+    for axis in geometry.axes(case.size):
+        plan = axis.sums()
+        weights = torch.zeros(axis.taps, axis.size, dtype=torch.float64)
+        for tap, pixel in product(range(axis.taps), range(axis.size)):
+            if plan.cells[pixel] >= 0:
+                weights[tap, pixel] = plan.weights[tap][plan.cells[pixel]]
+        sums = torch.tensordot(sums, weights, dims=([2], [1]))  # the axis goes last
+    assert torch.equal(
+        sums.flatten(2), patches(x, **case.options).sum(1).reshape_as(sums.flatten(2))
+    )
+
+
+@convolutions
+def test_offset_plan_gives_every_pair_of_taps(case: Convolution) -> None:
+    """The products of the line with its shifted self, cell by cell, make up all blocks."""
+    geometry = geometry_of(case)
+    x = whole_numbers(2, case.channels, *case.size)
+    plans = [axis.offsets() for axis in geometry.axes(case.size)]
+    line = x
+    for i, plan in enumerate(plans):
+        line = line.index_select(i + 2, torch.tensor(plan.line, dtype=torch.int64))
+    rows = patches(x, **case.options).flatten(0, 1)  # [positions, groups, channel and tap]
+    rows = rows.unflatten(2, (case.channels // case.groups, -1))
+    taps = taps_of(geometry)
+    for (i, left), (j, right) in product(enumerate(taps), repeat=2):
+        block = torch.einsum("pga,pgb->gab", rows[..., i], rows[..., j])
+        pairs = [
+            plan.pairs[a * k + b]
+            for plan, k, a, b in zip(plans, geometry.kernel_size, left, right, strict=True)
+        ]
+        total = torch.zeros_like(block)
+        for cells in product(*(range(first, last) for _, first, last in pairs)):
+            total += _cell_product(line, plans, [shift for shift, _, _ in pairs], cells, case)
+        assert torch.equal(total, block)
+
+
+def _cell_product(
+    line: Tensor,
+    plans: list[OffsetPlan],
+    shifts: list[int],
+    cells: tuple[int, ...],
+    case: Convolution,
+) -> Tensor:
+    left = right = line
+    for dim, (plan, index, cell) in enumerate(zip(plans, shifts, cells, strict=True), 2):
+        shift = plan.shifts[index]
+        first, length = shift.cells[cell]
+        left = left.narrow(dim, first, length)
+        right = right.narrow(dim, first + shift.distance, length)
+    left, right = (side.flatten(2).unflatten(1, (case.groups, -1)) for side in (left, right))
+    return torch.einsum("ngap,ngbp->gab", left, right)
+
+
+@convolutions
+def test_mirrored_shifts_have_the_same_cells(case: Convolution) -> None:
+    for axis in geometry_of(case).axes(case.size):
+        shifts = axis.offsets().shifts
+        for index, shift in enumerate(shifts):
+            mirror = shifts[shift.mirror]
+            assert mirror.mirror == index and mirror.distance == -shift.distance
+            moved = tuple((first + shift.distance, length) for first, length in shift.cells)
+            assert mirror.cells == moved
+
+
+@pytest.mark.parametrize(
+    ("kernel_size", "products"), [((3, 3), 13), ((5, 5), 41), ((7, 7), 85), (9, 9), ((3, 3, 3), 63)]
+)
+def test_offset_plan_needs_few_products(kernel_size: tuple[int, ...], products: int) -> None:
+    dimensions = len(kernel_size) if isinstance(kernel_size, tuple) else 1
+    for options in ({"padding": "same"}, {"dilation": 2}, {"padding_mode": "circular"}):
+        geometry = ConvGeometry.normalize("test", dimensions, kernel_size, **options)
+        axes = geometry.axes((32,) * dimensions)
+        shifts = math.prod(len(axis.offsets().shifts) for axis in axes)
+        assert (shifts + 1) // 2 == products  # a shift's mirror image needs no product
+
+
+def test_chosen_kernels() -> None:
+    """Offset correlation where it saves products; patches where channels are few or taps apart."""
+
+    def chosen(shape: tuple[int, ...], *arguments: int, **options: int) -> str:
+        geometry = ConvGeometry.normalize("test", len(shape) - 2, *arguments, **options)
+        return conv_kernels.expand_kernel(geometry, shape)
+
+    for shape in ((8, 64, 56, 56), (32, 512, 7, 7), (1, 32, 14, 14)):
+        assert chosen(shape, 3, padding=1) == "conv_offset_gram"
+    assert chosen((32, 64, 256), 9, padding=4) == "conv_offset_gram"
+    assert chosen((8, 128, 56, 56), 3, stride=2, padding=1) == "conv_offset_gram"
+    assert chosen((2, 96, 56, 56), 7, padding=3, groups=96) == "conv_offset_gram"
+    assert chosen((8, 3, 224, 224), 7, stride=2, padding=3) == "conv_patch_gram"
+    assert chosen((8, 3, 224, 224), 16, stride=16) == "conv_patch_gram"
+    assert chosen((4, 1, 28, 28), 5) == "conv_patch_gram"
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [

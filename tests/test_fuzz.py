@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import oracle
@@ -20,12 +21,14 @@ from oracle import (
     positive_definite,
     shared_rows,
     spread,
+    whole_numbers,
     with_bias,
 )
 from torch import Tensor
 
 import kfac_fast
-from kfac_fast import ops, schema
+from kfac_fast import backends, conv_kernels, ops, schema
+from kfac_fast.conv import ConvGeometry
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths"),
@@ -51,17 +54,23 @@ def check_accumulation(
     *args: Any,
     alpha: float,
     beta: float,
+    by: Callable[..., Tensor] | None = None,
     **options: Any,
 ) -> None:
-    """Check ``out <- beta out + alpha (...)`` for a sum that is ``plain64`` in float64."""
+    """Check ``out <- beta out + alpha (...)``, computed ``by`` the operator itself or like it.
+
+    In float64 the sum is ``plain64``.
+    """
     dtype = schema.result_dtype(args[0].dtype)
     square = op is not ops.conv_window_sum
     before = torch.randn(plain64.shape, dtype=torch.float64).to(dtype)
-    before = before + before.mT if square else before
+    # Positive definite, as a running average is: the sum must not cancel against it to nearly
+    # nothing, of which no rounding is a small part.
+    before = before @ before.mT if square else before
     start = lower_only(before) if square else before
     start = torch.full_like(start, torch.nan) if beta == 0 else start
     out = start.clone()
-    result = op(*args, alpha=alpha, beta=beta, out=out, **options)
+    result = (by or op)(*args, alpha=alpha, beta=beta, out=out, **options)
     assert result is out
     with kfac_fast.use("reference"):
         expected = op(*args, alpha=alpha, beta=beta, out=start.clone(), **options)
@@ -150,7 +159,18 @@ def convolutions(draw: st.DrawFn) -> tuple[tuple[int, ...], dict[str, Any]]:
     return (draw(st.integers(1, 3)), channels, *sizes(1, 7)), options
 
 
-@fuzzed
+def run_kernel(
+    kernel: str, x: Tensor, *, bias: bool, alpha: float, beta: float, out: Tensor, **options: Any
+) -> Tensor:
+    """A compiled kernel of conv_expand_gram, whichever the cost model prefers."""
+    geometry = ConvGeometry.normalize("test", x.dim() - 2, **options)
+    plan = conv_kernels.plan(kernel, geometry, tuple(x.shape[2:]))
+    native = getattr(torch.ops.kfac_fast_native, kernel)
+    native(x, plan, geometry.groups, bias, alpha, beta, out)
+    return out
+
+
+@settings(fuzzed, max_examples=2000)
 @given(convolutions(), st.sampled_from(FLOATING), flags, flags, accumulation)
 def test_convolutions(
     case: tuple[tuple[int, ...], dict[str, Any]],
@@ -161,7 +181,11 @@ def test_convolutions(
 ) -> None:
     """Every operator takes the geometries that PyTorch takes, and no other."""
     shape, options = case
-    x = laid_out(torch.randn(shape).to(dtype), gaps)
+    # Replicated pixels may make all patches equal, and the roundings of a sum of equal terms do not
+    # average out: whole numbers have none.
+    replicated = options.get("padding_mode") == "replicate"
+    image = whole_numbers(*shape) if replicated else torch.randn(shape)
+    x = laid_out(image.to(dtype), gaps)
     operators = (ops.conv_expand_gram, ops.conv_reduce_gram, ops.conv_window_sum)
     try:
         read = patches(x, **options)
@@ -178,6 +202,9 @@ def test_convolutions(
     ]
     for op, expected in zip(operators, plain, strict=True):
         check_accumulation(op, expected, x, bias=bias, **options, **scales)
+    for kernel in conv_kernels.EXPAND_KERNELS if backends.EXTENSION_BUILT else ():
+        by = partial(run_kernel, kernel)
+        check_accumulation(operators[0], plain[0], x, by=by, bias=bias, **options, **scales)
 
 
 batches = st.lists(st.integers(0, 3), max_size=2)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import oracle
 import pytest
 import torch
 from cases import FLOATING
+from guard_page import before_a_guard_page
 from oracle import (
     assert_symmetric,
     assert_within_budget,
@@ -24,8 +24,7 @@ from torch import Tensor
 from kfac_fast import reference
 from kfac_fast.schema import result_dtype, result_shape
 
-native = pytest.importorskip("kfac_fast._C", reason="the C++ extension is not built")
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "instruction_set", "seed")
 dtypes = pytest.mark.parametrize("dtype", FLOATING, ids=str)
 
 # Columns about the edges of vectors, panels and tiles of every instruction set.
@@ -35,13 +34,9 @@ MORE_COLUMNS = (64, 95, 96, 97, 127, 128, 129, 144, 145, 192, 200)
 ROWS = (0, 1, 2, 7, 255, 256, 257, 1300)
 
 
-@pytest.fixture(params=native.instruction_sets(), autouse=True)
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+@pytest.fixture
+def seed() -> None:
     torch.manual_seed(0)
-    before = native.instruction_set()
-    native.use_instruction_set(request.param)
-    yield request.param
-    native.use_instruction_set(before)
 
 
 def run(
@@ -146,13 +141,6 @@ def test_accumulates_on_the_lower_triangle(dtype: torch.dtype, alpha: float, bet
         assert_symmetric(out)
 
 
-@pytest.fixture
-def set_threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("shape", [(1500, 520), (900, 700), (300, 1100)], ids=str)
 def test_rounds_of_blocks(shape: tuple[int, int], set_threads: Callable[[int], None]) -> None:
     """Many columns: blocks are packed into a few buffers that are used again and again."""
@@ -179,18 +167,11 @@ def test_same_bits_every_time_and_for_any_number_of_threads(
 @dtypes
 @pytest.mark.parametrize("columns", [1, 5, 16, 30, 50, 100])
 def test_reads_nothing_beyond_the_end(dtype: torch.dtype, columns: int) -> None:
-    """Whole blocks of rows end where a page ends whose successor may not be read."""
-    item = torch.empty(0, dtype=dtype).element_size()
-    rows = mmap.PAGESIZE * 50 // (columns * item) // 256 * 256
-    size = math.ceil(rows * columns * item / mmap.PAGESIZE) * mmap.PAGESIZE
-    memory = mmap.mmap(-1, size + mmap.PAGESIZE)
-    buffer = torch.frombuffer(memory, dtype=dtype)
-    x = buffer[size // item - rows * columns : size // item].view(rows, columns)
-    x.copy_(whole_numbers(rows, columns))
-    guard, no_access = ctypes.c_void_p(buffer.data_ptr() + size), 0
-    assert ctypes.CDLL(None).mprotect(guard, ctypes.c_size_t(mmap.PAGESIZE), no_access) == 0
-    expected = x.double().T @ x.double()
-    assert torch.equal(run(x).double(), expected)
+    rows = mmap.PAGESIZE * 50 // (columns * torch.empty(0, dtype=dtype).element_size())
+    rows = rows // 256 * 256  # whole blocks
+    with before_a_guard_page(whole_numbers(rows, columns, dtype=dtype)) as x:
+        expected = x.double().T @ x.double()
+        assert torch.equal(run(x).double(), expected)
 
 
 def test_refuses_an_out_of_another_size_or_dtype() -> None:

@@ -63,13 +63,13 @@ def on_meta(value: Any) -> Any:
     return [on_meta(v) for v in value] if isinstance(value, list) else value
 
 
-@pytest.mark.parametrize("op", schema.OPERATORS)
+def signature(namespace: str, op: str) -> str:
+    return str(getattr(getattr(torch.ops, namespace), op).default._schema).partition("(")[2]
+
+
+@pytest.mark.parametrize("op", [op for op in schema.OPERATORS if not op.startswith("conv_")])
 def test_native_schema_is_the_same(op: str) -> None:
-    router, native = (
-        getattr(getattr(torch.ops, name), op).default._schema
-        for name in ("kfac_fast", "kfac_fast_native")
-    )
-    assert str(router).partition("::")[2] == str(native).partition("::")[2].replace("_native", "")
+    assert signature("kfac_fast_native", op) == signature("kfac_fast", op)
     arguments = on_meta(list(dispatcher_arguments(op)))
     assert getattr(torch.ops.kfac_fast_native, op).default(*arguments) is None
 

@@ -1,226 +1,15 @@
-// The Gram matrix of the rows of X on the CPU:
-//
-//   out <- beta · out + alpha · Σ_r x_r x_r^T,   x_r = (row r, 1 if there is a bias)
-//
-// Rows are taken in blocks that fit in cache. A block is packed into panels (tile_product.h) and
-// multiplied into the tiles of the lower triangle; finished tiles are scaled, blended with `out`
-// and mirrored in one pass (symmetric_store.h). There are two ways to share the work:
-//
-//   by_rows   few columns: each task packs and multiplies its own rows into its own set of tiles,
-//             which stays in its core's cache; the sets are added at the end
-//   by_tiles  many columns, or few rows: all threads pack some blocks, then share out the tiles
-//
-// Which way and in how many tasks depends on the shape alone: the result does not depend on the
-// number of threads, not by a bit.
+// The Gram matrix of the rows of a tensor on the CPU; see block_gram.h.
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <optional>
 #include <vector>
 
-#include "gram_layout.h"
-#include "instruction_set.h"
-#include "narrow_float.h"
-#include "parallel.h"
-#include "row_blocks.h"
-#include "row_source.h"
-#include "scratch.h"
-#include "symmetric_store.h"
-#include "tile_product.h"
+#include "block_gram.h"
+#include "tensors.h"
 
 namespace kfac_fast {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-template <typename In, typename T>
-class Gram {
- public:
-  Gram(const RowSource<In>& source, const GramLayout& layout, InstructionSet set,
-       const SymmetricStore<T>& store, bool bias, T* out)
-      : rows_(source.rows()),
-        blocks_(source, layout, packing<In, T>(set)),
-        layout_(layout),
-        product_(tile_product<T>(set)),
-        store_(store),
-        bias_(bias),
-        out_(out) {}
-
-  void run() {
-    constexpr int64_t cached_bytes = 640 * 1024;  // of 1 MB, with a block of rows beside the sums
-    constexpr int64_t enough_tasks = 16;
-    cut(large_tile);
-    const int64_t bytes = tile_count() * tile_size() * sizeof(T);
-    if (bytes <= cached_bytes && rows_ >= 8 * layout_.strip_columns) {
-      by_rows();
-    } else {
-      if (tile_count() < enough_tasks) cut(large_tile / 2);
-      by_tiles();
-    }
-  }
-
- private:
-  // 36 KB of sums, which meet each panel of a block while it is near; larger ones were not faster.
-  static constexpr int64_t large_tile = 4 * max_tile_edge / sizeof(T);
-
-  void cut(int64_t edge) {
-    tile_edge_ = layout_.strip_columns <= layout_.panel_width ? layout_.panel_width : edge;
-    tiles_ = layout_.tiles(tile_edge_);
-  }
-
-  int64_t tile_count() const { return tiles_.size(); }
-  // With one more row for the column sums, the products with the bias, of tiles on the diagonal.
-  int64_t tile_size() const { return (tile_edge_ + 1) * tile_edge_; }
-  double operations() const {
-    return static_cast<double>(rows_) * layout_.columns * layout_.strip_columns;
-  }
-
-  void by_rows() {
-    // 1024 rows each, but up to 8 chunks for balance, and at most 64 sets of sums to add.
-    const int64_t most_chunks = std::clamp<int64_t>(rows_ / 1024, 8, 64);
-    const int64_t chunks = std::clamp<int64_t>(rows_ / 256, 1, most_chunks);
-    const int64_t sums_size = tile_count() * tile_size();
-    const int64_t workers = worker_count(chunks, operations());
-    const auto sums = make_scratch<T>(chunks * sums_size);
-    const auto packed = make_scratch<T>(workers * blocks_.packed_size());
-    for_each_task(chunks, workers, [&](int64_t chunk, int64_t worker) {
-      const int64_t begin = chunk * blocks_.count() / chunks;
-      const int64_t end = (chunk + 1) * blocks_.count() / chunks;
-      for (int64_t index = begin; index < end; ++index) {
-        const Block<T> block = blocks_.load(index, &packed[worker * blocks_.packed_size()]);
-        for (int64_t t = 0; t < tile_count(); ++t) {
-          T* sum = &sums[chunk * sums_size + t * tile_size()];
-          multiply(tiles_[t], block, sum, index > begin);
-        }
-      }
-    });
-    const double additions = static_cast<double>(chunks) * sums_size;
-    for_each_task(tile_count(), worker_count(tile_count(), additions), [&](int64_t t, int64_t) {
-      store(tiles_[t], {&sums[t * tile_size()], tile_edge_, chunks, sums_size});
-    });
-  }
-
-  // All threads pack the blocks of a round and share out its tiles. No barrier ends a round: tasks
-  // are drawn in the order
-  //
-  //   pack 0 | pack 1, multiply 0 | pack 2, multiply 1 | ... | multiply last
-  //
-  // and wait only for what they need, which after the first round was drawn a round earlier. A core
-  // that the system takes away for a while then delays its own task, not all the others.
-  void by_tiles() {
-    constexpr int64_t buffers = 3;  // one to pack, one to multiply, one with late tasks
-    constexpr int64_t panels_a_task = 8;
-    const int64_t block_size = blocks_.packed_size();
-    const int64_t together = blocks_a_round();
-    const int64_t rounds = divide_up(blocks_.count(), together);
-    const int64_t parts = divide_up(layout_.panels(), panels_a_task);
-    const int64_t packs = together * parts;
-    const int64_t workers = worker_count(std::max(packs, tile_count()), operations());
-    const bool one_round = rounds == 1;  // then a worker's sums are stored before its next tile
-
-    const auto packed = make_scratch<T>(std::min(rounds, buffers) * together * block_size);
-    const auto sums = make_scratch<T>((one_round ? workers : tile_count()) * tile_size());
-    std::vector<Block<T>> blocks(std::min(rounds, buffers) * together);
-    std::vector<Progress> packs_done(rounds), tiles_done(rounds), rounds_done(tile_count());
-
-    const auto pack = [&](int64_t round, int64_t task) {
-      if (round >= buffers) tiles_done[round - buffers].wait_for(tile_count());
-      const int64_t index = round * together + task / parts;
-      const int64_t slot = round % buffers * together + task / parts;
-      const int64_t first = task % parts * panels_a_task;
-      const int64_t last = std::min(first + panels_a_task, layout_.panels());
-      if (index < blocks_.count()) {
-        const Block<T> block = blocks_.pack(index, first, last, &packed[slot * block_size]);
-        if (first == 0) blocks[slot] = block;
-      }
-      packs_done[round].advance();
-    };
-    const auto multiply_round = [&](int64_t round, int64_t t, int64_t worker) {
-      packs_done[round].wait_for(packs);
-      rounds_done[t].wait_for(round);
-      T* sum = &sums[(one_round ? worker : t) * tile_size()];
-      const int64_t count = std::min(together, blocks_.count() - round * together);
-      for (int64_t b = 0; b < count; ++b) {
-        const Block<T>& block = blocks[round % buffers * together + b];
-        multiply(tiles_[t], block, sum, round + b > 0);
-      }
-      if (round == rounds - 1) store(tiles_[t], {sum, tile_edge_, 1, 0});
-      rounds_done[t].advance();
-      tiles_done[round].advance();
-    };
-    const int64_t step_tasks = packs + tile_count();
-    for_each_task((rounds + 1) * step_tasks, workers, [&](int64_t task, int64_t worker) {
-      const int64_t step = task / step_tasks;
-      const int64_t part = task % step_tasks;
-      if (part < packs) {
-        if (step < rounds) pack(step, part);
-      } else if (step > 0) {
-        multiply_round(step - 1, part - packs, worker);
-      }
-    });
-  }
-
-  // Blocks of 1 MB together, or all, in one round, if they are small beside the sums, which then
-  // need not be kept from round to round.
-  int64_t blocks_a_round() const {
-    const int64_t block_size = blocks_.packed_size();
-    if (blocks_.count() * block_size <= tile_count() * tile_size() / 2) return blocks_.count();
-    constexpr int64_t round_size = (1 << 20) / sizeof(T);
-    return std::clamp<int64_t>(round_size / block_size, 1, blocks_.count());
-  }
-
-  void multiply(const Tile& tile, const Block<T>& block, T* sum, bool accumulate) const {
-    const Panels<T> strip = block.strip(tile.strip);
-    if (strip.depth == 0 && accumulate) return;
-    const int64_t rows = std::min(tile_edge_, layout_.width(tile.strip) - tile.row);
-    const int64_t columns = std::min(tile_edge_, layout_.width(tile.strip) - tile.column);
-    const Panels<T> right = strip.from(tile.column);
-    multiply_panels(product_, strip.from(tile.row), rows, right, columns, tile.on_diagonal(), sum,
-                    tile_edge_, accumulate);
-    if (bias_ && tile.on_diagonal()) {
-      sum_panels(product_, right, columns, sum + tile_edge_ * tile_edge_, accumulate);
-    }
-  }
-
-  void store(const Tile& tile, const TileSums<T>& sums) const {
-    const int64_t features = layout_.group_columns;
-    const int64_t rows = std::min(tile_edge_, features - tile.row);
-    const int64_t columns = std::min(tile_edge_, features - tile.column);
-    for (int64_t first = 0; first < layout_.width(tile.strip); first += features) {
-      const int64_t group = (tile.strip * layout_.strip_columns + first) / features;
-      T* matrix = out_ + group * store_.edge * store_.edge;
-      store_(sums.at(first, first), rows, columns, tile.on_diagonal(), matrix, tile.row,
-             tile.column);
-      if (bias_ && tile.on_diagonal()) {
-        store_(sums.at(tile_edge_, first), 1, columns, false, matrix, features, tile.column);
-      }
-    }
-  }
-
-  const int64_t rows_;
-  const RowBlocks<In, T> blocks_;
-  const GramLayout& layout_;
-  const TileProduct<T>& product_;
-  const SymmetricStore<T>& store_;
-  const bool bias_;
-  T* const out_;
-  int64_t tile_edge_ = 0;
-  std::vector<Tile> tiles_;
-};
-
-// The last entry of every group's matrix: its rows' ones, counted exactly.
-template <typename T>
-void store_count(const SymmetricStore<T>& store, int64_t count, int64_t groups, T* out) {
-  const T sum = static_cast<T>(count);
-  const int64_t last = store.edge - 1;
-  for (int64_t group = 0; group < groups; ++group) {
-    store({&sum, 1, 1, 0}, 1, 1, true, out + group * store.edge * store.edge, last, last);
-  }
-}
 
 template <typename In>
 RowSource<In> rows_of(const Tensor& x, const std::optional<Tensor>& mask) {
@@ -241,37 +30,17 @@ void gram_of(const Tensor& x, const std::optional<Tensor>& mask, int64_t groups,
   const SymmetricStore<T> store{static_cast<T>(alpha), static_cast<T>(beta),
                                 columns / groups + bias};
   T* data = static_cast<T*>(out.mutable_data_ptr());
-  if (columns > 0) {
-    const InstructionSet set = instruction_set_in_use();
-    const TileProduct<T>& product = tile_product<T>(set);
-    const GramLayout layout(columns, groups, product.panel_width(), product.lanes);
-    Gram<In, T>(source, layout, set, store, bias, data).run();
-  }
+  if (columns > 0) gram_of_rows(source, columns, groups, store, bias, data);
   if (bias) store_count(store, source.counted(0, source.rows()), groups, data);
 }
 
-// The arguments have passed the checks of kfac_fast/schema.py; what guards memory is repeated here.
 void gram(const Tensor& x, const std::optional<Tensor>& mask, int64_t groups, bool bias,
           double alpha, double beta, const Tensor& out) {
   const int64_t edge = x.size(x.dim() - 1) / groups + bias;
-  const ScalarType result =
-      x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  STD_TORCH_CHECK(
-      out.scalar_type() == result && out.is_contiguous() && out.numel() == groups * edge * edge,
-      "gram: out must be contiguous with ", groups * edge * edge,
-      " elements of the result's dtype, got ", out.numel());
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return gram_of<float, float>(x, mask, groups, bias, alpha, beta, out);
-    case ScalarType::Double:
-      return gram_of<double, double>(x, mask, groups, bias, alpha, beta, out);
-    case ScalarType::BFloat16:
-      return gram_of<BFloat16, float>(x, mask, groups, bias, alpha, beta, out);
-    case ScalarType::Half:
-      return gram_of<Half, float>(x, mask, groups, bias, alpha, beta, out);
-    default:
-      STD_TORCH_CHECK(false, "gram: x must be float32, float64, bfloat16 or float16");
-  }
+  check_out("gram", x, out, groups * edge * edge);
+  for_dtype("gram", x, [&]<typename In, typename T>() {
+    gram_of<In, T>(x, mask, groups, bias, alpha, beta, out);
+  });
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kfac_fast_native, CPU, m) { m.impl("gram", TORCH_BOX(&gram)); }

@@ -1,0 +1,131 @@
+#pragma once
+// The plans of kfac_fast/conv.py, read from their numbers. Each kernel sees three spatial axes; the
+// ones that an input lacks come first and hold one pixel under one tap.
+
+#include <array>
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+namespace kfac_fast {
+
+constexpr int spatial_axes = 3;
+template <typename Axis>
+using Axes = std::array<Axis, spatial_axes>;
+
+class PlanNumbers {
+ public:
+  explicit PlanNumbers(const int64_t* numbers) : next_(numbers) {}
+
+  int64_t next() { return *next_++; }
+  std::vector<int64_t> next(int64_t count) {
+    next_ += count;
+    return {next_ - count, next_};
+  }
+
+ private:
+  const int64_t* next_;
+};
+
+// One axis' line of pixels with its shifted self: what is multiplied for which pairs of taps.
+struct OffsetAxis {
+  struct Cell {
+    int64_t first = 0, length = 1;
+  };
+  struct Shift {
+    int64_t distance = 0, mirror = 0;
+    std::vector<Cell> cells{{}};
+  };
+  struct Pair {  // cells [first, last) of a shift
+    int64_t shift = 0, first = 0, last = 1;
+  };
+
+  std::vector<int64_t> line{0};
+  int64_t taps = 1;
+  std::vector<Shift> shifts{{}};
+  std::vector<Pair> pairs{{}};
+
+  OffsetAxis() = default;
+  explicit OffsetAxis(PlanNumbers& numbers) {
+    const int64_t pixels = numbers.next();
+    taps = numbers.next();
+    shifts.resize(numbers.next());
+    line = numbers.next(pixels);
+    for (Shift& shift : shifts) {
+      shift.distance = numbers.next();
+      shift.mirror = numbers.next();
+      shift.cells.resize(numbers.next());
+      for (Cell& cell : shift.cells) {
+        cell.first = numbers.next();
+        cell.length = numbers.next();
+      }
+    }
+    pairs.resize(taps * taps);
+    for (Pair& pair : pairs) {
+      pair.shift = numbers.next();
+      pair.first = numbers.next();
+      pair.last = numbers.next();
+    }
+  }
+
+  int64_t size() const { return static_cast<int64_t>(line.size()); }
+};
+
+// What each tap of an axis reads at each output position: a pixel, or -1 for a zero.
+struct PatchAxis {
+  int64_t taps = 1;
+  int64_t outputs = 1;
+  std::vector<int64_t> reads{0};
+  std::vector<int64_t> ahead{1};  // from each read on, how many are of neighbouring pixels in order
+
+  PatchAxis() = default;
+  explicit PatchAxis(PlanNumbers& numbers)
+      : taps(numbers.next()),
+        outputs(numbers.next()),
+        reads(numbers.next(taps * outputs)),
+        ahead(reads.size()) {
+    for (int64_t i = static_cast<int64_t>(reads.size()) - 1; i >= 0; --i) {
+      if (reads[i] < 0) continue;
+      const bool goes_on = (i + 1) % outputs != 0 && reads[i + 1] == reads[i] + 1;
+      ahead[i] = 1 + (goes_on ? ahead[i + 1] : 0);
+    }
+  }
+
+  int64_t pixel(int64_t tap, int64_t output) const { return reads[tap * outputs + output]; }
+};
+
+// Pixels of an axis that the same taps read equally often make a cell.
+struct SumAxis {
+  struct Run {  // neighbouring pixels of one cell
+    int64_t cell, begin, end;
+  };
+
+  int64_t size = 1;
+  int64_t taps = 1;
+  int64_t cells = 1;
+  std::vector<int64_t> weights{1};  // [taps][cells]
+  std::vector<Run> runs{{0, 0, 1}};
+
+  SumAxis() = default;
+  explicit SumAxis(PlanNumbers& numbers)
+      : size(numbers.next()), taps(numbers.next()), cells(numbers.next()), runs() {
+    const std::vector<int64_t> cell_of = numbers.next(size);
+    weights = numbers.next(taps * cells);
+    for (int64_t begin = 0, end; begin < size; begin = end) {
+      for (end = begin + 1; end < size && cell_of[end] == cell_of[begin];) ++end;
+      if (cell_of[begin] >= 0) runs.push_back({cell_of[begin], begin, end});
+    }
+  }
+
+  int64_t weight(int64_t tap, int64_t cell) const { return weights[tap * cells + cell]; }
+};
+
+// The axes of `dimensions` spatial dimensions.
+template <typename Axis>
+Axes<Axis> read_axes(PlanNumbers& numbers, int64_t dimensions) {
+  Axes<Axis> axes;
+  for (int64_t i = spatial_axes - dimensions; i < spatial_axes; ++i) axes[i] = Axis(numbers);
+  return axes;
+}
+
+}  // namespace kfac_fast

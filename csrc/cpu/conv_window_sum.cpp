@@ -1,0 +1,88 @@
+// Window sums of a convolution's input on the CPU, and the Gram matrix of their means; see
+// window_sum.h and block_gram.h.
+
+#include <torch/csrc/stable/library.h>
+
+#include "block_gram.h"
+#include "parallel.h"
+#include "tensors.h"
+#include "window_sum.h"
+
+namespace kfac_fast {
+namespace {
+
+struct Convolution {
+  int64_t outputs;
+  Axes<SumAxis> axes;
+
+  Convolution(const Tensor& x, const Tensor& plan) {
+    PlanNumbers numbers(static_cast<const int64_t*>(plan.const_data_ptr()));
+    outputs = numbers.next();
+    axes = read_axes<SumAxis>(numbers, x.dim() - 2);
+  }
+
+  int64_t taps() const { return axes[0].taps * axes[1].taps * axes[2].taps; }
+};
+
+template <typename In, typename T>
+void sum_windows(const ImageSource<In>& source, const Convolution& convolution,
+                 const WindowSumTarget<T>& target) {
+  const WindowSum<In, T> sum(source, convolution.axes, instruction_set_in_use(), target);
+  // Reading a pixel takes the time of some multiply-adds of a product, a plane that of some more.
+  double pixels = 10;
+  for (const SumAxis& axis : convolution.axes) pixels *= axis.size;
+  const double work = (pixels + 200) * source.examples * source.channels;
+  const int64_t workers = worker_count(sum.tasks(), work);
+  const auto scratch = make_scratch<T>(workers * sum.scratch_size());
+  for_each_task(sum.tasks(), workers, [&](int64_t task, int64_t worker) {
+    sum.run(task, &scratch[worker * sum.scratch_size()]);
+  });
+}
+
+void conv_window_sum(const Tensor& x, const Tensor& plan, int64_t groups, bool bias, double alpha,
+                     double beta, const Tensor& out) {
+  const Convolution convolution(x, plan);
+  const int64_t width = x.size(1) * convolution.taps() + groups * bias;
+  check_out("conv_window_sum", x, out, x.size(0) * width);
+  for_dtype("conv_window_sum", x, [&]<typename In, typename T>() {
+    sum_windows<In, T>(
+        image_of<In>(x), convolution,
+        {static_cast<T*>(out.mutable_data_ptr()), groups, bias, static_cast<T>(alpha),
+         static_cast<T>(beta), static_cast<T>(convolution.outputs)});
+  });
+}
+
+template <typename In, typename T>
+void reduce_gram_of(const Tensor& x, const Convolution& convolution, int64_t groups, bool bias,
+                    double alpha, double beta, T* out) {
+  const int64_t examples = x.size(0), columns = x.size(1) * convolution.taps();
+  const SymmetricStore<T> store{static_cast<T>(alpha), static_cast<T>(beta),
+                                columns / groups + bias};
+  if (columns > 0) {
+    const auto means = make_scratch<T>(examples * columns);
+    const T scale = T{1} / static_cast<T>(convolution.outputs);
+    sum_windows<In, T>(image_of<In>(x), convolution, {means.get(), groups, false, scale, 0, 0});
+    const RowSource<T> rows(means.get(), 1, nullptr, {{examples, columns, 0}});
+    gram_of_rows(rows, columns, groups, store, bias, out);
+  }
+  if (bias) store_count(store, examples, groups, out);
+}
+
+void conv_reduce_gram(const Tensor& x, const Tensor& plan, int64_t groups, bool bias, double alpha,
+                      double beta, const Tensor& out) {
+  const Convolution convolution(x, plan);
+  const int64_t edge = x.size(1) / groups * convolution.taps() + bias;
+  check_out("conv_reduce_gram", x, out, groups * edge * edge);
+  for_dtype("conv_reduce_gram", x, [&]<typename In, typename T>() {
+    reduce_gram_of<In, T>(x, convolution, groups, bias, alpha, beta,
+                          static_cast<T*>(out.mutable_data_ptr()));
+  });
+}
+
+STABLE_TORCH_LIBRARY_IMPL(kfac_fast_native, CPU, m) {
+  m.impl("conv_window_sum", TORCH_BOX(&conv_window_sum));
+  m.impl("conv_reduce_gram", TORCH_BOX(&conv_reduce_gram));
+}
+
+}  // namespace
+}  // namespace kfac_fast

@@ -1,0 +1,477 @@
+#pragma once
+// The Gram matrix of all patches of a convolution by offset correlation (docs/math.md, section 3).
+//
+// The pixels are packed once, in the lines of the plan, all examples of a pixel side by side:
+//
+//   row ((z · Y + y) · X + x) · N + n   of a panel holds the channels of one pixel of one example
+//
+// so that the pixels which a tap reads along x are consecutive rows, a tap further on is the same
+// rows shifted, and nothing is unfolded. A task multiplies one tile of channels: row by row of the
+// images it goes through all shifts, whose operands then are in cache, and adds each product to the
+// sums of its cell. The sums of a tile's cells become the entries of all pairs of taps at once.
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "conv_plan.h"
+#include "gram_layout.h"
+#include "image_source.h"
+#include "parallel.h"
+#include "scratch.h"
+#include "symmetric_store.h"
+#include "tile_product.h"
+
+namespace kfac_fast {
+
+template <typename In, typename T>
+class OffsetGram {
+ public:
+  OffsetGram(const ImageSource<In>& source, const Axes<OffsetAxis>& axes, int64_t groups,
+             InstructionSet set, const SymmetricStore<T>& store, bool bias, T* out)
+      : source_(source),
+        axes_(axes),
+        product_(tile_product<T>(set)),
+        pack_(packing<In, T>(set)),
+        layout_(source.channels, groups,
+                even_panel_width(source.channels, groups, product_.panel_width(), product_.lanes),
+                product_.lanes),
+        store_(store),
+        bias_(bias),
+        out_(out) {
+    lay_out_pixels();
+    lay_out_sums();
+    list_operands();
+    list_cells_of_pairs();
+    list_tiles();
+  }
+
+  void run() {
+    choose_chunks();
+    const int64_t rounds = divide_up(chunks_, chunks_a_round_);
+    const int64_t sets = chunks_ == 1 ? worker_count(tile_count(), operations()) : chunks_;
+    const int64_t tiles_a_set = chunks_ == 1 ? 1 : tile_count();
+    const auto packed = make_scratch<T>(chunks_a_round_ * largest_chunk() * image_size());
+    const auto sums = make_scratch<T>(sets * tiles_a_set * sums_size_);
+    for (int64_t round = 0; round < rounds; ++round) {
+      const int64_t first = round * chunks_a_round_;
+      const int64_t last = std::min(first + chunks_a_round_, chunks_);
+      pack_chunks(first, last, packed.get());
+      const int64_t tasks = (last - first) * tile_count();
+      for_each_task(tasks, worker_count(tasks, operations()), [&](int64_t task, int64_t worker) {
+        const int64_t chunk = first + task % (last - first);
+        const int64_t tile = task / (last - first);
+        const int64_t place = chunks_ == 1 ? worker : chunk * tile_count() + tile;
+        T* own = &sums[place * sums_size_];
+        multiply(tiles_[tile], chunk, chunk_data(chunk, first, packed.get()), own);
+        if (chunks_ == 1) store_rows(tiles_[tile], own, 0, strip_width(tiles_[tile]));
+      });
+    }
+    if (chunks_ > 1) add_chunks_and_store(sums.get());
+  }
+
+ private:
+  using Shift = OffsetAxis::Shift;
+  static constexpr int64_t longest = 128;  // rows of a product, as in row_blocks.h
+
+  // A row of the images, seen as the left operand of a pair of shifts along z and y.
+  struct Operand {
+    int64_t shift_z, shift_y;
+    int64_t cell;   // of those along z and y
+    int64_t right;  // the row that is the right operand
+  };
+
+  // Three shifts and what is multiplied for them.
+  struct Triple {
+    int64_t mirror;
+    int64_t first_cell;
+    bool still;  // no shift along any axis
+  };
+
+  static int64_t even_panel_width(int64_t channels, int64_t groups, int64_t widest, int64_t lanes) {
+    const int64_t columns = GramLayout(channels, groups, widest, lanes).strip_columns;
+    return round_up(divide_up(columns, divide_up(columns, widest)), lanes);
+  }
+
+  const OffsetAxis& z() const { return axes_[0]; }
+  const OffsetAxis& y() const { return axes_[1]; }
+  const OffsetAxis& x() const { return axes_[2]; }
+
+  int64_t pixels() const { return static_cast<int64_t>(place_.size()); }
+  int64_t panels() const { return layout_.panels(); }
+  int64_t edge() const { return layout_.panel_width; }
+  int64_t image_size() const { return panels() * (pixels() * edge() + 64 / sizeof(T)); }
+  int64_t panel_size(int64_t examples) const {
+    // One cache line more than the rows: panels a power of two apart would displace each other.
+    return examples * (pixels() * edge() + 64 / sizeof(T));
+  }
+  int64_t tile_count() const { return static_cast<int64_t>(tiles_.size()); }
+  int64_t taps() const { return z().taps * y().taps * x().taps; }
+
+  int64_t triple_index(int64_t shift_z, int64_t shift_y, int64_t shift_x) const {
+    return (shift_z * static_cast<int64_t>(y().shifts.size()) + shift_y) *
+               static_cast<int64_t>(x().shifts.size()) +
+           shift_x;
+  }
+
+  double operations() const {
+    double rows = source_.examples;
+    for (const OffsetAxis& axis : axes_) {
+      int64_t length = 0;
+      for (const Shift& shift : axis.shifts) {
+        for (const auto& cell : shift.cells) length += cell.length;
+      }
+      rows *= length;
+    }
+    return rows * layout_.columns * layout_.strip_columns / 2;
+  }
+
+  void lay_out_pixels() {
+    place_.reserve(z().size() * y().size() * x().size());
+    for (int64_t at_z : z().line) {
+      for (int64_t at_y : y().line) {
+        for (int64_t at_x : x().line) {
+          place_.push_back(at_z * source_.strides[0] + at_y * source_.strides[1] +
+                           at_x * source_.strides[2]);
+        }
+      }
+    }
+  }
+
+  // The sums of a tile: edge x edge for every cell, then for a bias one row for every cell of the
+  // pixels themselves.
+  void lay_out_sums() {
+    int64_t cells = 0;
+    for (const Shift& at_z : z().shifts) {
+      for (const Shift& at_y : y().shifts) {
+        for (const Shift& at_x : x().shifts) {
+          const bool still = !at_z.distance && !at_y.distance && !at_x.distance;
+          triples_.push_back({triple_index(at_z.mirror, at_y.mirror, at_x.mirror), cells, still});
+          const int64_t own = static_cast<int64_t>(at_z.cells.size() * at_y.cells.size()) *
+                              static_cast<int64_t>(at_x.cells.size());
+          if (still) still_first_ = cells, still_cells_ = own;
+          cells += own;
+        }
+      }
+    }
+    cells_ = cells;
+    cell_size_ = std::min(edge(), layout_.strip_columns) * edge();
+    sums_size_ = cells_ * cell_size_ + (bias_ ? still_cells_ * edge() : 0);
+  }
+
+  void list_operands() {
+    operands_.resize(z().size() * y().size());
+    for (size_t shift_z = 0; shift_z < z().shifts.size(); ++shift_z) {
+      for (size_t shift_y = 0; shift_y < y().shifts.size(); ++shift_y) {
+        const Shift &at_z = z().shifts[shift_z], &at_y = y().shifts[shift_y];
+        const int64_t step = at_z.distance * y().size() + at_y.distance;
+        for (size_t cell = 0; cell < at_z.cells.size() * at_y.cells.size(); ++cell) {
+          const auto& along_z = at_z.cells[cell / at_y.cells.size()];
+          const auto& along_y = at_y.cells[cell % at_y.cells.size()];
+          for (int64_t i = 0; i < along_z.length * along_y.length; ++i) {
+            const int64_t row = (along_z.first + i / along_y.length) * y().size() + along_y.first +
+                                i % along_y.length;
+            operands_[row].push_back({static_cast<int64_t>(shift_z), static_cast<int64_t>(shift_y),
+                                      static_cast<int64_t>(cell), row + step});
+          }
+        }
+      }
+    }
+  }
+
+  // For every pair of taps the cells that make up its window.
+  void list_cells_of_pairs() {
+    const int64_t count = taps();
+    window_begin_.reserve(count * count + 1);
+    for (int64_t left = 0; left < count; ++left) {
+      for (int64_t right = 0; right < count; ++right) {
+        window_begin_.push_back(static_cast<int64_t>(window_cells_.size()));
+        add_window(left, right);
+      }
+    }
+    window_begin_.push_back(static_cast<int64_t>(window_cells_.size()));
+  }
+
+  void add_window(int64_t left, int64_t right) {
+    const auto pair_of = [&](const OffsetAxis& axis, int64_t after) {
+      return axis.pairs[left / after % axis.taps * axis.taps + right / after % axis.taps];
+    };
+    const auto along_z = pair_of(z(), y().taps * x().taps);
+    const auto along_y = pair_of(y(), x().taps);
+    const auto along_x = pair_of(x(), 1);
+    const int64_t first =
+        triples_[triple_index(along_z.shift, along_y.shift, along_x.shift)].first_cell;
+    const int64_t cells_y = y().shifts[along_y.shift].cells.size();
+    const int64_t cells_x = x().shifts[along_x.shift].cells.size();
+    for (int64_t at_z = along_z.first; at_z < along_z.last; ++at_z) {
+      for (int64_t at_y = along_y.first; at_y < along_y.last; ++at_y) {
+        for (int64_t at_x = along_x.first; at_x < along_x.last; ++at_x) {
+          window_cells_.push_back(first + (at_z * cells_y + at_y) * cells_x + at_x);
+        }
+      }
+    }
+  }
+
+  // Tiles of channels, a panel by a panel. Those on the diagonal cost about half and come last.
+  void list_tiles() { tiles_ = layout_.tiles(edge()); }
+
+  // Few tiles are cut into chunks of examples, whose sums are added at the end: enough tasks for
+  // many threads, but no more memory than the input takes. Which chunks there are depends on the
+  // shape alone. Those of a round are packed together; more rounds take less memory.
+  void choose_chunks() {
+    constexpr int64_t enough_tasks = 16, always_allowed = 1 << 20;
+    const int64_t examples = std::max<int64_t>(source_.examples, 1);
+    const int64_t input = examples * source_.channels * pixels() * sizeof(In);
+    const int64_t sums = tile_count() * sums_size_ * sizeof(T);
+    const int64_t packed = examples * image_size() * sizeof(T);
+    const int64_t allowed = std::max(input, always_allowed);
+    const int64_t rounds = std::min(divide_up(4 * packed, 5 * allowed), examples);
+    const int64_t most = std::clamp<int64_t>(allowed / std::max<int64_t>(sums, 1), 1, examples);
+    chunks_ = std::max(rounds, std::min(divide_up(enough_tasks, tile_count()), most));
+    chunks_a_round_ = divide_up(chunks_, rounds);
+  }
+
+  int64_t first_example(int64_t chunk) const { return chunk * source_.examples / chunks_; }
+  int64_t examples(int64_t chunk) const { return first_example(chunk + 1) - first_example(chunk); }
+  int64_t largest_chunk() const { return divide_up(source_.examples, chunks_); }
+
+  T* chunk_data(int64_t chunk, int64_t first_chunk, T* packed) const {
+    return packed + (first_example(chunk) - first_example(first_chunk)) * image_size();
+  }
+
+  void pack_chunks(int64_t first, int64_t last, T* packed) const {
+    constexpr int64_t pixels_a_task = 512;
+    const int64_t parts = divide_up(pixels(), pixels_a_task);
+    const int64_t count = first_example(last) - first_example(first);
+    const double work = 0.25 * count * pixels() * source_.channels;
+    for_each_task(count * parts, worker_count(count * parts, work), [&](int64_t task, int64_t) {
+      const int64_t example = first_example(first) + task / parts;
+      int64_t chunk = first;
+      while (first_example(chunk + 1) <= example) ++chunk;
+      const int64_t begin = task % parts * pixels_a_task;
+      pack_example(example, begin, std::min(begin + pixels_a_task, pixels()), chunk,
+                   chunk_data(chunk, first, packed));
+    });
+  }
+
+  // Packs the pixels [begin, end) of an example, runs of evenly spaced ones together.
+  void pack_example(int64_t example, int64_t begin, int64_t end, int64_t chunk, T* packed) const {
+    const int64_t count = examples(chunk), within = example - first_example(chunk);
+    const In* image = source_.at(example, 0);
+    for (int64_t stop; begin < end; begin = stop) {
+      const int64_t step = begin + 1 < end ? place_[begin + 1] - place_[begin] : 0;
+      for (stop = begin + 1; stop < end && place_[stop] - place_[stop - 1] == step;) ++stop;
+      T* target = packed + (begin * count + within) * edge();
+      for (int64_t panel = 0, next; panel < panels(); panel = next) {
+        next = layout_.end_of_run(panel, panels());
+        const int64_t column = layout_.first_column(panel);
+        pack_(image + place_[begin] + column * source_.channel_stride, step, source_.channel_stride,
+              stop - begin, layout_.end_column(next - 1) - column, layout_.columns_a_panel(),
+              target + panel * panel_size(count), count * edge(), panel_size(count));
+      }
+    }
+  }
+
+  int64_t strip_width(const Tile& tile) const { return layout_.width(tile.strip); }
+  int64_t rows_of(const Tile& tile) const { return std::min(edge(), strip_width(tile) - tile.row); }
+  int64_t columns_of(const Tile& tile) const {
+    return std::min(edge(), strip_width(tile) - tile.column);
+  }
+
+  // The sums of a chunk for one tile.
+  void multiply(const Tile& tile, int64_t chunk, const T* packed, T* sums) const {
+    std::fill_n(sums, sums_size_, T{0});
+    const int64_t count = examples(chunk);
+    const int64_t first_panel = tile.strip * layout_.strip_panels();
+    const T* left = packed + (first_panel + tile.row / edge()) * panel_size(count);
+    const T* right = packed + (first_panel + tile.column / edge()) * panel_size(count);
+    const int64_t row_stride = x().size() * count * edge();
+    for (size_t row = 0; row < operands_.size(); ++row) {
+      for (const Operand& operand : operands_[row]) {
+        multiply_rows(tile, operand, left + row * row_stride, right + operand.right * row_stride,
+                      count, sums);
+      }
+    }
+    if (tile.on_diagonal()) mirror_shifts(tile, sums);
+  }
+
+  // One row of the images with another, at all shifts along x.
+  void multiply_rows(const Tile& tile, const Operand& operand, const T* left, const T* right,
+                     int64_t count, T* sums) const {
+    for (size_t shift_x = 0; shift_x < x().shifts.size(); ++shift_x) {
+      const int64_t index = triple_index(operand.shift_z, operand.shift_y, shift_x);
+      const Triple& triple = triples_[index];
+      if (tile.on_diagonal() && index > triple.mirror) continue;  // the mirror has it
+      const Shift& shift = x().shifts[shift_x];
+      int64_t cell = triple.first_cell + operand.cell * static_cast<int64_t>(shift.cells.size());
+      for (const auto& [first, length] : shift.cells) {
+        multiply_run(tile, triple.still, left + first * count * edge(),
+                     right + (first + shift.distance) * count * edge(), length * count, cell++,
+                     sums);
+      }
+    }
+  }
+
+  void multiply_run(const Tile& tile, bool still, const T* left, const T* right, int64_t rows,
+                    int64_t cell, T* sums) const {
+    const int64_t pieces = divide_up(rows, longest);
+    for (int64_t piece = 0; piece < pieces; ++piece) {
+      const int64_t begin = piece * rows / pieces, end = (piece + 1) * rows / pieces;
+      const Panels<T> a{left + begin * edge(), end - begin, edge(), edge(), edge()};
+      const Panels<T> b{right + begin * edge(), end - begin, edge(), edge(), edge()};
+      multiply_panels(product_, a, rows_of(tile), b, columns_of(tile), still && tile.on_diagonal(),
+                      sums + cell * cell_size_, edge(), true);
+      if (bias_ && still && tile.on_diagonal()) {
+        sum_panels(product_, b, columns_of(tile), bias_sums(sums, cell), true);
+      }
+    }
+  }
+
+  T* bias_sums(T* sums, int64_t cell) const {
+    return sums + cells_ * cell_size_ + (cell - still_first_) * edge();
+  }
+
+  // On the diagonal a shift's sums are those of its mirror, transposed.
+  void mirror_shifts(const Tile& tile, T* sums) const {
+    const int64_t width = columns_of(tile);
+    for (size_t t = 0; t < triples_.size(); ++t) {
+      const Triple& mirror = triples_[triples_[t].mirror];
+      if (static_cast<int64_t>(t) <= triples_[t].mirror) continue;
+      const int64_t next = t + 1 < triples_.size() ? triples_[t + 1].first_cell : cells_;
+      for (int64_t i = 0; i < next - triples_[t].first_cell; ++i) {
+        transpose(sums + (mirror.first_cell + i) * cell_size_, edge(), width, width,
+                  sums + (triples_[t].first_cell + i) * cell_size_, edge());
+      }
+    }
+  }
+
+  void add_chunks_and_store(T* sums) const {
+    constexpr int64_t slices = 8;
+    const int64_t set_size = tile_count() * sums_size_;
+    const int64_t additions = set_size * (chunks_ - 1);
+    for_each_task(slices, worker_count(slices, 0.25 * additions), [&](int64_t slice, int64_t) {
+      const int64_t begin = slice * set_size / slices, end = (slice + 1) * set_size / slices;
+      for (int64_t chunk = 1; chunk < chunks_; ++chunk) {
+        const T* more = sums + chunk * set_size;
+        for (int64_t i = begin; i < end; ++i) sums[i] += more[i];
+      }
+    });
+    const int64_t rows = channels_together();
+    const int64_t parts = divide_up(std::min(edge(), layout_.strip_columns), rows);
+    const double entries = 4.0 * set_size;
+    for_each_task(tile_count() * parts, worker_count(tile_count() * parts, entries),
+                  [&](int64_t task, int64_t) {
+                    const Tile& tile = tiles_[task / parts];
+                    const int64_t first = tile.row + task % parts * rows;
+                    store_rows(tile, sums + task / parts * sums_size_, first - tile.row,
+                               std::min(first + rows, tile.row + rows_of(tile)) - tile.row);
+                  });
+  }
+
+  // Channels whose rows of the result are stored together: some cache lines of the mirror image.
+  int64_t channels_together() const { return std::max<int64_t>(1, 32 / taps()); }
+
+  // Stores the entries of the channels [begin, end) of a tile, counted from its first row.
+  void store_rows(const Tile& tile, const T* sums, int64_t begin, int64_t end) const {
+    const int64_t features = layout_.group_columns;
+    const int64_t block = std::max<int64_t>(1, 4096 / taps());  // channels of the columns
+    const auto values = make_scratch<T>(channels_together() * taps() * block * taps());
+    end = std::min(end, rows_of(tile));
+    for (int64_t first = begin, last; first < end; first = last) {
+      // Rows of one group: strips of several groups have one tile, on the diagonal.
+      const int64_t group_end = (tile.row + first) / features * features + features - tile.row;
+      last = std::min({first + channels_together(), end, group_end});
+      const bool whole = features == layout_.strip_columns;
+      const int64_t from = whole ? 0 : group_end - features;
+      const int64_t below = tile.on_diagonal() ? first : columns_of(tile);
+      for (int64_t c = from, next; c < below; c = next) {
+        next = std::min(c + block, below);
+        store_block(tile, sums, first, last, c, next, false, values.get());
+      }
+      if (tile.on_diagonal()) store_block(tile, sums, first, last, first, last, true, values.get());
+      if (tile.on_diagonal() && bias_) store_bias(tile, sums, first, last, values.get());
+    }
+  }
+
+  T* matrix_of(const Tile& tile, int64_t channel) const {
+    const int64_t group = (tile.strip * layout_.strip_columns + channel) / layout_.group_columns;
+    return out_ + group * store_.edge * store_.edge;
+  }
+
+  // Entries of the channels [first, last) by [from, to) of a tile, for all pairs of taps.
+  void store_block(const Tile& tile, const T* sums, int64_t first, int64_t last, int64_t from,
+                   int64_t to, bool diagonal, T* values) const {
+    const int64_t count = taps(), width = (to - from) * count;
+    for (int64_t channel = first; channel < last; ++channel) {
+      const T* own = sums + channel * edge();
+      for (int64_t left = 0; left < count; ++left) {
+        T* row = values + ((channel - first) * count + left) * width;
+        for (int64_t right = 0; right < count; ++right) {
+          gather(own, left * count + right, from, to, row + right, count);
+        }
+      }
+    }
+    const int64_t features = layout_.group_columns;
+    const int64_t row = (tile.row + first) % features * count;
+    const int64_t column = (tile.column + from) % features * count;
+    T* matrix = matrix_of(tile, tile.row + first);
+    store_.wide({values, width, 1, 0}, (last - first) * count, width, diagonal, matrix, row,
+                column);
+  }
+
+  // target[taps · c] = the sum over the cells of a pair's window of their entries [from, to).
+  void gather(const T* sums, int64_t pair, int64_t from, int64_t to, T* target,
+              int64_t stride) const {
+    T values[96];
+    const int64_t* cell = &window_cells_[window_begin_[pair]];
+    const int64_t* last = &window_cells_[window_begin_[pair + 1]];
+    for (; from < to; from += 96) {
+      const int64_t width = std::min<int64_t>(96, to - from);
+      std::fill_n(values, width, T{0});
+      for (const int64_t* c = cell; c < last; ++c) {
+        const T* more = sums + *c * cell_size_ + from;
+        for (int64_t i = 0; i < width; ++i) values[i] += more[i];
+      }
+      for (int64_t i = 0; i < width; ++i, target += stride) *target = values[i];
+    }
+  }
+
+  void store_bias(const Tile& tile, const T* sums, int64_t first, int64_t last, T* values) const {
+    const int64_t count = taps();
+    for (int64_t channel = first; channel < last; ++channel) {
+      for (int64_t tap = 0; tap < count; ++tap) {
+        T total = 0;
+        const int64_t pair = tap * count + tap;
+        for (int64_t i = window_begin_[pair]; i < window_begin_[pair + 1]; ++i) {
+          const int64_t cell = window_cells_[i] - still_first_;
+          total += sums[cells_ * cell_size_ + cell * edge() + channel];
+        }
+        values[(channel - first) * count + tap] = total;
+      }
+    }
+    const int64_t features = layout_.group_columns;
+    store_.wide({values, 0, 1, 0}, 1, (last - first) * count, false,
+                matrix_of(tile, tile.row + first), features * count,
+                (tile.row + first) % features * count);
+  }
+
+  const ImageSource<In>& source_;
+  const Axes<OffsetAxis>& axes_;
+  const TileProduct<T>& product_;
+  const Packing<In, T> pack_;
+  const GramLayout layout_;
+  const SymmetricStore<T>& store_;
+  const bool bias_;
+  T* const out_;
+
+  std::vector<int64_t> place_;  // of every pixel of the lines in an image
+  std::vector<Triple> triples_;
+  int64_t cells_ = 0, cell_size_ = 0, sums_size_ = 0;
+  int64_t still_first_ = 0, still_cells_ = 0;
+  std::vector<std::vector<Operand>> operands_;  // by the row that is the left operand
+  std::vector<int64_t> window_begin_, window_cells_;
+  std::vector<Tile> tiles_;
+  int64_t chunks_ = 1, chunks_a_round_ = 1;
+};
+
+}  // namespace kfac_fast

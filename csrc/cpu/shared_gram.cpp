@@ -1,0 +1,167 @@
+// The Gram matrix of the sums or means of the rows of every example, or segment, on the CPU: one
+// pass over the rows, then block_gram.h.
+
+#include <torch/csrc/stable/library.h>
+
+#include <numeric>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "block_gram.h"
+#include "parallel.h"
+#include "row_sum.h"
+#include "tensors.h"
+
+namespace kfac_fast {
+namespace {
+
+struct Arguments {
+  const Tensor& x;
+  const std::optional<Tensor>& mask;
+  const std::optional<Tensor>& segments;
+  int64_t num_segments;
+  bool mean;
+  int64_t groups;
+  bool bias;
+
+  int64_t columns() const { return x.size(x.dim() - 1); }
+  int64_t column_stride() const { return x.stride(x.dim() - 1); }
+  int64_t width() const { return columns() / groups + bias; }  // of a group's reduced row
+  int64_t examples() const { return segments ? num_segments : x.size(0); }
+
+  // Whether a row counts, by its index along the first dimension.
+  const bool* mask_at(int64_t index) const {
+    return mask ? static_cast<const bool*>(mask->const_data_ptr()) + index * mask->stride(0)
+                : nullptr;
+  }
+};
+
+// The rows of each segment in order.
+struct Segments {
+  std::vector<int64_t> begin;  // [segments + 1], into rows
+  std::vector<int64_t> rows;
+
+  explicit Segments(const Arguments& a) : begin(a.num_segments + 1), rows(a.x.size(0)) {
+    const auto* ids = static_cast<const int64_t*>(a.segments->const_data_ptr());
+    const int64_t stride = a.segments->stride(0), count = a.x.size(0);
+    for (int64_t row = 0; row < count; ++row) {
+      const int64_t id = ids[row * stride];
+      STD_TORCH_CHECK(0 <= id && id < a.num_segments, "shared_gram: segments must be in [0, ",
+                      a.num_segments, "), got ", id);
+      ++begin[id + 1];
+    }
+    std::partial_sum(begin.begin(), begin.end(), begin.begin());
+    std::vector<int64_t> next(begin.begin(), begin.end() - 1);
+    for (int64_t row = 0; row < count; ++row) rows[next[ids[row * stride]]++] = row;
+  }
+};
+
+template <typename In, typename T>
+class SharedSums {
+ public:
+  SharedSums(const Arguments& arguments, T* out)
+      : a_(arguments),
+        data_(static_cast<const In*>(a_.x.const_data_ptr())),
+        sum_(instruction_set_in_use(), a_.column_stride()),
+        out_(out) {
+    for (int64_t i = 1; i + 1 < a_.x.dim(); ++i) {
+      shared_.push_back({a_.x.size(i), a_.x.stride(i), a_.mask ? a_.mask->stride(i) : 0});
+    }
+  }
+
+  void run() {
+    std::optional<Segments> segments;
+    if (a_.segments) segments.emplace(a_);
+    // Few examples leave threads without work, so their columns are shared out too.
+    constexpr int64_t enough_tasks = 16, narrowest = 128;
+    const int64_t wanted = divide_up(enough_tasks, std::max<int64_t>(a_.examples(), 1));
+    const int64_t widest = std::max<int64_t>(1, divide_up(a_.columns(), narrowest));
+    const int64_t parts = std::min(wanted, widest);
+    const int64_t columns = divide_up(a_.columns(), parts);
+    const int64_t tasks = a_.examples() * parts;
+    const int64_t workers = worker_count(tasks, 2.0 * a_.x.numel());
+    const auto scratch = make_scratch<T>(workers * 3 * columns);
+    for_each_task(tasks, workers, [&](int64_t task, int64_t worker) {
+      const int64_t example = task / parts, first = task % parts * columns;
+      const int64_t count = std::min(columns, a_.columns() - first);
+      T* total = &scratch[worker * 3 * columns];
+      const int64_t terms = segments ? add_segment(*segments, example, first, count, total)
+                                     : add_example(example, first, count, columns, total);
+      store(example, first, count, total, terms);
+    });
+  }
+
+ private:
+  // Each returns the number of rows that count.
+  int64_t add_example(int64_t example, int64_t first, int64_t columns, int64_t room,
+                      T* total) const {
+    const RowSource<In> rows(data_ + example * a_.x.stride(0), a_.column_stride(),
+                             a_.mask_at(example), shared_);
+    sum_(rows, first, columns, total, total + room, total + 2 * room);
+    return rows.counted(0, rows.rows());
+  }
+
+  int64_t add_segment(const Segments& segments, int64_t segment, int64_t first, int64_t columns,
+                      T* total) const {
+    std::fill_n(total, columns, T{0});
+    int64_t terms = 0;
+    for (int64_t i = segments.begin[segment]; i < segments.begin[segment + 1]; ++i) {
+      const int64_t row = segments.rows[i];
+      if (a_.mask && !*a_.mask_at(row)) continue;
+      sum_.add(data_ + row * a_.x.stride(0) + first * a_.column_stride(), 0, 1, columns, total);
+      ++terms;
+    }
+    return terms;
+  }
+
+  // The reduced row, each group's entries followed by that of a bias.
+  void store(int64_t example, int64_t first, int64_t columns, const T* total, int64_t terms) const {
+    const T scale = a_.mean && terms > 0 ? T{1} / static_cast<T>(terms) : T{1};
+    const int64_t features = a_.columns() / a_.groups;
+    T* row = out_ + example * a_.groups * a_.width();
+    for (int64_t c = 0; c < columns; ++c) {
+      const int64_t group = (first + c) / features;
+      row[first + c + group * a_.bias] = scale * total[c];
+    }
+    if (!a_.bias || first > 0) return;
+    for (int64_t group = 0; group < a_.groups; ++group) {
+      const int64_t ones = a_.mean ? std::min<int64_t>(terms, 1) : terms;
+      row[(group + 1) * a_.width() - 1] = static_cast<T>(ones);
+    }
+  }
+
+  const Arguments& a_;
+  const In* const data_;
+  const RowSum<In, T> sum_;
+  T* const out_;
+  std::vector<Axis> shared_;
+};
+
+template <typename In, typename T>
+void shared_gram_of(const Arguments& a, double alpha, double beta, T* out) {
+  const int64_t columns = a.groups * a.width();
+  if (columns == 0) return;
+  const auto rows = make_scratch<T>(a.examples() * columns);
+  SharedSums<In, T>(a, rows.get()).run();
+  const SymmetricStore<T> store{static_cast<T>(alpha), static_cast<T>(beta), a.width()};
+  const RowSource<T> source(rows.get(), 1, nullptr, {{a.examples(), columns, 0}});
+  gram_of_rows(source, columns, a.groups, store, false, out);
+}
+
+void shared_gram(const Tensor& x, const std::optional<Tensor>& mask,
+                 const std::optional<Tensor>& segments, int64_t num_segments, std::string reduction,
+                 int64_t groups, bool bias, double alpha, double beta, const Tensor& out) {
+  const Arguments a{x, mask, segments, num_segments, reduction == "mean", groups, bias};
+  check_out("shared_gram", x, out, groups * a.width() * a.width());
+  for_dtype("shared_gram", x, [&]<typename In, typename T>() {
+    shared_gram_of<In, T>(a, alpha, beta, static_cast<T*>(out.mutable_data_ptr()));
+  });
+}
+
+STABLE_TORCH_LIBRARY_IMPL(kfac_fast_native, CPU, m) {
+  m.impl("shared_gram", TORCH_BOX(&shared_gram));
+}
+
+}  // namespace
+}  // namespace kfac_fast

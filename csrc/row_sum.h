@@ -1,0 +1,66 @@
+#pragma once
+// Sums over the rows of one example, or of one segment, of a tensor.
+
+#include <algorithm>
+#include <cstdint>
+
+#include "row_source.h"
+#include "tile_product.h"
+
+namespace kfac_fast {
+
+#define KFAC_FAST_BODY "row_sum_body.h"
+#include "compile_for_instruction_sets.h"
+
+template <typename In, typename T>
+class RowSum {
+ public:
+  RowSum(InstructionSet set, int64_t column_stride) : column_stride_(column_stride) {
+    rows_ = portable::add_rows<In, T>;
+    columns_ = portable::add_columns<In, T>;
+#if defined(__x86_64__)
+    if (set == InstructionSet::avx512) {
+      rows_ = avx512::add_rows<In, T>, columns_ = avx512::add_columns<In, T>;
+    } else if (set == InstructionSet::avx2) {
+      rows_ = avx2::add_rows<In, T>, columns_ = avx2::add_columns<In, T>;
+    }
+#endif
+  }
+
+  // total[c] = Σ_r row r at column first + c, of the rows that count. Few rows are summed plainly,
+  // in `chain`; their sums are added with what the last addition rounded off (Kahan), in `lost`.
+  void operator()(const RowSource<In>& source, int64_t first, int64_t columns, T* total, T* chain,
+                  T* lost) const {
+    std::fill_n(total, columns, T{0});
+    std::fill_n(lost, columns, T{0});
+    for (int64_t begin = 0; begin < source.rows(); begin += longest) {
+      const int64_t end = std::min(begin + longest, source.rows());
+      std::fill_n(chain, columns, T{0});
+      source.for_each_stretch(begin, end, [&](const In* rows, int64_t stride, int64_t count) {
+        add(rows + first * column_stride_, stride, count, columns, chain);
+      });
+      for (int64_t c = 0; c < columns; ++c) {
+        const T more = chain[c] - lost[c], sum = total[c] + more;
+        lost[c] = (sum - total[c]) - more;
+        total[c] = sum;
+      }
+    }
+  }
+
+  void add(const In* rows, int64_t stride, int64_t count, int64_t columns, T* total) const {
+    if (column_stride_ == 1) {
+      rows_(rows, stride, count, columns, total);
+    } else {
+      columns_(rows, stride, column_stride_, count, columns, total);
+    }
+  }
+
+ private:
+  static constexpr int64_t longest = 64;
+
+  const int64_t column_stride_;
+  void (*rows_)(const In*, int64_t, int64_t, int64_t, T*);
+  void (*columns_)(const In*, int64_t, int64_t, int64_t, int64_t, T*);
+};
+
+}  // namespace kfac_fast

@@ -1,0 +1,54 @@
+// Sums of rows for one instruction set; see compile_for_instruction_sets.h.
+
+// total[c] += Σ_r rows[r][c], columns side by side. Four rows at a time: the totals are read and
+// written seldom, and the rows from end to end.
+template <typename In, typename T>
+KFAC_FAST_TARGET void add_rows(const In* rows, int64_t row_stride, int64_t count, int64_t columns,
+                               T* total) {
+  using Vector = typename VectorOf<T>::type;
+  constexpr int64_t LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
+  for (; count >= 4; count -= 4, rows += 4 * row_stride) {
+    int64_t c = 0;
+    for (; c + LANES <= columns; c += LANES) {
+      const In* row = rows + c;
+      const Vector first = load_vector<In, T>(row) + load_vector<In, T>(row + row_stride);
+      const Vector second =
+          load_vector<In, T>(row + 2 * row_stride) + load_vector<In, T>(row + 3 * row_stride);
+      *reinterpret_cast<Vector*>(total + c) += first + second;
+    }
+    for (; c < columns; ++c) {
+      for (int64_t r = 0; r < 4; ++r) total[c] += static_cast<T>(rows[r * row_stride + c]);
+    }
+  }
+  for (; count > 0; --count, rows += row_stride) {
+    int64_t c = 0;
+    for (; c + LANES <= columns; c += LANES) {
+      *reinterpret_cast<Vector*>(total + c) += load_vector<In, T>(rows + c);
+    }
+    for (; c < columns; ++c) total[c] += static_cast<T>(rows[c]);
+  }
+}
+
+// total[c] += Σ_r rows[r][c], columns apart: best where the rows are side by side.
+template <typename In, typename T>
+KFAC_FAST_TARGET void add_columns(const In* rows, int64_t row_stride, int64_t column_stride,
+                                  int64_t count, int64_t columns, T* total) {
+  using Vector = typename VectorOf<T>::type;
+  constexpr int64_t LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
+  for (int64_t c = 0; c < columns; ++c) {
+    const In* column = rows + c * column_stride;
+    int64_t r = 0;
+    T sum = 0;
+    if (row_stride == 1 && count >= LANES) {
+      Vector lanes[4] = {};
+      for (; r + 4 * LANES <= count; r += 4 * LANES) {
+        for (int v = 0; v < 4; ++v) lanes[v] += load_vector<In, T>(column + r + v * LANES);
+      }
+      for (; r + LANES <= count; r += LANES) lanes[0] += load_vector<In, T>(column + r);
+      const Vector all = (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
+      for (int64_t i = 0; i < LANES; ++i) sum += all[i];
+    }
+    for (; r < count; ++r) sum += static_cast<T>(column[r * row_stride]);
+    total[c] += sum;
+  }
+}

@@ -1,0 +1,254 @@
+#pragma once
+// The sums of every example's patches over the output positions:
+//
+//   sums[n][c][k] = Σ_o patch[n, o][c][k]
+//
+// Tap k reads a pixel as often as the product of the axes' weights says. So the pixels are summed
+// by cells, which all pixels that the same taps read equally often make up, in one pass; the few
+// cells then give all taps.
+
+#include <algorithm>
+#include <cstdint>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include "conv_plan.h"
+#include "gram_layout.h"
+#include "image_source.h"
+#include "tile_product.h"
+
+namespace kfac_fast {
+
+// The plan of an input with given strides; "outer" stands for the axes z and y together.
+struct SumPlan {
+  struct Rows {  // neighbouring rows of one cell
+    int64_t offset, stride, count, cell;
+    bool first;  // of its cell
+  };
+  struct Columns {  // neighbouring pixels of one cell
+    int64_t begin, end, cell;
+  };
+  struct Term {
+    int64_t cell, weight;
+  };
+
+  int64_t width;         // pixels along x
+  int64_t padded_width;  // in whole vectors
+  int64_t cells, outer_cells;
+  int64_t taps, outer_taps;
+  bool few_taps;  // all of them fit in one vector
+  std::vector<Rows> rows;
+  std::vector<Columns> columns;
+  std::vector<std::pair<int64_t, int64_t>> reads;  // stretches of pixels along x that taps read
+  int64_t reach = 0;  // elements from the first of a plane to the end of its last padded row
+
+  SumPlan(const Axes<SumAxis>& axes, const std::array<int64_t, spatial_axes>& strides,
+          int64_t lanes)
+      : width(axes[2].size),
+        padded_width(round_up(width, lanes)),
+        cells(axes[2].cells),
+        outer_cells(axes[0].cells * axes[1].cells),
+        taps(axes[2].taps),
+        outer_taps(axes[0].taps * axes[1].taps),
+        few_taps(taps * outer_taps <= lanes) {
+    list_rows(axes[0], axes[1], strides);
+    for (const SumAxis::Run& run : axes[2].runs) {
+      for (int64_t x = run.begin; x < run.end; x += chain) {
+        columns.push_back({x, std::min(x + chain, run.end), run.cell});
+      }
+      if (reads.empty() || reads.back().second != run.begin)
+        reads.push_back({run.begin, run.begin});
+      reads.back().second = run.end;
+    }
+    list_terms(axes);
+  }
+
+  std::span<const Term> terms_of(int64_t tap) const {
+    return {&terms_[begin_[tap]], static_cast<size_t>(begin_[tap + 1] - begin_[tap])};
+  }
+  std::span<const Term> outer_terms_of(int64_t tap) const { return terms_of(taps + tap); }
+
+ private:
+  // Sums of this many terms at most, which are then added to the others': less rounding.
+  static constexpr int64_t chain = 32;
+
+  void list_rows(const SumAxis& along_z, const SumAxis& along_y,
+                 const std::array<int64_t, spatial_axes>& strides) {
+    std::vector<bool> seen(outer_cells);
+    for (const SumAxis::Run& run_z : along_z.runs) {
+      for (int64_t z = run_z.begin; z < run_z.end; ++z) {
+        for (const SumAxis::Run& run_y : along_y.runs) {
+          const int64_t cell = run_z.cell * along_y.cells + run_y.cell;
+          for (int64_t y = run_y.begin; y < run_y.end; y += chain) {
+            const int64_t offset = z * strides[0] + y * strides[1];
+            const int64_t count = std::min(chain, run_y.end - y);
+            rows.push_back({offset, strides[1], count, cell, !seen[cell]});
+            seen[cell] = true;
+            reach = std::max(reach, offset + (count - 1) * strides[1] + padded_width);
+          }
+        }
+      }
+    }
+  }
+
+  void list_terms(const Axes<SumAxis>& axes) {
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      begin_terms();
+      for (int64_t cell = 0; cell < cells; ++cell) add_term(cell, axes[2].weight(tap, cell));
+    }
+    for (int64_t tap = 0; tap < outer_taps; ++tap) {
+      begin_terms();
+      for (int64_t cell = 0; cell < outer_cells; ++cell) {
+        add_term(cell, axes[0].weight(tap / axes[1].taps, cell / axes[1].cells) *
+                           axes[1].weight(tap % axes[1].taps, cell % axes[1].cells));
+      }
+    }
+    begin_terms();
+  }
+
+  void begin_terms() { begin_.push_back(static_cast<int64_t>(terms_.size())); }
+  void add_term(int64_t cell, int64_t weight) {
+    if (weight != 0) terms_.push_back({cell, weight});
+  }
+
+  std::vector<int64_t> begin_;
+  std::vector<Term> terms_;
+};
+
+// Some channels of one example and one group.
+template <typename In>
+struct Channels {
+  const In* data;
+  const In* end;  // of the input's memory
+  int64_t count;
+  int64_t stride;
+  int64_t pixel_stride;  // along x
+};
+
+#define KFAC_FAST_BODY "window_sum_body.h"
+#include "compile_for_instruction_sets.h"
+
+template <typename In, typename T>
+struct WindowSumFunctions {
+  using Function = void (*)(const SumPlan& plan, const T* pixel_weights,
+                            const Channels<In>& channels, T alpha, T beta, T* scratch, T* target);
+  int64_t lanes;
+  Function of_planes, of_pixels;
+};
+
+template <typename In, typename T>
+WindowSumFunctions<In, T> window_sum_functions(InstructionSet set) {
+  constexpr int64_t size = sizeof(T);
+#if defined(__x86_64__)
+  if (set == InstructionSet::avx512) {
+    return {64 / size, avx512::sum_planes<In, T>, avx512::sum_pixels<In, T>};
+  }
+  if (set == InstructionSet::avx2) {
+    return {32 / size, avx2::sum_planes<In, T>, avx2::sum_pixels<In, T>};
+  }
+#endif
+  return {16 / size, portable::sum_planes<In, T>, portable::sum_pixels<In, T>};
+}
+
+// out[n][channel · taps + tap] <- beta · out + alpha · sum, after each group's sums one entry more,
+// which the number of positions goes to, if there is a bias.
+template <typename T>
+struct WindowSumTarget {
+  T* out;
+  int64_t groups;
+  bool bias;
+  T alpha;
+  T beta;  // 0: the target is not read
+  T positions;
+};
+
+template <typename In, typename T>
+class WindowSum {
+ public:
+  WindowSum(const ImageSource<In>& source, const Axes<SumAxis>& axes, InstructionSet set,
+            const WindowSumTarget<T>& target)
+      : source_(source),
+        functions_(window_sum_functions<In, T>(set)),
+        plan_(axes, source.strides, functions_.lanes),
+        target_(target),
+        end_(source.end({axes[0].size, axes[1].size, axes[2].size})),
+        channels_a_group_(source.channels / target.groups) {
+    list_pixel_weights(axes[2]);
+    constexpr int64_t pixels_a_task = 1 << 14;
+    const int64_t pixels = axes[0].size * axes[1].size * axes[2].size;
+    const int64_t few = round_up(divide_up(pixels_a_task, pixels), functions_.lanes);
+    channels_a_task_ = std::min(channels_a_group_, few);
+    tasks_a_group_ = divide_up(channels_a_group_, channels_a_task_);
+  }
+
+  int64_t tasks() const { return source_.examples * target_.groups * tasks_a_group_; }
+
+  int64_t scratch_size() const {
+    const int64_t of_planes = 8 * plan_.outer_cells * (plan_.padded_width + functions_.lanes);
+    const int64_t of_pixels = plan_.outer_cells * (plan_.cells + plan_.taps) * functions_.lanes +
+                              plan_.outer_taps * plan_.taps * functions_.lanes;
+    return std::max(of_planes, of_pixels);
+  }
+
+  // Some channels of one example.
+  void run(int64_t task, T* scratch) const {
+    const int64_t example = task / tasks_a_group_ / target_.groups;
+    const int64_t group = task / tasks_a_group_ % target_.groups;
+    const int64_t first = task % tasks_a_group_ * channels_a_task_;
+    const int64_t count = std::min(channels_a_task_, channels_a_group_ - first);
+    const Channels<In> channels{source_.at(example, group * channels_a_group_ + first), end_, count,
+                                source_.channel_stride, source_.strides[2]};
+    const int64_t taps = plan_.outer_taps * plan_.taps;
+    const int64_t width = channels_a_group_ * taps + target_.bias;
+    T* row = target_.out + (example * target_.groups + group) * width;
+    const bool neighbours = source_.channel_stride == 1 && source_.strides[2] != 1;
+    const auto sum = neighbours ? functions_.of_pixels : functions_.of_planes;
+    sum(plan_, pixel_weights_.data(), channels, target_.alpha, target_.beta, scratch,
+        row + first * taps);
+    if (target_.bias && first == 0) {
+      T& entry = row[width - 1];
+      const T value = target_.alpha * target_.positions;
+      entry = target_.beta == 0 ? value : value + target_.beta * entry;
+    }
+  }
+
+ private:
+  // The weights of every pixel along x, a vector of taps for each: all taps' for every outer cell,
+  // [outer cell][pixel][lane], if they are few; else those along x, [vector of taps][pixel][lane].
+  void list_pixel_weights(const SumAxis& axis) {
+    const int64_t lanes = functions_.lanes, row = axis.size * lanes;
+    pixel_weights_.resize(plan_.few_taps ? plan_.outer_cells * row
+                                         : divide_up(axis.taps, lanes) * row);
+    for (int64_t tap = 0; tap < axis.taps; ++tap) {
+      if (!plan_.few_taps) {
+        add_weights(axis, tap, 1, &pixel_weights_[tap / lanes * row + tap % lanes]);
+        continue;
+      }
+      for (int64_t outer = 0; outer < plan_.outer_taps; ++outer) {
+        for (const SumPlan::Term& term : plan_.outer_terms_of(outer)) {
+          add_weights(axis, tap, term.weight,
+                      &pixel_weights_[term.cell * row + outer * axis.taps + tap]);
+        }
+      }
+    }
+  }
+
+  void add_weights(const SumAxis& axis, int64_t tap, int64_t factor, T* weights) const {
+    for (const SumAxis::Run& run : axis.runs) {
+      const T weight = static_cast<T>(factor * axis.weight(tap, run.cell));
+      for (int64_t x = run.begin; x < run.end; ++x) weights[x * functions_.lanes] = weight;
+    }
+  }
+
+  const ImageSource<In>& source_;
+  const WindowSumFunctions<In, T> functions_;
+  const SumPlan plan_;
+  const WindowSumTarget<T> target_;
+  const In* const end_;
+  const int64_t channels_a_group_;
+  int64_t channels_a_task_, tasks_a_group_;
+  std::vector<T> pixel_weights_;
+};
+
+}  // namespace kfac_fast

@@ -1,0 +1,131 @@
+"""The kernels of convolutions: which one forms a factor under expand, and the plan that each takes.
+
+Kernels know no geometry. They receive what :class:`kfac_fast.conv.Axis` derives from it, as plain
+integers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from kfac_fast.conv import Axis, ConvGeometry
+
+
+def _offset_plan(axes: Sequence[Axis]) -> Iterator[int]:
+    """Output positions, then of each axis its line, shifts and pairs."""
+    yield math.prod(axis.outputs for axis in axes)
+    for axis in axes:
+        plan = axis.offsets()
+        yield from (len(plan.line), axis.taps, len(plan.shifts))
+        yield from plan.line
+        for shift in plan.shifts:
+            yield from (shift.distance, shift.mirror, len(shift.cells))
+            yield from chain.from_iterable(shift.cells)
+        yield from chain.from_iterable(plan.pairs)
+
+
+def _patch_plan(axes: Sequence[Axis]) -> Iterator[int]:
+    """What every tap of each axis reads at every output position."""
+    for axis in axes:
+        yield from (axis.taps, axis.outputs)
+        for tap in range(axis.taps):
+            yield from axis.reads(tap)
+
+
+def _sum_plan(axes: Sequence[Axis]) -> Iterator[int]:
+    """Output positions, then of each axis its cells and weights."""
+    yield math.prod(axis.outputs for axis in axes)
+    for axis in axes:
+        plan = axis.sums()
+        yield from (axis.size, axis.taps, len(plan.weights[0]))
+        yield from plan.cells
+        yield from chain.from_iterable(plan.weights)
+
+
+_PLANS: dict[str, Callable[[Sequence[Axis]], Iterator[int]]] = {
+    "conv_offset_gram": _offset_plan,
+    "conv_patch_gram": _patch_plan,
+    "conv_reduce_gram": _sum_plan,
+    "conv_window_sum": _sum_plan,
+}
+
+
+@lru_cache(maxsize=1024)
+def plan(kernel: str, geometry: ConvGeometry, size: tuple[int, ...]) -> Tensor:
+    """The plan that a compiled kernel takes.
+
+    Args:
+        kernel: Name of the kernel.
+        geometry: The convolution.
+        size: Spatial size of its input.
+
+    Returns:
+        The plan as int64 numbers, one axis after the other.
+    """
+    return torch.tensor([*_PLANS[kernel](geometry.axes(size))])
+
+
+# Which way to a factor under expand
+
+
+@lru_cache(maxsize=1024)
+def expand_kernel(geometry: ConvGeometry, shape: tuple[int, ...]) -> str:
+    """The kernel that is to form the Gram of all patches of an input ``[N, C, *spatial]``.
+
+    Args:
+        geometry: The convolution.
+        shape: The input's shape.
+
+    Returns:
+        ``"conv_offset_gram"`` or ``"conv_patch_gram"``, by the model below.
+    """
+    return min(EXPAND_KERNELS, key=lambda kernel: _cost(kernel, geometry, shape))
+
+
+EXPAND_KERNELS = {
+    "conv_offset_gram": "offset correlation",
+    "conv_patch_gram": "patches read from the input",
+}
+# The model counts vector multiply-adds of a processor with 16 lanes. A product of a short run of
+# rows also loads and stores its sums, as much work as this many rows more.
+LANES = 16
+ROWS_A_PRODUCT = 4
+# Narrow products wait for the vectors that they load, more than wide ones do.
+LOADS_A_ROW = 3
+# An entry of a patch is gathered from the input; a copied pixel comes in vectors.
+WORK_A_GATHERED_ENTRY = 1.0
+# The offset kernel keeps the sums of all cells of a tile.
+MOST_SUMS = 2**21
+
+
+def _strips(width: int, groups: int) -> tuple[int, int]:
+    """Strips of columns that are multiplied by themselves, and their width; narrow groups join."""
+    together = min(max(1, LANES // width), groups) if width else 1
+    return -(-groups // together), width * together
+
+
+def _cost(kernel: str, geometry: ConvGeometry, shape: tuple[int, ...]) -> float:
+    batch, channels, *size = shape
+    axes = geometry.axes(size)
+    if kernel == "conv_patch_gram":
+        strips, width = _strips(geometry.features(channels), geometry.groups)
+        patches = batch * math.prod(axis.outputs for axis in axes)
+        products = strips * width * -(-width // LANES) / 2
+        return patches * (products + WORK_A_GATHERED_ENTRY * strips * width)
+    strips, width = _strips(channels // geometry.groups, geometry.groups)
+    rows, cells = float(batch), 1
+    for axis in axes:
+        lengths = [length for shift in axis.offsets().shifts for _, length in shift.cells]
+        cells *= len(lengths)
+        more = ROWS_A_PRODUCT / max(batch, 1) if axis is axes[-1] else 0.0
+        rows *= sum(length + more for length in lengths)
+    tile = min(width, 3 * LANES)
+    if cells * tile * max(tile, LANES) > MOST_SUMS:
+        return math.inf
+    return rows * strips * (width + LOADS_A_ROW) * -(-width // LANES) / 2
