@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, MutableMapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakIdRef, WeakTensorKeyDictionary
 
 from kfac_fast.blocks import Block, Sum
+from kfac_fast.layers import Layer
 
 
 class Call(NamedTuple):
@@ -21,6 +23,58 @@ class Call(NamedTuple):
     block: Block
     output: GradientEdge
     inputs: Sum
+
+
+class InputGrams:
+    """Sums of outer products of inputs, formed once for all layers that are fed one tensor.
+
+    A tensor and its views are one where they read the same memory in the same way, and no operation
+    in between has written to it. A write that autograd does not count, such as one through
+    ``x.data``, is not seen here either; it spoils the gradients of the layers' weights, too.
+    """
+
+    def __init__(self) -> None:
+        # Only the tensor's latest state is kept, and no longer than the tensor: keys that are
+        # addresses would be met again when memory is reused.
+        self._latest: MutableMapping[Tensor, tuple[Hashable, dict[Hashable, Sum]]]
+        self._latest = WeakTensorKeyDictionary()
+
+    def of(self, layer: Layer, x: Tensor, output: Tensor) -> Sum:
+        """The result of :meth:`Layer.input_gram`; it is shared, so nobody may change it.
+
+        Args:
+            layer: The layer's rule.
+            x: The module's input.
+            output: The module's output.
+
+        Returns:
+            The sum and the number of its terms.
+        """
+        state = _state(x)
+        if state is None:
+            return layer.input_gram(x.detach(), output)
+        # Versions are comparable only among a tensor and its views: they share one counter.
+        owner = x if x._base is None else x._base
+        latest = self._latest.get(owner)
+        if latest is None or latest[0] != state:
+            latest = self._latest[owner] = state, {}
+        sums = latest[1]
+        view = x.storage_offset(), x.shape, x.stride(), x.dtype, x.is_neg()
+        key = view, layer.input_key(output)
+        if key not in sums:
+            sums[key] = layer.input_gram(x.detach(), output)
+        return sums[key]
+
+
+def _state(x: Tensor) -> Hashable:
+    """The memory that a tensor reads and the number of writes to it; None if they are not known."""
+    if x.is_inference():
+        return None
+    try:
+        # Memory that is assigned to ``x.data`` comes without a write.
+        return WeakIdRef(x.untyped_storage()), x._version
+    except NotImplementedError:  # inside a function transform
+        return None
 
 
 class Capture:
@@ -61,6 +115,7 @@ class Capture:
         self._accumulation_steps = accumulation_steps
         self._passes = 0
         self._batch: int | None = None
+        self._input_grams = InputGrams()
         begin = self._begin_hook(model)
         self._hooks: list[RemovableHandle] = [
             model.register_forward_pre_hook(begin, with_kwargs=True)
@@ -75,8 +130,9 @@ class Capture:
         return bool(self._hooks)
 
     def forget(self) -> None:
-        """Drop the calls that still wait, at the end of a step."""
+        """Drop the calls that still wait and the shared sums, at the end of a step."""
         self.calls, self._passes = [], 0
+        self._input_grams = InputGrams()
 
     def remove(self) -> None:
         """Take the hooks off the model."""
@@ -122,23 +178,29 @@ class Capture:
         return begin
 
     def _layer_hook(self, block: Block) -> Callable[..., None]:
+        # A compiler's trace has neither memory nor a graph of gradients.
+        why = "K-FAC takes down the tensors themselves"
+        take_down = torch.compiler.disable(self._take_down, reason=why)
+
         def capture(
             module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor
         ) -> None:
             ours = module is block.layer.module  # a deep copy of the model takes the hooks along
-            if not (ours and output.requires_grad and self._due()):
-                return
-            x = inputs[0] if inputs else named["input"]
-            outer = block.layer.input_gram(x.detach(), output)
-            if self._sampled:
-                self.calls.append(Call(block, get_gradient_edge(output), outer))
-                return
-            # Flattened tokens or windows come first in a layer, but are no examples.
-            examples = block.layer.examples(output)
-            examples = examples if self._batch is None else min(examples, self._batch)
-            output.register_hook(partial(self._add, block, outer, examples, self._passes))
+            if ours and output.requires_grad and self._due():
+                take_down(block, inputs[0] if inputs else named["input"], output)
 
         return capture
+
+    def _take_down(self, block: Block, x: Tensor, output: Tensor) -> None:
+        """Form a call's sum of inputs, which waits for the gradients of its output."""
+        outer = self._input_grams.of(block.layer, x, output)
+        if self._sampled:
+            self.calls.append(Call(block, get_gradient_edge(output), outer))
+            return
+        # Flattened tokens or windows come first in a layer, but are no examples.
+        examples = block.layer.examples(output)
+        examples = examples if self._batch is None else min(examples, self._batch)
+        output.register_hook(partial(self._add, block, outer, examples, self._passes))
 
     def _add(
         self, block: Block, inputs: Sum, examples: int, forward_pass: int, gradient: Tensor

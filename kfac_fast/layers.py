@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Literal, TypeVar
+from collections.abc import Hashable
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +60,17 @@ class Layer(ABC):
         Returns:
             Symmetric matrices, ``[(groups,) in (+ 1), in (+ 1)]``, and their count: examples times
             positions under expand, examples under reduce.
+        """
+
+    @abstractmethod
+    def input_key(self, output: Tensor) -> Hashable:
+        """All that :meth:`input_gram` depends on besides the input.
+
+        Args:
+            output: The module's output; only its shape is used.
+
+        Returns:
+            A key; layers of equal keys have equal sums and counts for one input.
         """
 
     @abstractmethod
@@ -138,6 +150,10 @@ class LinearLayer(Layer):
             return ops.gram(x, bias=self.has_bias), math.prod(x.shape[:-1])
         return ops.shared_gram(x, reduction="mean", bias=self.has_bias), x.shape[0]
 
+    def input_key(self, output: Tensor) -> Hashable:
+        """Whether positions are averaged, and whether there is a bias."""
+        return LinearLayer, self.approx, self.has_bias
+
     def gradient_gram(self, gradient: Tensor, scale: float) -> Tensor:
         """Rows under expand, their sums over the shared positions under reduce."""
         gradient = gradient if gradient.dim() > 1 else gradient[None]
@@ -173,28 +189,41 @@ class ConvLayer(Layer):
         """The first dimension."""
         return self._batched(output).shape[0]
 
+    def _geometry(self) -> dict[str, Any]:
+        """The module's, as arguments of an operator; without the output padding."""
+        module = self.module
+        return {
+            "kernel_size": module.kernel_size,
+            "stride": module.stride,
+            "padding": module.padding,
+            "padding_mode": module.padding_mode,
+            "dilation": module.dilation,
+            "groups": module.groups,
+            "transposed": module.transposed,
+        }
+
     def _output_padding(self, x: Tensor, output: Tensor) -> tuple[int, ...]:
         return (0,) * len(self.module.kernel_size)
 
     def input_gram(self, x: Tensor, output: Tensor) -> tuple[Tensor, int]:
         """Patches under expand, their means over the output positions under reduce."""
-        x, output, module = self._batched(x), self._batched(output), self.module
+        x, output = self._batched(x), self._batched(output)
         positions = math.prod(output.shape[2:])
         expand = self.approx == "expand"
         form = ops.conv_expand_gram if expand else ops.conv_reduce_gram
         result = form(
             x,
-            module.kernel_size,
-            stride=module.stride,
-            padding=module.padding,
-            padding_mode=module.padding_mode,
-            dilation=module.dilation,
-            groups=module.groups,
-            transposed=module.transposed,
+            **self._geometry(),
             output_padding=self._output_padding(x, output),
             bias=self.has_bias,
         )
         return result, x.shape[0] * (positions if expand else 1)
+
+    def input_key(self, output: Tensor) -> Hashable:
+        """The geometry, of which the output's size tells the output padding."""
+        dimensions = len(self.module.kernel_size)
+        geometry = ConvGeometry.normalize(self.name, dimensions, **self._geometry())
+        return ConvLayer, self.approx, self.has_bias, geometry, output.shape[-dimensions:]
 
     def gradient_gram(self, gradient: Tensor, scale: float) -> Tensor:
         """Output pixels under expand, their sums over the image under reduce."""
@@ -216,16 +245,8 @@ class ConvTransposeLayer(ConvLayer):
 
     def _output_padding(self, x: Tensor, output: Tensor) -> tuple[int, ...]:
         """From the output's size, because ``forward`` may be given one."""
-        module = self.module
-        geometry = ConvGeometry.normalize(
-            self.name,
-            len(module.kernel_size),
-            module.kernel_size,
-            module.stride,
-            module.padding,
-            dilation=module.dilation,
-            transposed=True,
-        )
+        dimensions = len(self.module.kernel_size)
+        geometry = ConvGeometry.normalize(self.name, dimensions, **self._geometry())
         sizes = zip(output.shape[2:], geometry.output_size(x.shape[2:]), strict=True)
         return tuple(made - least for made, least in sizes)
 

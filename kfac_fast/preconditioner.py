@@ -67,10 +67,11 @@ class KFAC:
             kfac.step()  # rewrites .grad; or, once before the loop, kfac.attach(optimizer)
             optimizer.step()
 
-    Inputs have the batch first; its size is taken from the model's first input. Loss scaling and
-    several processes are not served yet. Options marked *schedule* are a number, or a function of
-    the number of steps taken. A batch whose inputs or gradients hold NaN or infinity leaves the
-    factors as they were, and is counted in :meth:`summary`.
+    Inputs have the batch first; its size is taken from the model's first input. Layers that are fed
+    one tensor, such as the projections of an attention block, have their input covariance formed
+    once. Loss scaling and several processes are not served yet. Options marked *schedule* are a
+    number, or a function of the number of steps taken. A batch whose inputs or gradients hold NaN
+    or infinity leaves the factors as they were, and is counted in :meth:`summary`.
 
     Args:
         model: The model; layers of the types in :data:`kfac_fast.layers.RULES` are preconditioned.
