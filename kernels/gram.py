@@ -1,8 +1,7 @@
 """Gram matrices on tensor cores: the lower triangle of tiles, rows split over thread blocks.
 
-``gram_partial_kernel`` sums a part of the rows of one tile into a workspace;
-``gram_finish_kernel`` adds the parts, applies alpha and beta, and writes the tile, its mirror image
-and the bias entries. No sum depends on the order in which thread blocks run.
+``gram_partial_kernel`` sums a part of the rows of one tile into a workspace; the parts are added as
+in :mod:`kfac_fast.kernels.triangle`. No sum depends on the order in which thread blocks run.
 """
 
 import torch
@@ -11,59 +10,11 @@ import triton.language as tl
 from torch import Tensor
 
 from kfac_fast.kernels import launch
-
-# bfloat16 products that stand for one float32 product, by torch.get_float32_matmul_precision().
-PRODUCTS = {"highest": 6, "high": 3, "medium": 1}
+from kfac_fast.kernels.product import PRODUCTS, product
+from kfac_fast.kernels.triangle import TriangleParts, triangle_row
 
 COLUMNS = tl.constexpr(launch.Line.COLUMNS)
 ROWS = tl.constexpr(launch.Line.ROWS)
-
-# Rows of a tile that one program finishes.
-SLAB = 32
-
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-
-
-@triton.jit
-def triangle_row(tile):
-    """Row of blocks that tile ``tile`` of a lower triangle, counted row by row, lies in."""
-    row = ((tl.sqrt(8.0 * tile.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
-    # The rounding of the square root is off by one at most.
-    row = tl.where(row * (row + 1) // 2 > tile, row - 1, row)
-    return tl.where((row + 1) * (row + 2) // 2 <= tile, row + 1, row)
-
-
-@triton.jit
-def _dot(left, right, total):
-    if INTERPRETED:  # its product of bfloat16 multiplies their bit patterns
-        return tl.dot(left.to(tl.float32), right.to(tl.float32), total, input_precision="ieee")
-    return tl.dot(left, right, total)
-
-
-@triton.jit
-def _leading(x):
-    """The leading bfloat16 of float32 values, and what is left of them."""
-    high = x.to(tl.bfloat16)
-    return high, x - high.to(tl.float32)
-
-
-@triton.jit
-def _product(left, right, total, PRODUCTS: tl.constexpr):
-    """``total + left @ right``; float32 as sums of bfloat16, the smallest products first."""
-    if left.dtype != tl.float32:
-        return _dot(left, right, total)
-    left_high, left_rest = _leading(left)
-    right_high, right_rest = _leading(right)
-    if PRODUCTS > 1:
-        left_middle, left_rest = _leading(left_rest)
-        right_middle, right_rest = _leading(right_rest)
-        if PRODUCTS == 6:
-            total = _dot(left_rest.to(tl.bfloat16), right_high, total)
-            total = _dot(left_high, right_rest.to(tl.bfloat16), total)
-            total = _dot(left_middle, right_middle, total)
-        total = _dot(left_middle, right_high, total)
-        total = _dot(left_high, right_middle, total)
-    return _dot(left_high, right_high, total)
 
 
 @triton.jit
@@ -99,7 +50,7 @@ def _sum_rows(
         # would keep its loads from running ahead.
         left = tl.load(left_first + offset, mask=left_exists & left_counts, other=0.0)
         right = tl.load(right_first + offset, mask=right_exists & right_counts, other=0.0)
-        chain = _product(left, right, chain, PRODUCTS)
+        chain = product(left, right, chain, PRODUCTS)
         if (step - begin) % FLUSH == FLUSH - 1:
             total += chain
             chain = tl.zeros((BLOCK, BLOCK), tl.float32)
@@ -128,13 +79,13 @@ def gram_partial_kernel(
     """
     if LINE == COLUMNS:
         column_stride = 1
-        row_stride = row_stride * CHUNK
+        row_stride = row_stride.to(tl.int64) * CHUNK
         width = width * CHUNK
     elif LINE == ROWS:
         row_stride = 1
-        column_stride = column_stride * CHUNK
+        column_stride = column_stride.to(tl.int64) * CHUNK
         inner = inner * CHUNK
-    outer_stride = outer_stride * CHUNK
+    outer_stride = outer_stride.to(tl.int64) * CHUNK
     program = tl.program_id(0)
     group = (program // tiles).to(tl.int64)
     tile = program % tiles
@@ -171,69 +122,11 @@ def gram_partial_kernel(
     tl.store(partials + first + entry, total)
 
 
-@triton.jit
-def _accumulate(place, value, beta, exists):
-    """``out <- value + beta out``, returned; with ``beta`` 0 it does not read ``out``."""
-    if beta != 0.0:
-        value += beta * tl.load(place, mask=exists)
-    tl.store(place, value, mask=exists)
-    return value
-
-
-@triton.jit(do_not_specialize=["rows", "width", "tiles", "split"])
-def gram_finish_kernel(
-    partials, column_sums, counted, out, alpha, beta, rows, width, tiles, split,
-    BLOCK: tl.constexpr, SLAB: tl.constexpr, BIAS: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """``out <- beta out + alpha sum of the parts``; grid (groups * tiles, BLOCK / SLAB).
-
-    ``counted`` points to the number of rows that a mask leaves; without one it is ``rows``.
-    """
-    program = tl.program_id(0).to(tl.int64)
-    group = program // tiles
-    tile = (program % tiles).to(tl.int32)
-    i = triangle_row(tile)
-    j = tile - i * (i + 1) // 2
-    slab_row = tl.program_id(1) * SLAB + tl.arange(0, SLAB)
-    entry = slab_row[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    total = tl.zeros((SLAB, BLOCK), tl.float32)
-    for part in range(split):
-        first = (part * tl.num_programs(0) + program) * (BLOCK * BLOCK)
-        total += tl.load(partials + first + entry)
-    width = width.to(tl.int64)
-    edge = width + 1 if BIAS else width
-    out += group * edge * edge
-    row = (i * BLOCK + slab_row).to(tl.int64)
-    column = (j * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-    lower = (row[:, None] >= column[None, :]) & (row[:, None] < width)
-    place = out + row[:, None] * edge + column[None, :]
-    total = _accumulate(place, alpha * total, beta, lower)
-    # The mirror image is copied, not computed, so that it has the same bits.
-    upper = (column[:, None] <= row[None, :]) & (row[None, :] < width)
-    tl.store(out + column[:, None] * edge + row[None, :], tl.trans(total), mask=upper)
-    if BIAS and i == j and tl.program_id(1) == 0:
-        exists = column < width
-        sums = tl.zeros((BLOCK,), tl.float32)
-        for part in range(split):
-            first = (part * (tl.num_programs(0) // tiles) + group) * width
-            sums += tl.load(column_sums + first + column, mask=exists, other=0.0)
-        sums = _accumulate(out + width * edge + column, alpha * sums, beta, exists)
-        tl.store(out + column * edge + width, sums, mask=exists)
-        if i == 0:
-            count = tl.load(counted) if MASKED else rows
-            _accumulate(out + width * edge + width, alpha * count.to(tl.float32), beta, True)
-
-
 def refuses(
     x: Tensor, mask: Tensor | None, groups: int, bias: bool, alpha: float, beta: float, out: Tensor
 ) -> str | None:
     """Say why these kernels cannot serve a call, or None."""
-    if x.dtype == torch.float64:
-        return "x is float64, which the Triton kernel's bfloat16 products do not make up"
-    capability = launch.device(x.get_device()).capability
-    if capability < 80:
-        return f"the Triton kernel needs compute capability 8.0 or newer, got {capability / 10}"
-    return None
+    return launch.refusal(x)
 
 
 def gram(
@@ -260,28 +153,20 @@ def gram(
     tiling = launch.gram_tiling(
         width, products, x.element_size(), rows.chunk > 1, device.capability
     )
-    tiles = tiling.tiles(width)
-    programs = groups * tiles
-    tile_size = tiling.block**2
-    split = launch.choose_split(
-        programs, rows.steps(tiling.depth), 4 * tile_size, device.multiprocessors * tiling.resident
-    )
-    partials = out.new_empty(split * programs * tile_size)
-    column_sums = out.new_empty(split * groups * width if bias else 0)
-    counted = mask.sum() if bias and mask is not None else column_sums
-    masked = mask is not None
+    parts = TriangleParts.empty(out, groups, width, rows.steps(tiling.depth), bias, tiling, device)
+    counted = mask.sum() if bias and mask is not None else None
     along_columns, along_rows = rows.line == launch.Line.COLUMNS, rows.line == launch.Line.ROWS
     with torch.cuda.device_of(x):
-        gram_partial_kernel[programs, split](
+        gram_partial_kernel[parts.programs, parts.split](
             rows.x,
             rows.x if rows.mask is None else rows.mask,
-            partials,
-            column_sums,
+            parts.tiles,
+            parts.column_sums,
             rows.outer,
             rows.inner // rows.chunk if along_rows else rows.inner,
             width // rows.chunk if along_columns else width,
-            tiles,
-            split,
+            tiling.tiles(width),
+            parts.split,
             rows.outer_stride // rows.chunk,
             rows.row_stride // rows.chunk if along_columns else rows.row_stride,
             rows.x.stride(-1) // rows.chunk if along_rows else rows.x.stride(-1),
@@ -294,24 +179,8 @@ def gram(
             LINE=rows.line,
             CHUNK=rows.chunk,
             BIAS=bias,
-            MASKED=masked,
+            MASKED=mask is not None,
             num_warps=tiling.warps,
             num_stages=tiling.stages,
         )
-        gram_finish_kernel[programs, tiling.block // SLAB](
-            partials,
-            column_sums,
-            counted,
-            out,
-            float(alpha),
-            float(beta),
-            rows.outer * rows.inner,
-            width,
-            tiles,
-            split,
-            BLOCK=tiling.block,
-            SLAB=SLAB,
-            BIAS=bias,
-            MASKED=masked,
-            num_warps=8,
-        )
+        parts.finish(rows.outer * rows.inner, counted, bias, alpha, beta, out)

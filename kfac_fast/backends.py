@@ -8,14 +8,14 @@ that fails raises.
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
-from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -83,49 +83,73 @@ def _native(op: str, device: str) -> Implementation:
     return Implementation("cpp" if device == "cpu" else "cuda", overload, _missing(op, device))
 
 
+class Convolution(NamedTuple):
+    """A convolution operator's arguments, its geometry in one piece."""
+
+    x: torch.Tensor
+    geometry: ConvGeometry
+    bias: bool
+    alpha: float
+    beta: float
+    out: torch.Tensor
+
+    @staticmethod
+    def of(x: torch.Tensor, *arguments: Any) -> Convolution:
+        """From the dispatcher's arguments."""
+        *geometry, bias, alpha, beta, out = arguments
+        return Convolution(x, ConvGeometry.from_arguments(*geometry), bias, alpha, beta, out)
+
+    @property
+    def kernel(self) -> str:
+        """The kernel that forms a factor under expand."""
+        return conv_kernels.expand_kernel(self.geometry, tuple(self.x.shape))
+
+
+def _way(*args: Any) -> str:
+    return conv_kernels.EXPAND_KERNELS[Convolution.of(*args).kernel]
+
+
 def _native_conv(op: str, device: str) -> Implementation:
     """The compiled extension's kernel of a convolution, which takes a plan of its geometry."""
-
-    def run(x: torch.Tensor, *arguments: Any) -> None:
-        *geometry, bias, alpha, beta, out = arguments
-        overload, plan, groups = _prepared(
-            op, ConvGeometry.from_arguments(*geometry), tuple(x.shape)
-        )
-        overload(x, plan, groups, bias, alpha, beta, out)
-
     expand = op == "conv_expand_gram"
+
+    def run(*args: Any) -> None:
+        call = Convolution.of(*args)
+        kernel, numbers = _planned(op, call.geometry, tuple(call.x.shape), call.x.device)
+        kernel(call.x, *numbers, call.geometry.groups, call.bias, call.alpha, call.beta, call.out)
+
     missing = _missing("conv_offset_gram" if expand else op, device)
     name = "cpp" if device == "cpu" else "cuda"
-    return Implementation(name, run, missing, way=_expand_way if expand else None)
+    return Implementation(name, run, missing, way=_way if expand else None)
 
 
 @lru_cache(maxsize=1024)
-def _prepared(
-    op: str, geometry: ConvGeometry, shape: tuple[int, ...]
-) -> tuple[Callable[..., None], torch.Tensor, int]:
-    """The compiled kernel for an input of this shape, its plan and the groups."""
+def _planned(
+    op: str, geometry: ConvGeometry, shape: tuple[int, ...], device: torch.device
+) -> tuple[Callable[..., None], tuple[Any, ...]]:
+    """The compiled kernel for an input of this shape, and the arguments that hold its plan."""
     kernel = conv_kernels.expand_kernel(geometry, shape) if op == "conv_expand_gram" else op
     overload = getattr(torch.ops.kfac_fast_native, kernel).default
-    return overload, conv_kernels.plan(kernel, geometry, shape[2:]), geometry.groups
+    plan = conv_kernels.plan(kernel, geometry, shape[2:]).to(device)
+    if op != "conv_window_sum":
+        return overload, (plan,)
+    cells = [len(axis.sums().weights[0]) for axis in geometry.axes(shape[2:])]
+    return overload, (plan, cells, list(geometry.kernel_size))
 
 
-def _expand_way(x: torch.Tensor, *arguments: Any) -> str:
-    *geometry, _, _, _, _ = arguments
-    kernel = conv_kernels.expand_kernel(ConvGeometry.from_arguments(*geometry), tuple(x.shape))
-    return conv_kernels.EXPAND_KERNELS[kernel]
+def _kernels(name: str) -> Any:
+    """A module of Triton kernels; at its first use, because Triton is slow to import."""
+    return importlib.import_module(f"kfac_fast.kernels.{name}")
 
 
-def _triton(op: str, device: str) -> Implementation:
+def _triton(op: str, device: str, run: Callable[..., None] | None = None) -> Implementation:
     """The Triton kernel; on CPU tensors it runs only under Triton's interpreter."""
 
-    def kernels() -> ModuleType:  # at the first use, because Triton is slow to import
-        return importlib.import_module(f"kfac_fast.kernels.{op}")
-
-    def run(*args: Any) -> None:
-        getattr(kernels(), op)(*args, precision=torch.get_float32_matmul_precision())
+    def run_itself(*args: Any) -> None:
+        getattr(_kernels(op), op)(*args, precision=torch.get_float32_matmul_precision())
 
     def refuses(*args: Any) -> str | None:
-        reason: str | None = kernels().refuses(*args)
+        reason: str | None = _kernels("launch").refusal(args[0])
         return reason
 
     missing = None
@@ -135,7 +159,57 @@ def _triton(op: str, device: str) -> Implementation:
         missing = "kfac_fast.kernels is not installed: run `pip install --no-build-isolation .`"
     elif device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         missing = "Triton needs a GPU, or TRITON_INTERPRET=1 to interpret its kernels"
-    return Implementation("triton", run, missing, refuses)
+    way = _way if op == "conv_expand_gram" else None
+    return Implementation("triton", run or run_itself, missing, refuses, way)
+
+
+@lru_cache(maxsize=256)
+def _offset_tables(geometry: ConvGeometry, size: tuple[int, ...], device: torch.device) -> Any:
+    plans = [axis.offsets() for axis in geometry.axes(size)]
+    return _kernels("conv_offset_gram").tables(plans, device)
+
+
+@lru_cache(maxsize=256)
+def _sum_tables(geometry: ConvGeometry, size: tuple[int, ...], device: torch.device) -> Any:
+    plans = [axis.sums() for axis in geometry.axes(size)]
+    return _kernels("conv_window_sum").tables(plans, device)
+
+
+def _triton_expand(*args: Any) -> None:
+    call = Convolution.of(*args)
+    geometry, size = call.geometry, tuple(call.x.shape[2:])
+    output = geometry.output_size(size)
+    target = geometry.groups, call.bias, call.alpha, call.beta, call.out
+    precision = torch.get_float32_matmul_precision()
+    if call.kernel == "conv_patch_gram":
+        window = geometry.kernel_size, geometry.window_stride, geometry.dilation, output
+        run = _kernels("conv_patch_gram").conv_patch_gram
+        run(geometry.frame_input(call.x), *window, *target, precision)
+    else:
+        tables = _offset_tables(geometry, size, call.x.device)
+        run = _kernels("conv_offset_gram").conv_offset_gram
+        run(call.x, tables, math.prod(output), *target, precision)
+
+
+def _triton_sum(*args: Any, form: str = "conv_window_sum", **options: Any) -> None:
+    call = Convolution.of(*args)
+    geometry, size = call.geometry, tuple(call.x.shape[2:])
+    tables = _sum_tables(geometry, size, call.x.device)
+    outputs = math.prod(geometry.output_size(size))
+    target = geometry.groups, call.bias, call.alpha, call.beta, call.out
+    getattr(_kernels("conv_window_sum"), form)(call.x, tables, outputs, *target, **options)
+
+
+def _triton_reduce(*args: Any) -> None:
+    precision = torch.get_float32_matmul_precision()
+    _triton_sum(*args, form="conv_reduce_gram", precision=precision)
+
+
+_TRITON_CONV = {
+    "conv_expand_gram": _triton_expand,
+    "conv_reduce_gram": _triton_reduce,
+    "conv_window_sum": _triton_sum,
+}
 
 
 TABLE: dict[tuple[str, str], tuple[Implementation, ...]] = {
@@ -143,11 +217,17 @@ TABLE: dict[tuple[str, str], tuple[Implementation, ...]] = {
     for op in schema.OPERATORS
     for device in ("cpu", "cuda", "mps", "xpu")
 }
-TABLE["gram", "cpu"] = (_native("gram", "cpu"), _reference("gram"), _triton("gram", "cpu"))
-TABLE["shared_gram", "cpu"] = (_native("shared_gram", "cpu"), _reference("shared_gram"))
-for _op in ("conv_expand_gram", "conv_reduce_gram", "conv_window_sum"):
-    TABLE[_op, "cpu"] = (_native_conv(_op, "cpu"), _reference(_op))
+for _op in ("gram", "shared_gram"):
+    TABLE[_op, "cpu"] = (_native(_op, "cpu"), _reference(_op), _triton(_op, "cpu"))
+for _op, _run in _TRITON_CONV.items():
+    TABLE[_op, "cpu"] = (_native_conv(_op, "cpu"), _reference(_op), _triton(_op, "cpu", _run))
+    TABLE[_op, "cuda"] = (_triton(_op, "cuda", _run), _reference(_op))
 TABLE["gram", "cuda"] = (_triton("gram", "cuda"), _native("gram", "cuda"), _reference("gram"))
+TABLE["shared_gram", "cuda"] = (_triton("shared_gram", "cuda"), _reference("shared_gram"))
+TABLE["conv_window_sum", "cuda"] = (
+    _native_conv("conv_window_sum", "cuda"),
+    *TABLE["conv_window_sum", "cuda"],
+)
 
 _forced: ContextVar[str | None] = ContextVar("kfac_fast_implementation", default=None)
 _explanation: ContextVar[list[str] | None] = ContextVar("kfac_fast_explanation", default=None)

@@ -101,7 +101,7 @@ LOADS_A_ROW = 3
 # An entry of a patch is gathered from the input; a copied pixel comes in vectors.
 WORK_A_GATHERED_ENTRY = 1.0
 # The offset kernel keeps the sums of all cells of a tile.
-MOST_SUMS = 2**21
+MOST_SUMS = 2**22
 
 
 def _strips(width: int, groups: int) -> tuple[int, int]:

@@ -436,13 +436,15 @@ def result_shape(op: str, *inputs: Any) -> Shape:
     return shape(op, *inputs)
 
 
-_PLANNED = "Tensor x, Tensor plan, int groups, bool bias, float alpha, float beta, Tensor(a!) out"
+_TARGET = "int groups, bool bias, float alpha, float beta, Tensor(a!) out"
+_PLANNED = f"Tensor x, Tensor plan, {_TARGET}"
 NATIVE: dict[str, str] = {
     **{op: row.arguments for op, row in OPERATORS.items() if not op.startswith("conv_")},
     "conv_offset_gram": _PLANNED,
     "conv_patch_gram": _PLANNED,
     "conv_reduce_gram": _PLANNED,
-    "conv_window_sum": _PLANNED,
+    # The number of cells and of taps of each axis, which the host needs on a GPU.
+    "conv_window_sum": f"Tensor x, Tensor plan, int[] cells, int[] taps, {_TARGET}",
 }
 
 

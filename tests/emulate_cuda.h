@@ -1,7 +1,8 @@
 #pragma once
 // Enough of CUDA C++ to run a kernel on the CPU. The threads of a block are fibers that take turns:
 // each runs until its next __syncthreads(). A missing barrier shows, because the result then
-// depends on the order of the turns, which the caller picks.
+// depends on the order of the turns, which the caller picks. mute_barrier() takes one away, so that
+// a test can see that it is missed.
 
 #include <ucontext.h>
 
@@ -49,22 +50,38 @@ using std::sqrt;
 
 class Emulator {
  public:
-  // Turns in ascending or descending order of the threads.
-  void run(dim3 grid, dim3 block, bool descending, const std::function<void()>& kernel) {
+  // Turns in ascending or descending order of the threads. Dynamic shared memory begins as NaN.
+  // False if a block wrote beyond it.
+  bool run(dim3 grid, dim3 block, bool descending, const std::function<void()>& kernel,
+           size_t shared_bytes = 0) {
     gridDim = grid, blockDim = block, kernel_ = &kernel;
+    bool inside = true;
     const unsigned count = block.x * block.y * block.z;
     if (fibers_.size() < count) fibers_.resize(count);
     for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z) {
       for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y) {
-        for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) run_block(count, descending);
+        for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) {
+          shared_.assign((shared_bytes + kBeyond) / sizeof(uint64_t) + 1, ~uint64_t{0});
+          run_block(count, descending);
+          const char* begin = reinterpret_cast<const char*>(shared_.data());
+          inside = inside && std::all_of(begin + shared_bytes, begin + shared_bytes + kBeyond,
+                                         [](char byte) { return byte == ~char{0}; });
+        }
       }
     }
+    return inside;
   }
 
-  void sync() { swapcontext(&current_->context, &scheduler_); }
+  void* shared() { return shared_.data(); }
+
+  void sync(int line) {
+    if (line != muted) swapcontext(&current_->context, &scheduler_);
+  }
+
+  int muted = 0;  // line of a __syncthreads() that does nothing
 
  private:
-  static constexpr size_t kStack = 1 << 16;
+  static constexpr size_t kStack = 1 << 16, kBeyond = 1 << 12;
 
   struct Fiber {
     ucontext_t context;
@@ -101,6 +118,7 @@ class Emulator {
   }
 
   std::vector<Fiber> fibers_;
+  std::vector<uint64_t> shared_;
   Fiber* current_ = nullptr;
   ucontext_t scheduler_;
   const std::function<void()>* kernel_ = nullptr;
@@ -112,4 +130,10 @@ class Emulator {
   }
 };
 
-inline void __syncthreads() { Emulator::instance().sync(); }
+#define __syncthreads() Emulator::instance().sync(__LINE__)
+
+inline void* dynamic_shared() { return Emulator::instance().shared(); }
+
+extern "C" __attribute__((used)) inline void mute_barrier(int line) {
+  Emulator::instance().muted = line;
+}

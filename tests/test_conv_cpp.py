@@ -64,7 +64,8 @@ def run(
         out = poisoned(*shape, dtype=result_dtype(x.dtype))
     plan = conv_kernels.plan(kernel, geometry, tuple(x.shape[2:]))
     native = getattr(torch.ops.kfac_fast_native, kernel)
-    native(x, plan, geometry.groups, bias, alpha, beta, out)
+    sizes = ([], []) if kernel == "conv_window_sum" else ()  # a GPU's host needs them
+    native(x, plan, *sizes, geometry.groups, bias, alpha, beta, out)
     return out
 
 

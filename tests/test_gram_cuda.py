@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import ctypes
-import re
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from cases import GRAM_ROWS
-from compile_kernels import ROOT, cached, toolkit
+from cuda_sources import (
+    assert_compiles_without_spills,
+    assert_every_barrier_is_needed,
+    assert_loads_where_torch_has_no_cuda,
+    emulation,
+    integers,
+)
 from oracle import assert_symmetric, assert_within_budget, bits, lower_only, poisoned, spread
 from oracle import gram as oracle_gram
 from torch import Tensor
@@ -21,8 +23,6 @@ from torch import Tensor
 from kfac_fast import reference
 from kfac_fast.schema import result_dtype, result_shape
 
-CUDA = ROOT / "csrc" / "cuda"
-TORCH = Path(torch.__file__).parent
 # Element type and tile of every instantiation.
 KERNELS = {
     "float_64": torch.float32,
@@ -61,25 +61,14 @@ class Arguments(ctypes.Structure):
 
 @pytest.fixture(scope="module")
 def emulated() -> ctypes.CDLL:
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("emulation needs g++")
-    folder = Path(__file__).parent
-    sources = [folder / "emulate_gram.cpp", folder / "emulate_cuda.h", CUDA / "gram.cuh"]
-    flags = ["-std=c++20", "-O2", "-Wall", "-Wno-unknown-pragmas", "-Werror", "-fPIC", "-shared"]
-    emulation = ["-include", str(sources[1])]
-    command = [compiler, *flags, *emulation, str(sources[0]), "-o", "{out}"]
-    return ctypes.CDLL(str(cached("emulate_gram.so", command, sources)))
+    return emulation("gram")
 
 
-def _integers(values: tuple[int, ...]) -> ctypes.Array[ctypes.c_int64]:
-    return (ctypes.c_int64 * len(values))(*values)
-
-
-def _run(
+def _launch(
     library: ctypes.CDLL,
     kernel: str,
     x: Tensor,
+    descending: bool,
     mask: Tensor | None = None,
     groups: int = 1,
     bias: bool = False,
@@ -88,31 +77,41 @@ def _run(
     split: int = 1,
     old: Tensor | None = None,
 ) -> Tensor:
-    """The result, after checking that it does not depend on the order of the threads."""
     shape = result_shape("gram", x, mask, groups, bias)
     dtype = result_dtype(x.dtype)
-    results = []
-    for descending in (False, True):
-        out = poisoned(*shape, dtype=dtype) if old is None else lower_only(old)
-        arguments = Arguments(
-            x.data_ptr(),
-            None if mask is None else mask.data_ptr(),
-            x.dim() - 1,
-            _integers(x.shape[:-1]),
-            _integers(x.stride()[:-1]),
-            _integers((0,) * (x.dim() - 1) if mask is None else mask.stride()),
-            x.shape[-1] // groups,
-            x.stride(-1),
-            groups,
-            bias,
-            alpha,
-            beta,
-            out.data_ptr(),
-            split,
-            descending,
-        )
-        assert getattr(library, f"gram_{kernel}")(ctypes.byref(arguments)) >= 0
-        results.append(out)
+    out = poisoned(*shape, dtype=dtype) if old is None else lower_only(old)
+    arguments = Arguments(
+        x.data_ptr(),
+        None if mask is None else mask.data_ptr(),
+        x.dim() - 1,
+        integers(x.shape[:-1]),
+        integers(x.stride()[:-1]),
+        integers((0,) * (x.dim() - 1) if mask is None else mask.stride()),
+        x.shape[-1] // groups,
+        x.stride(-1),
+        groups,
+        bias,
+        alpha,
+        beta,
+        out.data_ptr(),
+        split,
+        descending,
+    )
+    assert getattr(library, f"gram_{kernel}")(ctypes.byref(arguments)) >= 0
+    return out
+
+
+def _run(
+    library: ctypes.CDLL,
+    kernel: str,
+    x: Tensor,
+    mask: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """The result, after checking that it does not depend on the order of the threads."""
+    results = [
+        _launch(library, kernel, x, descending, mask, **options) for descending in (False, True)
+    ]
     assert torch.equal(bits(results[0]), bits(results[1]))
     assert_symmetric(results[0])
     return results[0]
@@ -193,9 +192,9 @@ def test_wide_strides(emulated: ctypes.CDLL) -> None:
 def test_merged_axes(emulated: ctypes.CDLL) -> None:
     x, out = torch.randn(5, 3, 4, 2), torch.empty(2, 2)
     for view, axes in ((x, 1), (x[:, :, :3], 2), (x[:, :2, :3], 3), (x[:, :, :1], 1)):
-        shape, strides = _integers(view.shape[:-1]), _integers(view.stride()[:-1])
+        shape, strides = integers(view.shape[:-1]), integers(view.stride()[:-1])
         arguments = Arguments(
-            view.data_ptr(), None, 3, shape, strides, _integers((0, 0, 0)), 2, 1, 1, 0, 1.0, 0.0,
+            view.data_ptr(), None, 3, shape, strides, integers((0, 0, 0)), 2, 1, 1, 0, 1.0, 0.0,
             out.data_ptr(), 1, 0,
         )  # fmt: skip
         assert emulated.gram_float_64(ctypes.byref(arguments)) == axes
@@ -223,69 +222,19 @@ def test_split_fills_the_device(emulated: ctypes.CDLL) -> None:
         assert busiest <= 1.1 * tiles / 132
 
 
+def test_every_barrier_is_needed(emulated: ctypes.CDLL) -> None:
+    x = torch.randn(70, 40)
+
+    def run(descending: bool) -> Tensor:
+        return _launch(emulated, "float_64", x, descending, bias=True, split=2)
+
+    assert_every_barrier_is_needed(emulated, "gram.cuh", run)
+
+
 def test_loads_where_torch_has_no_cuda() -> None:
-    # The stream's symbol is weak: a torch without CUDA lacks it, and must load the library still.
-    home = toolkit()
-    if home is None or torch.version.cuda:
-        pytest.skip("needs nvcc and a torch without CUDA")
-    torch_libraries = [str(TORCH / "lib" / name) for name in ("libtorch.so", "libtorch_cpu.so")]
-    linked = cached(
-        "gram.so",
-        [
-            *("g++", "-shared", str(_compiled(home)), "-Wl,--no-as-needed", *torch_libraries),
-            *("-Wl,--allow-shlib-undefined", f"-L{home}/lib64", "-lcudart_static"),
-            *("-ldl", "-lrt", "-lpthread", "-o", "{out}"),
-        ],
-        [_compiled(home)],
-    )
-    code = f"""
-import torch
-from kfac_fast import schema
-torch.ops.load_library({str(linked)!r})
-assert torch._C._dispatch_has_kernel_for_dispatch_key("kfac_fast_native::gram", "CUDA")
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
-
-
-def _instantiations(log: str) -> dict[tuple[str, str], tuple[int, int, int]]:
-    """Registers, spilled bytes and shared bytes by (architecture, kernel)."""
-    pattern = re.compile(
-        r"Compiling entry function '_ZN9kfac_fast\d+(gram_[a-z]+_kernelI\w+?)EEv\w+' for '(\w+)'.*?"
-        r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?"
-        r"Used (\d+) registers.*? (\d+) bytes smem",
-        re.DOTALL,
-    )
-    return {
-        (arch, name): (int(registers), int(stores) + int(loads), int(shared))
-        for name, arch, stores, loads, registers, shared in pattern.findall(log)
-    }
-
-
-def _compiled(home: Path) -> Path:
-    """The object file of both architectures; what ptxas says of them lies beside it."""
-    sources = [CUDA / "gram.cu", CUDA / "gram.cuh", TORCH / "version.py", home / "include/cuda.h"]
-    includes = [f"-I{TORCH}/include", f"-I{TORCH}/include/torch/csrc/api/include"]
-    defines = ["-DUSE_CUDA", "-DNDEBUG", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
-    targets = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in ("80", "90a")]
-    flags = [
-        "-std=c++20",
-        "-O3",
-        "-Xptxas=-v",
-        "-Xcompiler=-fPIC,-fvisibility=hidden",
-        "--threads=2",
-    ]
-    command = ["nvcc", *flags, *targets, *defines, *includes, "-c", str(sources[0]), "-o", "{out}"]
-    return cached("gram.o", command, sources)
+    assert_loads_where_torch_has_no_cuda("gram", "gram")
 
 
 def test_compiles_without_spills(record_property: Callable[[str, str], None]) -> None:
-    home = toolkit()
-    if home is None:
-        pytest.skip("compiling CUDA needs nvcc")
-    kernels = _instantiations(_compiled(home).with_name("log.txt").read_text())
-    assert len(kernels) == 2 * (len(KERNELS) + 2)
-    for (arch, name), (registers, spilled, shared) in sorted(kernels.items()):
-        line = f"{registers} registers, {spilled} bytes spilled, {shared} bytes shared"
-        record_property(f"{arch} {name}", line)
-        print(f"{arch} {name}: {line}")
-        assert spilled == 0 and shared <= 48 * 1024
+    finishing = 2
+    assert_compiles_without_spills("gram", len(KERNELS) + finishing, record_property)

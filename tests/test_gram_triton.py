@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from compile_kernels import ROOT, compiled_only, triton_statistics
-from packaging.version import Version
+from compile_kernels import compiled_only
 from torch import Tensor
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+from triton_kernels import (  # noqa: E402
+    ARITHMETIC,
+    SHARED_BYTES,
+    assert_multiplies_on_tensor_cores,
+    assert_no_spills,
+    assert_passes_interpreted,
+    interpreter,
+)
 
 from kfac_fast.kernels import gram as kernels  # noqa: E402
 from kfac_fast.kernels import launch  # noqa: E402
 
-SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
 WIDE, NARROW = 768, 64
 
 # How x lies in memory: contiguous along its columns or rows, aligned or not, or along neither.
@@ -41,10 +44,6 @@ VARIANTS = [
     ("rows", WIDE, False),
     ("unaligned columns", WIDE, True),
     ("neither", WIDE, True),
-]
-ARITHMETIC = [
-    (torch.bfloat16, "highest"),
-    *((torch.float32, precision) for precision in kernels.PRODUCTS),
 ]
 
 
@@ -67,23 +66,13 @@ def test_compiles_without_spills(
     out = torch.zeros(width + 1, width + 1)
     with compiled_only(capability) as compiled:
         kernels.gram(x, mask, 1, True, 1.0, 0.0, out, precision)
-    assert compiled.keys() == {"gram_partial_kernel", "gram_finish_kernel"}
-    for name, kernel in compiled.items():
-        statistics = triton_statistics(kernel)
-        registers, stack, shared, _ = statistics
-        line = f"{registers} registers, {stack} bytes stack, {shared} bytes shared"
-        record_property(name, line)
-        print(
-            f"sm_{capability} {dtype} {precision} {layout} {width} masked={masked} {name}: {line}"
-        )
-        assert stack == 0 and shared <= SHARED_BYTES[capability]
-        if name == "gram_partial_kernel":
-            product = "wgmma.mma_async" if capability >= 90 else "mma.sync"
-            assert statistics.count(product)
-            if layout in ("columns", "rows"):
-                assert statistics.count("cp.async.cg.shared.global")  # 16 bytes at once
-            elif dtype == torch.float32:
-                assert statistics.count("cp.async.ca.shared.global")
+    assert compiled.keys() == {"gram_partial_kernel", "triangle_finish_kernel"}
+    partial = assert_no_spills(compiled, capability, record_property)["gram_partial_kernel"]
+    assert_multiplies_on_tensor_cores(partial, capability, block=64)
+    if layout in ("columns", "rows"):
+        assert partial.count("cp.async.cg.shared.global")  # 16 bytes at once
+    elif dtype == torch.float32:
+        assert partial.count("cp.async.ca.shared.global")
 
 
 def test_one_compilation_serves_all_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,21 +86,9 @@ def test_one_compilation_serves_all_sizes(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(compiled) == 1
 
 
-@pytest.mark.skipif(
-    Version(triton.__version__) < Version("3.7") and Version(np.__version__) >= Version("2.4"),
-    reason="the interpreter of Triton before 3.7 does not work with NumPy 2.4 and newer",
-)
+@interpreter
 def test_under_the_interpreter() -> None:
-    # In a process of its own, because Triton reads the variable when it is imported.
-    checks = Path(__file__).with_name("interpreted_gram.py")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(checks)],
-        cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert_passes_interpreted("interpreted_gram.py")
 
 
 def _lies(x: Tensor, masked: bool = False, width: int = 0) -> tuple[launch.Line, int]:
@@ -152,6 +129,19 @@ def test_split_fills_the_device() -> None:
         parts = launch.choose_split(tiles, 1024, 65536, 132)
         busiest = -(-tiles * parts // 132) / parts
         assert busiest <= 1.2 * tiles / 132
+
+
+def test_parts_fill_the_device() -> None:
+    assert launch.choose_part([], 1, 65536, 132) == 1
+    for steps in ([1024] * 13 + [16] * 16, [9], [2000] * 8 + [1]):
+        longest = launch.choose_part(steps, 1, 65536, 132)
+        assert 1 <= longest <= max(steps)
+        parts = sum(-(-own // longest) for own in steps)
+        assert parts * 65536 <= launch.MAX_WORKSPACE
+        # Even if the longest part starts last, the device is not idle for long.
+        busiest = sum(steps) / 132 + longest
+        assert busiest <= 1.5 * max(sum(steps) / 132, launch.STEPS_PER_STORE)
+    assert launch.choose_part([1024] * 13, 10**6, 65536, 132) == 1024  # no room for more
 
 
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,8 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <vector>
+
 #include "block_gram.h"
 #include "parallel.h"
 #include "tensors.h"
@@ -39,8 +41,10 @@ void sum_windows(const ImageSource<In>& source, const Convolution& convolution,
   });
 }
 
-void conv_window_sum(const Tensor& x, const Tensor& plan, int64_t groups, bool bias, double alpha,
-                     double beta, const Tensor& out) {
+// The plan tells the cells and taps; on a GPU the host cannot read it and is told them.
+void conv_window_sum(const Tensor& x, const Tensor& plan, std::vector<int64_t>,
+                     std::vector<int64_t>, int64_t groups, bool bias, double alpha, double beta,
+                     const Tensor& out) {
   const Convolution convolution(x, plan);
   const int64_t width = x.size(1) * convolution.taps() + groups * bias;
   check_out("conv_window_sum", x, out, x.size(0) * width);

@@ -1,9 +1,6 @@
 // kfac_fast_native::gram on CUDA; the operator's schema and checks are in kfac_fast/schema.py.
-#include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
@@ -13,9 +10,7 @@
 #include <vector>
 
 #include "gram.cuh"
-
-// Weak, because a torch without CUDA lacks it and would refuse the whole library.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
+#include "launch.h"
 
 namespace kfac_fast {
 namespace {
@@ -31,29 +26,6 @@ struct Arguments {
   double alpha, beta;
   const Tensor& out;
 };
-
-void check(cudaError_t error) {
-  STD_TORCH_CHECK(error == cudaSuccess, "gram: ", cudaGetErrorString(error));
-}
-
-cudaStream_t current_stream(int32_t device) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  return static_cast<cudaStream_t>(stream);
-}
-
-int multiprocessors(int32_t device) {
-  int count = 0;
-  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-  return count;
-}
-
-// Uninitialised memory from torch's caching allocator.
-template <typename T>
-T* allocate(const Tensor& like, int64_t count, std::vector<Tensor>& keep) {
-  keep.push_back(torch::stable::new_empty(like, {count * int64_t{sizeof(T)}}, ScalarType::Byte));
-  return static_cast<T*>(keep.back().mutable_data_ptr());
-}
 
 template <typename In>
 GramRows<In> rows_of(const Arguments& a) {
@@ -78,7 +50,7 @@ void launch(const Arguments& a, const GramRows<In>& in) {
 
   const int64_t tiles = gram_tiles(in.width, tile), programs = a.groups * tiles;
   const int64_t split =
-      gram_split(programs, in.rows, tile * tile * sizeof(Acc), multiprocessors(device));
+      gram_split(programs, in.rows, tile * tile * sizeof(Acc), multiprocessors(device, "gram"));
   const int64_t steps = (in.rows + kGramDepth - 1) / kGramDepth;
   std::vector<Tensor> workspace;
   GramParts<Acc> parts{allocate<Acc>(a.out, split * programs * tile * tile, workspace)};
@@ -89,12 +61,12 @@ void launch(const Arguments& a, const GramRows<In>& in) {
   }
   gram_partial_kernel<In, Acc, kPer><<<dim3(programs, split), kGramThreads, 0, stream>>>(
       in, parts, tiles, (steps + split - 1) / split);
-  check(cudaGetLastError());
+  check(cudaGetLastError(), "gram");
   constexpr int patches = tile / kGramPatch * (tile / kGramPatch);
   gram_finish_kernel<<<dim3(programs, patches), dim3(kGramPatch, 8), 0, stream>>>(
       parts, static_cast<Acc*>(a.out.mutable_data_ptr()), static_cast<Acc>(a.alpha),
       static_cast<Acc>(a.beta), in.width, tiles, tile, split);
-  check(cudaGetLastError());
+  check(cudaGetLastError(), "gram");
 }
 
 template <typename In>

@@ -6,12 +6,9 @@
 // second kernel adds the parts and writes the tile, its mirror image and the bias entries. No sum
 // depends on the order in which thread blocks run.
 
-#ifdef __CUDACC__
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#endif
-
 #include <cstdint>
+
+#include "value.cuh"
 
 namespace kfac_fast {
 
@@ -102,11 +99,6 @@ __device__ inline GramTile gram_tile(int64_t program, int64_t tiles) {
   return {program / tiles, static_cast<int>(row), static_cast<int>(t - row * (row + 1) / 2)};
 }
 
-__device__ inline float gram_value(float v) { return v; }
-__device__ inline double gram_value(double v) { return v; }
-__device__ inline float gram_value(__nv_bfloat16 v) { return __bfloat162float(v); }
-__device__ inline float gram_value(__half v) { return __half2float(v); }
-
 // Offset of a row in x, or -1 if it does not exist or count.
 template <typename In>
 __device__ int64_t gram_row_offset(const GramRows<In>& in, int64_t row) {
@@ -148,7 +140,7 @@ struct GramPiece {
       const Place at = place(in.lanes_along_rows, i);
       const int64_t offset = row_offset[at.row], column = first_column + at.column;
       const bool exists = offset >= 0 && column < in.width;
-      value[i] = exists ? gram_value(x[offset + column * in.column_stride]) : Acc(0);
+      value[i] = exists ? value_of(x[offset + column * in.column_stride]) : Acc(0);
     }
   }
 

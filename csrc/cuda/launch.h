@@ -1,0 +1,47 @@
+#pragma once
+// What every launcher needs of CUDA and of torch's stable ABI.
+
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <vector>
+
+// Weak, because a torch without CUDA lacks it and would refuse the whole library.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
+
+namespace kfac_fast {
+
+inline void check(cudaError_t error, const char* op) {
+  STD_TORCH_CHECK(error == cudaSuccess, op, ": ", cudaGetErrorString(error));
+}
+
+inline cudaStream_t current_stream(int32_t device) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+inline int device_attribute(cudaDeviceAttr attribute, int32_t device, const char* op) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, attribute, device), op);
+  return value;
+}
+
+inline int multiprocessors(int32_t device, const char* op) {
+  return device_attribute(cudaDevAttrMultiProcessorCount, device, op);
+}
+
+// Uninitialised memory from torch's caching allocator.
+template <typename T>
+T* allocate(const torch::stable::Tensor& like, int64_t count,
+            std::vector<torch::stable::Tensor>& keep) {
+  keep.push_back(torch::stable::new_empty(like, {count * int64_t{sizeof(T)}},
+                                          torch::headeronly::ScalarType::Byte));
+  return static_cast<T*>(keep.back().mutable_data_ptr());
+}
+
+}  // namespace kfac_fast

@@ -1,0 +1,79 @@
+"""What the tests of Triton kernels share: the bounds on a compiled kernel, and the interpreter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import triton
+from compile_kernels import ROOT, Statistics, triton_statistics
+from packaging.version import Version
+from torch import Tensor
+
+from kfac_fast.kernels.product import PRODUCTS
+
+# Shared memory of a thread block, by compute capability.
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
+ARITHMETIC = [(torch.bfloat16, "highest"), *((torch.float32, precision) for precision in PRODUCTS)]
+
+# Bits of float32 that survive in tf32 and in bfloat16; the interpreter's casts truncate.
+SURVIVING = {"highest": -1, "high": ~0x1FFF, "medium": ~0xFFFF}
+
+interpreter = pytest.mark.skipif(
+    Version(triton.__version__) < Version("3.7") and Version(np.__version__) >= Version("2.4"),
+    reason="the interpreter of Triton before 3.7 does not work with NumPy 2.4 and newer",
+)
+
+
+def assert_passes_interpreted(checks: str) -> None:
+    """Run a file of tests in a process of its own: Triton reads the variable at its import."""
+    path = Path(__file__).with_name(checks)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def assert_no_spills(
+    kernels: dict[str, Any], capability: int, record_property: Callable[[str, str], None]
+) -> dict[str, Statistics]:
+    """Check that compiled kernels keep their registers and fit; their statistics by name."""
+    all_statistics = {name: triton_statistics(kernel) for name, kernel in kernels.items()}
+    for name, statistics in all_statistics.items():
+        registers, stack, shared, _ = statistics
+        line = f"{registers} registers, {stack} bytes stack, {shared} bytes shared"
+        record_property(name, line)
+        print(f"sm_{capability} {name}: {line}")
+        assert stack == 0 and shared <= SHARED_BYTES[capability]
+    return all_statistics
+
+
+def assert_multiplies_on_tensor_cores(statistics: Statistics, capability: int, block: int) -> None:
+    """Check for the device's product of its tiles; those below 64 are too small for the newer."""
+    newer = capability >= 90 and block >= 64
+    assert statistics.count("wgmma.mma_async" if newer else "mma.sync")
+
+
+def rounded(x: Tensor, precision: str) -> Tensor:
+    """What PyTorch multiplies at a matmul precision: tf32 for "high", bfloat16 for "medium"."""
+    if x.dtype != torch.float32:
+        return x
+    return (x.contiguous().view(torch.int32) & SURVIVING[precision]).view(torch.float32)
+
+
+def cropped(x: Tensor) -> Tensor:
+    """The same values as the inside of a larger tensor: no two dimensions step evenly."""
+    buffer = x.new_full([n + 3 for n in x.shape], torch.nan)
+    view = buffer[tuple(slice(1, n + 1) for n in x.shape)]
+    return view.copy_(x)
