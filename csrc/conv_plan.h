@@ -2,6 +2,7 @@
 // The plans of kfac_fast/conv.py, read from their numbers. Each kernel sees three spatial axes; the
 // ones that an input lacks come first and hold one pixel under one tap.
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <utility>
@@ -92,6 +93,8 @@ struct PatchAxis {
   }
 
   int64_t pixel(int64_t tap, int64_t output) const { return reads[tap * outputs + output]; }
+  // As far as they are read.
+  int64_t pixels() const { return *std::max_element(reads.begin(), reads.end()) + 1; }
 };
 
 // Pixels of an axis that the same taps read equally often make a cell.

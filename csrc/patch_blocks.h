@@ -28,6 +28,8 @@ class PatchBlocks {
         total_(source.examples * positions_),
         rows_(std::clamp<int64_t>(total_, 1, longest)),
         count_(std::max<int64_t>(1, divide_up(total_, rows_))) {
+    input_bytes_ = source.examples * source.channels * sizeof(In);
+    for (const PatchAxis& axis : axes) input_bytes_ *= axis.pixels();
     for (int64_t channel = 0; channel < source.channels; ++channel) {
       for (int64_t z = 0; z < axes[0].taps; ++z) {
         for (int64_t y = 0; y < axes[1].taps; ++y) {
@@ -40,6 +42,7 @@ class PatchBlocks {
   }
 
   int64_t rows() const { return total_; }
+  int64_t input_bytes() const { return input_bytes_; }
   int64_t count() const { return count_; }
   int64_t packed_size() const { return layout_.panels() * panel_size(); }
 
@@ -136,6 +139,7 @@ class PatchBlocks {
   const int64_t total_;
   const int64_t rows_;
   const int64_t count_;
+  int64_t input_bytes_;
   std::vector<Column> columns_;
 };
 

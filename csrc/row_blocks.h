@@ -36,6 +36,7 @@ class RowBlocks {
         count_(std::max<int64_t>(1, divide_up(source.rows(), rows_))) {}
 
   int64_t rows() const { return source_.rows(); }
+  int64_t input_bytes() const { return rows() * layout_.columns * sizeof(In); }
 
   // Blocks; one without rows if there are no rows.
   int64_t count() const { return count_; }

@@ -1,5 +1,5 @@
 #pragma once
-// Sums over the rows of one example, or of one segment, of a tensor.
+// Sums of rows, or of their squares, column by column.
 
 #include <algorithm>
 #include <cstdint>
@@ -12,31 +12,32 @@ namespace kfac_fast {
 #define KFAC_FAST_BODY "row_sum_body.h"
 #include "compile_for_instruction_sets.h"
 
-template <typename In, typename T>
+template <typename In, typename T, bool squared = false>
 class RowSum {
  public:
   RowSum(InstructionSet set, int64_t column_stride) : column_stride_(column_stride) {
-    rows_ = portable::add_rows<In, T>;
-    columns_ = portable::add_columns<In, T>;
+    rows_ = portable::add_rows<In, T, squared>;
+    columns_ = portable::add_columns<In, T, squared>;
 #if defined(__x86_64__)
     if (set == InstructionSet::avx512) {
-      rows_ = avx512::add_rows<In, T>, columns_ = avx512::add_columns<In, T>;
+      rows_ = avx512::add_rows<In, T, squared>, columns_ = avx512::add_columns<In, T, squared>;
     } else if (set == InstructionSet::avx2) {
-      rows_ = avx2::add_rows<In, T>, columns_ = avx2::add_columns<In, T>;
+      rows_ = avx2::add_rows<In, T, squared>, columns_ = avx2::add_columns<In, T, squared>;
     }
 #endif
   }
 
-  // total[c] = Σ_r row r at column first + c, of the rows that count. Few rows are summed plainly,
-  // in `chain`; their sums are added with what the last addition rounded off (Kahan), in `lost`.
-  void operator()(const RowSource<In>& source, int64_t first, int64_t columns, T* total, T* chain,
-                  T* lost) const {
+  // total[c] = Σ_r row r at column first + c, of the rows [begin, end) that count. Few rows are
+  // summed plainly, in `chain`; their sums are added with what the last addition rounded off
+  // (Kahan), in `lost`.
+  void operator()(const RowSource<In>& source, int64_t begin, int64_t end, int64_t first,
+                  int64_t columns, T* total, T* chain, T* lost) const {
     std::fill_n(total, columns, T{0});
     std::fill_n(lost, columns, T{0});
-    for (int64_t begin = 0; begin < source.rows(); begin += longest) {
-      const int64_t end = std::min(begin + longest, source.rows());
+    for (int64_t next; begin < end; begin = next) {
+      next = std::min(begin + longest, end);
       std::fill_n(chain, columns, T{0});
-      source.for_each_stretch(begin, end, [&](const In* rows, int64_t stride, int64_t count) {
+      source.for_each_stretch(begin, next, [&](const In* rows, int64_t stride, int64_t count) {
         add(rows + first * column_stride_, stride, count, columns, chain);
       });
       for (int64_t c = 0; c < columns; ++c) {
@@ -56,6 +57,7 @@ class RowSum {
   }
 
  private:
+  // Columns apart are read along the rows, in longer stretches.
   static constexpr int64_t longest = 64;
 
   const int64_t column_stride_;

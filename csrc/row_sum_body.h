@@ -1,8 +1,14 @@
 // Sums of rows for one instruction set; see compile_for_instruction_sets.h.
 
-// total[c] += Σ_r rows[r][c], columns side by side. Four rows at a time: the totals are read and
-// written seldom, and the rows from end to end.
-template <typename In, typename T>
+template <bool SQUARED, typename Value>
+KFAC_FAST_TARGET inline Value term(Value value) {
+  if constexpr (SQUARED) return value * value;
+  return value;
+}
+
+// total[c] += Σ_r rows[r][c], or the squares, columns side by side. Four rows at a time: the totals
+// are read and written seldom, and the rows from end to end.
+template <typename In, typename T, bool SQUARED>
 KFAC_FAST_TARGET void add_rows(const In* rows, int64_t row_stride, int64_t count, int64_t columns,
                                T* total) {
   using Vector = typename VectorOf<T>::type;
@@ -11,26 +17,28 @@ KFAC_FAST_TARGET void add_rows(const In* rows, int64_t row_stride, int64_t count
     int64_t c = 0;
     for (; c + LANES <= columns; c += LANES) {
       const In* row = rows + c;
-      const Vector first = load_vector<In, T>(row) + load_vector<In, T>(row + row_stride);
-      const Vector second =
-          load_vector<In, T>(row + 2 * row_stride) + load_vector<In, T>(row + 3 * row_stride);
+      const Vector first = term<SQUARED>(load_vector<In, T>(row)) +
+                           term<SQUARED>(load_vector<In, T>(row + row_stride));
+      const Vector second = term<SQUARED>(load_vector<In, T>(row + 2 * row_stride)) +
+                            term<SQUARED>(load_vector<In, T>(row + 3 * row_stride));
       *reinterpret_cast<Vector*>(total + c) += first + second;
     }
     for (; c < columns; ++c) {
-      for (int64_t r = 0; r < 4; ++r) total[c] += static_cast<T>(rows[r * row_stride + c]);
+      for (int64_t r = 0; r < 4; ++r)
+        total[c] += term<SQUARED>(static_cast<T>(rows[r * row_stride + c]));
     }
   }
   for (; count > 0; --count, rows += row_stride) {
     int64_t c = 0;
     for (; c + LANES <= columns; c += LANES) {
-      *reinterpret_cast<Vector*>(total + c) += load_vector<In, T>(rows + c);
+      *reinterpret_cast<Vector*>(total + c) += term<SQUARED>(load_vector<In, T>(rows + c));
     }
-    for (; c < columns; ++c) total[c] += static_cast<T>(rows[c]);
+    for (; c < columns; ++c) total[c] += term<SQUARED>(static_cast<T>(rows[c]));
   }
 }
 
-// total[c] += Σ_r rows[r][c], columns apart: best where the rows are side by side.
-template <typename In, typename T>
+// The same, columns apart: best where the rows are side by side.
+template <typename In, typename T, bool SQUARED>
 KFAC_FAST_TARGET void add_columns(const In* rows, int64_t row_stride, int64_t column_stride,
                                   int64_t count, int64_t columns, T* total) {
   using Vector = typename VectorOf<T>::type;
@@ -42,13 +50,17 @@ KFAC_FAST_TARGET void add_columns(const In* rows, int64_t row_stride, int64_t co
     if (row_stride == 1 && count >= LANES) {
       Vector lanes[4] = {};
       for (; r + 4 * LANES <= count; r += 4 * LANES) {
-        for (int v = 0; v < 4; ++v) lanes[v] += load_vector<In, T>(column + r + v * LANES);
+        for (int v = 0; v < 4; ++v) {
+          lanes[v] += term<SQUARED>(load_vector<In, T>(column + r + v * LANES));
+        }
       }
-      for (; r + LANES <= count; r += LANES) lanes[0] += load_vector<In, T>(column + r);
+      for (; r + LANES <= count; r += LANES) {
+        lanes[0] += term<SQUARED>(load_vector<In, T>(column + r));
+      }
       const Vector all = (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
       for (int64_t i = 0; i < LANES; ++i) sum += all[i];
     }
-    for (; r < count; ++r) sum += static_cast<T>(column[r * row_stride]);
+    for (; r < count; ++r) sum += term<SQUARED>(static_cast<T>(column[r * row_stride]));
     total[c] += sum;
   }
 }

@@ -71,10 +71,13 @@ class BlockGram {
   }
 
   void by_rows() {
-    // 1024 rows each, but up to 8 chunks for balance, and at most 64 sets of sums to add.
-    const int64_t most_chunks = std::clamp<int64_t>(rows_ / 1024, 8, 64);
-    const int64_t chunks = std::clamp<int64_t>(rows_ / 256, 1, most_chunks);
+    // 1024 rows each, but up to 8 chunks for balance; at most 64 sets of sums to add, and no more
+    // of them than take the memory of the input.
     const int64_t sums_size = tile_count() * tile_size();
+    const int64_t set_bytes = sums_size * static_cast<int64_t>(sizeof(T));
+    const int64_t most_sets = std::max<int64_t>(blocks_.input_bytes() / set_bytes, 2);
+    const int64_t most_chunks = std::min(std::clamp<int64_t>(rows_ / 1024, 8, 64), most_sets);
+    const int64_t chunks = std::clamp<int64_t>(rows_ / 256, 1, most_chunks);
     const int64_t workers = worker_count(chunks, operations());
     const auto sums = make_scratch<T>(chunks * sums_size);
     const auto packed = make_scratch<T>(workers * blocks_.packed_size());

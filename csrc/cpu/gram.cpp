@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "block_gram.h"
+#include "diagonal_gram.h"
 #include "tensors.h"
 
 namespace kfac_fast {
@@ -30,7 +31,11 @@ void gram_of(const Tensor& x, const std::optional<Tensor>& mask, int64_t groups,
   const SymmetricStore<T> store{static_cast<T>(alpha), static_cast<T>(beta),
                                 columns / groups + bias};
   T* data = static_cast<T*>(out.mutable_data_ptr());
-  if (columns > 0) gram_of_rows(source, columns, groups, store, bias, data);
+  if (columns == groups) {
+    diagonal_gram(source, columns, store, bias, data);
+  } else if (columns > 0) {
+    gram_of_rows(source, columns, groups, store, bias, data);
+  }
   if (bias) store_count(store, source.counted(0, source.rows()), groups, data);
 }
 

@@ -48,26 +48,27 @@ class OffsetGram {
 
   void run() {
     choose_chunks();
-    const int64_t rounds = divide_up(chunks_, chunks_a_round_);
-    const int64_t sets = chunks_ == 1 ? worker_count(tile_count(), operations()) : chunks_;
+    const int64_t rounds = chunks_ / chunks_a_round_;
+    const int64_t sets = chunks_ == 1 ? worker_count(tile_count(), operations()) : chunks_a_round_;
     const int64_t tiles_a_set = chunks_ == 1 ? 1 : tile_count();
     const auto packed = make_scratch<T>(chunks_a_round_ * largest_chunk() * image_size());
     const auto sums = make_scratch<T>(sets * tiles_a_set * sums_size_);
     for (int64_t round = 0; round < rounds; ++round) {
       const int64_t first = round * chunks_a_round_;
-      const int64_t last = std::min(first + chunks_a_round_, chunks_);
+      const int64_t last = first + chunks_a_round_;
       pack_chunks(first, last, packed.get());
       const int64_t tasks = (last - first) * tile_count();
       for_each_task(tasks, worker_count(tasks, operations()), [&](int64_t task, int64_t worker) {
-        const int64_t chunk = first + task % (last - first);
-        const int64_t tile = task / (last - first);
-        const int64_t place = chunks_ == 1 ? worker : chunk * tile_count() + tile;
+        const int64_t set = task % (last - first), tile = task / (last - first);
+        const int64_t place = chunks_ == 1 ? worker : set * tile_count() + tile;
         T* own = &sums[place * sums_size_];
+        if (round == 0) std::fill_n(own, sums_size_, T{0});
+        const int64_t chunk = first + set;
         multiply(tiles_[tile], chunk, chunk_data(chunk, first, packed.get()), own);
         if (chunks_ == 1) store_rows(tiles_[tile], own, 0, strip_width(tiles_[tile]));
       });
     }
-    if (chunks_ > 1) add_chunks_and_store(sums.get());
+    if (chunks_ > 1) add_sets_and_store(sums.get());
   }
 
  private:
@@ -216,19 +217,23 @@ class OffsetGram {
   void list_tiles() { tiles_ = layout_.tiles(edge()); }
 
   // Few tiles are cut into chunks of examples, whose sums are added at the end: enough tasks for
-  // many threads, but no more memory than the input takes. Which chunks there are depends on the
-  // shape alone. Those of a round are packed together; more rounds take less memory.
+  // many threads, but no more memory than a third of the input takes. Those of a round are packed
+  // together, in no more memory than one and a quarter times the input and the result take. Both
+  // numbers depend on the shape alone.
   void choose_chunks() {
     constexpr int64_t enough_tasks = 16, always_allowed = 1 << 20;
     const int64_t examples = std::max<int64_t>(source_.examples, 1);
     const int64_t input = examples * source_.channels * pixels() * sizeof(In);
-    const int64_t sums = tile_count() * sums_size_ * sizeof(T);
+    const int64_t groups = source_.channels / layout_.group_columns;
+    const int64_t result = groups * store_.edge * store_.edge * sizeof(T);
+    const int64_t sums = std::max<int64_t>(tile_count() * sums_size_ * sizeof(T), 1);
     const int64_t packed = examples * image_size() * sizeof(T);
-    const int64_t allowed = std::max(input, always_allowed);
-    const int64_t rounds = std::min(divide_up(4 * packed, 5 * allowed), examples);
-    const int64_t most = std::clamp<int64_t>(allowed / std::max<int64_t>(sums, 1), 1, examples);
-    chunks_ = std::max(rounds, std::min(divide_up(enough_tasks, tile_count()), most));
-    chunks_a_round_ = divide_up(chunks_, rounds);
+    const int64_t most_packed = std::max(5 * input / 4 + result, always_allowed);
+    const int64_t rounds = std::clamp<int64_t>(divide_up(packed, most_packed), 1, examples);
+    const int64_t most_sets = std::max(input / 3, always_allowed) / sums;
+    const int64_t wanted = std::min(divide_up(enough_tasks, tile_count()), most_sets);
+    chunks_a_round_ = std::clamp<int64_t>(wanted, 1, divide_up(examples, rounds));
+    chunks_ = rounds * chunks_a_round_;
   }
 
   int64_t first_example(int64_t chunk) const { return chunk * source_.examples / chunks_; }
@@ -278,9 +283,8 @@ class OffsetGram {
     return std::min(edge(), strip_width(tile) - tile.column);
   }
 
-  // The sums of a chunk for one tile.
+  // Adds a chunk to the sums of one tile.
   void multiply(const Tile& tile, int64_t chunk, const T* packed, T* sums) const {
-    std::fill_n(sums, sums_size_, T{0});
     const int64_t count = examples(chunk);
     const int64_t first_panel = tile.strip * layout_.strip_panels();
     const T* left = packed + (first_panel + tile.row / edge()) * panel_size(count);
@@ -345,14 +349,14 @@ class OffsetGram {
     }
   }
 
-  void add_chunks_and_store(T* sums) const {
+  void add_sets_and_store(T* sums) const {
     constexpr int64_t slices = 8;
     const int64_t set_size = tile_count() * sums_size_;
-    const int64_t additions = set_size * (chunks_ - 1);
+    const int64_t additions = set_size * (chunks_a_round_ - 1);
     for_each_task(slices, worker_count(slices, 0.25 * additions), [&](int64_t slice, int64_t) {
       const int64_t begin = slice * set_size / slices, end = (slice + 1) * set_size / slices;
-      for (int64_t chunk = 1; chunk < chunks_; ++chunk) {
-        const T* more = sums + chunk * set_size;
+      for (int64_t set = 1; set < chunks_a_round_; ++set) {
+        const T* more = sums + set * set_size;
         for (int64_t i = begin; i < end; ++i) sums[i] += more[i];
       }
     });

@@ -98,7 +98,7 @@ class SharedSums {
                       T* total) const {
     const RowSource<In> rows(data_ + example * a_.x.stride(0), a_.column_stride(),
                              a_.mask_at(example), shared_);
-    sum_(rows, first, columns, total, total + room, total + 2 * room);
+    sum_(rows, 0, rows.rows(), first, columns, total, total + room, total + 2 * room);
     return rows.counted(0, rows.rows());
   }
 
