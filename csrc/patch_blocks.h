@@ -103,7 +103,7 @@ class PatchBlocks {
           std::fill_n(line, rows, T{0});
         }
       }
-      store_square_(square, rows, target + column - first, layout_.panel_width);
+      store_square_(square, lanes, rows, target + column - first, layout_.panel_width);
     }
   }
 

@@ -126,7 +126,8 @@ Packing<In, T> packing(InstructionSet set) {
 
 // See store_transposed.
 template <typename T>
-using SquareStore = void (*)(const T* square, int64_t count, T* target, int64_t target_stride);
+using SquareStore = void (*)(const T* square, int64_t square_stride, int64_t count, T* target,
+                             int64_t target_stride);
 
 template <typename T>
 SquareStore<T> square_store(InstructionSet set) {

@@ -124,15 +124,17 @@ KFAC_FAST_TARGET inline void exchange_all(Vectors& rows) {
   }
 }
 
-// Writes the columns of a square, a vector wide, as rows target_stride apart: the first `count`.
+// Writes the first `count` columns of a square, a vector wide, as rows.
 template <typename T>
-KFAC_FAST_TARGET inline void store_transposed(const T* square, int64_t count, T* target,
-                                              int64_t target_stride) {
+KFAC_FAST_TARGET inline void store_transposed(const T* square, int64_t square_stride, int64_t count,
+                                              T* target, int64_t target_stride) {
   using Vector = typename VectorOf<T>::type;
   constexpr int LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
   Vector rows[LANES];
 #pragma GCC unroll 16
-  for (int i = 0; i < LANES; ++i) rows[i] = *reinterpret_cast<const Vector*>(square + i * LANES);
+  for (int i = 0; i < LANES; ++i) {
+    rows[i] = *reinterpret_cast<const Vector*>(square + i * square_stride);
+  }
   exchange_all<T, 1>(rows);
   if (count == LANES) {
 #pragma GCC unroll 16
@@ -171,7 +173,7 @@ KFAC_FAST_TARGET void pack_strided(const In* source, int64_t row_stride, int64_t
             }
           }
         }
-        store_transposed(square[0], height, panel + r * panel_stride + c, panel_stride);
+        store_transposed(square[0], LANES, height, panel + r * panel_stride + c, panel_stride);
       }
     }
     source += columns_a_panel * column_stride;

@@ -10,7 +10,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <span>
-#include <utility>
 #include <vector>
 
 #include "conv_plan.h"
@@ -37,11 +36,10 @@ struct SumPlan {
   int64_t padded_width;  // in whole vectors
   int64_t cells, outer_cells;
   int64_t taps, outer_taps;
-  bool few_taps;  // all of them fit in one vector
   std::vector<Rows> rows;
   std::vector<Columns> columns;
-  std::vector<std::pair<int64_t, int64_t>> reads;  // stretches of pixels along x that taps read
-  int64_t reach = 0;  // elements from the first of a plane to the end of its last padded row
+  int64_t small_plane = 0;  // its pixels, if they are few and lie side by side
+  int64_t reach = 0;        // elements from the first of a plane to the end of its last padded row
 
   SumPlan(const Axes<SumAxis>& axes, const std::array<int64_t, spatial_axes>& strides,
           int64_t lanes)
@@ -50,19 +48,21 @@ struct SumPlan {
         cells(axes[2].cells),
         outer_cells(axes[0].cells * axes[1].cells),
         taps(axes[2].taps),
-        outer_taps(axes[0].taps * axes[1].taps),
-        few_taps(taps * outer_taps <= lanes) {
+        outer_taps(axes[0].taps * axes[1].taps) {
+    const int64_t pixels = axes[0].size * axes[1].size * width;
+    const bool dense = strides[2] == 1 && (axes[1].size == 1 || strides[1] == width) &&
+                       (axes[0].size == 1 || strides[0] == axes[1].size * width);
+    if (dense && pixels <= most_of_small_plane) small_plane = pixels;
     list_rows(axes[0], axes[1], strides);
     for (const SumAxis::Run& run : axes[2].runs) {
       for (int64_t x = run.begin; x < run.end; x += chain) {
         columns.push_back({x, std::min(x + chain, run.end), run.cell});
       }
-      if (reads.empty() || reads.back().second != run.begin)
-        reads.push_back({run.begin, run.begin});
-      reads.back().second = run.end;
     }
     list_terms(axes);
   }
+
+  int64_t sums_a_plane() const { return outer_cells * padded_width; }
 
   std::span<const Term> terms_of(int64_t tap) const {
     return {&terms_[begin_[tap]], static_cast<size_t>(begin_[tap + 1] - begin_[tap])};
@@ -70,6 +70,7 @@ struct SumPlan {
   std::span<const Term> outer_terms_of(int64_t tap) const { return terms_of(taps + tap); }
 
  private:
+  static constexpr int64_t most_of_small_plane = 100;
   // Sums of this many terms at most, which are then added to the others': less rounding.
   static constexpr int64_t chain = 32;
 
@@ -131,8 +132,8 @@ struct Channels {
 
 template <typename In, typename T>
 struct WindowSumFunctions {
-  using Function = void (*)(const SumPlan& plan, const T* pixel_weights,
-                            const Channels<In>& channels, T alpha, T beta, T* scratch, T* target);
+  using Function = void (*)(const SumPlan& plan, const Channels<In>& channels, T alpha, T beta,
+                            T* scratch, T* target);
   int64_t lanes;
   Function of_planes, of_pixels;
 };
@@ -174,7 +175,6 @@ class WindowSum {
         target_(target),
         end_(source.end({axes[0].size, axes[1].size, axes[2].size})),
         channels_a_group_(source.channels / target.groups) {
-    list_pixel_weights(axes[2]);
     constexpr int64_t pixels_a_task = 1 << 14;
     const int64_t pixels = axes[0].size * axes[1].size * axes[2].size;
     const int64_t few = round_up(divide_up(pixels_a_task, pixels), functions_.lanes);
@@ -185,10 +185,10 @@ class WindowSum {
   int64_t tasks() const { return source_.examples * target_.groups * tasks_a_group_; }
 
   int64_t scratch_size() const {
-    const int64_t of_planes = 8 * plan_.outer_cells * (plan_.padded_width + functions_.lanes);
-    const int64_t of_pixels = plan_.outer_cells * (plan_.cells + plan_.taps) * functions_.lanes +
-                              plan_.outer_taps * plan_.taps * functions_.lanes;
-    return std::max(of_planes, of_pixels);
+    const int64_t lanes = functions_.lanes;
+    const int64_t vectors = plan_.outer_cells * (4 * plan_.cells + plan_.taps) +
+                            round_up(plan_.outer_taps * plan_.taps, lanes);
+    return lanes * (vectors + std::max(plan_.sums_a_plane(), plan_.small_plane));
   }
 
   // Some channels of one example.
@@ -204,8 +204,7 @@ class WindowSum {
     T* row = target_.out + (example * target_.groups + group) * width;
     const bool neighbours = source_.channel_stride == 1 && source_.strides[2] != 1;
     const auto sum = neighbours ? functions_.of_pixels : functions_.of_planes;
-    sum(plan_, pixel_weights_.data(), channels, target_.alpha, target_.beta, scratch,
-        row + first * taps);
+    sum(plan_, channels, target_.alpha, target_.beta, scratch, row + first * taps);
     if (target_.bias && first == 0) {
       T& entry = row[width - 1];
       const T value = target_.alpha * target_.positions;
@@ -214,33 +213,6 @@ class WindowSum {
   }
 
  private:
-  // The weights of every pixel along x, a vector of taps for each: all taps' for every outer cell,
-  // [outer cell][pixel][lane], if they are few; else those along x, [vector of taps][pixel][lane].
-  void list_pixel_weights(const SumAxis& axis) {
-    const int64_t lanes = functions_.lanes, row = axis.size * lanes;
-    pixel_weights_.resize(plan_.few_taps ? plan_.outer_cells * row
-                                         : divide_up(axis.taps, lanes) * row);
-    for (int64_t tap = 0; tap < axis.taps; ++tap) {
-      if (!plan_.few_taps) {
-        add_weights(axis, tap, 1, &pixel_weights_[tap / lanes * row + tap % lanes]);
-        continue;
-      }
-      for (int64_t outer = 0; outer < plan_.outer_taps; ++outer) {
-        for (const SumPlan::Term& term : plan_.outer_terms_of(outer)) {
-          add_weights(axis, tap, term.weight,
-                      &pixel_weights_[term.cell * row + outer * axis.taps + tap]);
-        }
-      }
-    }
-  }
-
-  void add_weights(const SumAxis& axis, int64_t tap, int64_t factor, T* weights) const {
-    for (const SumAxis::Run& run : axis.runs) {
-      const T weight = static_cast<T>(factor * axis.weight(tap, run.cell));
-      for (int64_t x = run.begin; x < run.end; ++x) weights[x * functions_.lanes] = weight;
-    }
-  }
-
   const ImageSource<In>& source_;
   const WindowSumFunctions<In, T> functions_;
   const SumPlan plan_;
@@ -248,7 +220,6 @@ class WindowSum {
   const In* const end_;
   const int64_t channels_a_group_;
   int64_t channels_a_task_, tasks_a_group_;
-  std::vector<T> pixel_weights_;
 };
 
 }  // namespace kfac_fast

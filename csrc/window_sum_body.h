@@ -1,12 +1,13 @@
 // Window sums in one pass over the pixels, for one instruction set; see
 // compile_for_instruction_sets.h.
 
-// The sums of rows by cells of PLANES planes, one vector of pixels along x of each.
+// The sums of rows by cells of PLANES planes, one vector of pixels along x of each. Not inlined:
+// its loop needs all registers.
 template <typename In, typename T, int PLANES>
-KFAC_FAST_TARGET inline void sum_rows_of_planes(const SumPlan& plan, const In* plane,
-                                                int64_t plane_stride, T* sums) {
+KFAC_FAST_TARGET __attribute__((noinline)) void sum_rows_of_planes(const SumPlan& plan,
+                                                                   const In* plane,
+                                                                   int64_t plane_stride, T* sums) {
   using Vector = typename VectorOf<T>::type;
-  const int64_t distance = plan.outer_cells * plan.padded_width;
   for (const SumPlan::Rows& rows : plan.rows) {
     const In* row = plane + rows.offset;
     Vector total[PLANES] = {};
@@ -17,17 +18,18 @@ KFAC_FAST_TARGET inline void sum_rows_of_planes(const SumPlan& plan, const In* p
     T* target = sums + rows.cell * plan.padded_width;
 #pragma GCC unroll 8
     for (int p = 0; p < PLANES; ++p) {
-      auto& sum = *reinterpret_cast<Vector*>(target + p * distance);
+      auto& sum = *reinterpret_cast<Vector*>(target + p * plan.sums_a_plane());
       sum = rows.first ? total[p] : sum + total[p];
     }
   }
 }
 
-// The same of four vectors of one plane: long rows are best read from end to end.
-template <typename In, typename T>
-KFAC_FAST_TARGET inline void sum_long_rows(const SumPlan& plan, const In* plane, T* sums) {
+// The same of several vectors of one plane: long rows are best read from end to end.
+template <typename In, typename T, int VECTORS>
+KFAC_FAST_TARGET __attribute__((noinline)) void sum_long_rows(const SumPlan& plan, const In* plane,
+                                                              T* sums) {
   using Vector = typename VectorOf<T>::type;
-  constexpr int LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T), VECTORS = 4;
+  constexpr int LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
   for (const SumPlan::Rows& rows : plan.rows) {
     const In* row = plane + rows.offset;
     Vector total[VECTORS] = {};
@@ -56,190 +58,229 @@ KFAC_FAST_TARGET void sum_rows_one_by_one(const SumPlan& plan, const In* plane,
   }
 }
 
-// total[p] += Σ_x weights[x] · sums[p][x] over the pixels that taps read: no others, which may be
-// infinite, are multiplied, not even with a weight of 0. Short chains round less.
-template <typename T, int PLANES>
-KFAC_FAST_TARGET inline void weigh(const SumPlan& plan, const T* sums, int64_t distance,
-                                   const typename VectorOf<T>::type* weights,
-                                   typename VectorOf<T>::type (&total)[PLANES]) {
-  using Vector = typename VectorOf<T>::type;
-  constexpr int64_t CHAIN = 16;
-  for (const auto& [begin, end] : plan.reads) {
-    for (int64_t x = begin; x < end;) {
-      Vector chain[PLANES] = {};
-      for (const int64_t last = std::min(x + CHAIN, end); x < last; ++x) {
-        const Vector weight = weights[x];
-#pragma GCC unroll 8
-        for (int p = 0; p < PLANES; ++p) chain[p] += weight * sums[p * distance + x];
-      }
-#pragma GCC unroll 8
-      for (int p = 0; p < PLANES; ++p) total[p] += chain[p];
-    }
-  }
-}
-
-// target[tap] <- beta · target[tap] + value[tap] for the taps of one vector. The lanes beyond them
-// may be stored before `free_end`: what is there is written later.
+// From sums by cells to taps, along x and then along z and y, for a vector of channels.
 template <typename T>
-KFAC_FAST_TARGET inline void store_taps(typename VectorOf<T>::type value, int64_t taps, T beta,
-                                        T* target, const T* free_end) {
+KFAC_FAST_TARGET inline void sum_taps(const SumPlan& plan, T alpha,
+                                      const typename VectorOf<T>::type* cells,
+                                      typename VectorOf<T>::type* along_x,
+                                      typename VectorOf<T>::type* taps) {
   using Vector = typename VectorOf<T>::type;
-  constexpr int LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
-  if (beta == 0 && (taps == LANES || free_end - target >= LANES)) {
-    *reinterpret_cast<Vector*>(target) = value;
-  } else {
-    for (int64_t i = 0; i < taps; ++i) {
-      target[i] = beta == 0 ? value[i] : value[i] + beta * target[i];
+  for (int64_t outer = 0; outer < plan.outer_cells; ++outer, cells += plan.cells) {
+    for (int64_t tap = 0; tap < plan.taps; ++tap) {
+      Vector total{};
+      for (const SumPlan::Term& term : plan.terms_of(tap)) {
+        total += cells[term.cell] * static_cast<T>(term.weight);
+      }
+      along_x[outer * plan.taps + tap] = total * alpha;
+    }
+  }
+  for (int64_t outer = 0; outer < plan.outer_taps; ++outer) {
+    for (int64_t tap = 0; tap < plan.taps; ++tap) {
+      Vector total{};
+      for (const SumPlan::Term& term : plan.outer_terms_of(outer)) {
+        total += along_x[term.cell * plan.taps + tap] * static_cast<T>(term.weight);
+      }
+      taps[outer * plan.taps + tap] = total;
     }
   }
 }
 
-// All taps of PLANES channels from the sums of their rows: with the weights of every pixel, a
-// vector of taps for each. Few taps make one vector; else those along x do, and the others follow
-// from their sums.
-template <typename T, int PLANES>
-KFAC_FAST_TARGET inline void sum_taps(const SumPlan& plan, const T* pixel_weights, T alpha, T beta,
-                                      const T* sums, T* scratch, T* target, const T* end) {
+// target[channel][tap] <- beta · target + taps[tap][channel]. Few taps are stored with whole
+// vectors: what comes after them is written later.
+template <typename T>
+KFAC_FAST_TARGET inline void store_taps(const typename VectorOf<T>::type* taps, int64_t count,
+                                        int64_t channels, T beta, T* target) {
   using Vector = typename VectorOf<T>::type;
-  constexpr int LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
-  const auto* weights = reinterpret_cast<const Vector*>(pixel_weights);
-  const int64_t distance = plan.outer_cells * plan.padded_width;
-  const int64_t taps = plan.outer_taps * plan.taps;
-  if (plan.few_taps) {
-    Vector total[PLANES] = {};
-    for (int64_t cell = 0; cell < plan.outer_cells; ++cell) {
-      weigh<T, PLANES>(plan, sums + cell * plan.padded_width, distance, weights + cell * plan.width,
-                       total);
-    }
-#pragma GCC unroll 8
-    for (int p = 0; p < PLANES; ++p)
-      store_taps(total[p] * alpha, taps, beta, target + p * taps, end);
-    return;
-  }
-  auto* along_x = reinterpret_cast<Vector*>(scratch);  // [cell][plane]
-  const T* free_end = plan.taps <= LANES ? end : target;
-  for (int64_t first = 0; first < plan.taps; first += LANES, weights += plan.width) {
-    for (int64_t cell = 0; cell < plan.outer_cells; ++cell) {
-      Vector total[PLANES] = {};
-      weigh<T, PLANES>(plan, sums + cell * plan.padded_width, distance, weights, total);
-      for (int p = 0; p < PLANES; ++p) along_x[cell * PLANES + p] = total[p] * alpha;
-    }
-    for (int p = 0; p < PLANES; ++p) {
-      for (int64_t outer = 0; outer < plan.outer_taps; ++outer) {
-        Vector total{};
-        for (const SumPlan::Term& term : plan.outer_terms_of(outer)) {
-          total += along_x[term.cell * PLANES + p] * static_cast<T>(term.weight);
+  constexpr int64_t LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
+  T turned[LANES * LANES];
+  const T* end = target + channels * count;
+  for (int64_t first = 0; first < count; first += LANES) {
+    const int64_t width = std::min(LANES, count - first);
+    store_transposed(reinterpret_cast<const T*>(taps + first), LANES, LANES, turned, LANES);
+    for (int64_t c = 0; c < channels; ++c) {
+      T* place = target + c * count + first;
+      const T* value = turned + c * LANES;
+      const bool free = count <= LANES ? end - place >= LANES : width == LANES;
+      if (beta == 0 && free) {
+        *reinterpret_cast<Vector*>(place) = *reinterpret_cast<const Vector*>(value);
+      } else {
+        for (int64_t i = 0; i < width; ++i) {
+          place[i] = beta == 0 ? value[i] : value[i] + beta * place[i];
         }
-        store_taps(total, std::min<int64_t>(LANES, plan.taps - first), beta,
-                   target + p * taps + outer * plan.taps + first, free_end);
       }
     }
   }
 }
 
-// PLANES channels that lie far apart (channels first): the sums of their rows, then their taps.
-template <typename In, typename T, int PLANES>
-KFAC_FAST_TARGET void sum_some_planes(const SumPlan& plan, const T* pixel_weights,
-                                      const Channels<In>& channels, const In* plane, T alpha,
-                                      T beta, T* scratch, T* target, const T* end) {
+// The pixels of VECTORS vectors of neighbouring channels summed by cells, along x first. Strides
+// along y and z are `scale` times the plan's.
+template <typename In, typename T, int VECTORS>
+KFAC_FAST_TARGET void sum_cells_of_pixels(const SumPlan& plan, const In* data, int64_t pixel_stride,
+                                          int64_t scale, typename VectorOf<T>::type* cells) {
+  using Vector = typename VectorOf<T>::type;
   constexpr int LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
-  const int64_t size = plan.outer_cells * plan.padded_width;
+  const int64_t count = plan.outer_cells * plan.cells;
+  std::fill_n(cells, VECTORS * count, Vector{});
+  for (const SumPlan::Rows& rows : plan.rows) {
+    const In* row = data + scale * rows.offset;
+    for (int64_t r = 0; r < rows.count; ++r, row += scale * rows.stride) {
+      for (const SumPlan::Columns& columns : plan.columns) {
+        Vector total[VECTORS] = {};
+        const In* pixel = row + columns.begin * pixel_stride;
+        for (int64_t x = columns.begin; x < columns.end; ++x, pixel += pixel_stride) {
+#pragma GCC unroll 4
+          for (int v = 0; v < VECTORS; ++v) total[v] += load_vector<In, T>(pixel + v * LANES);
+        }
+        Vector* cell = cells + rows.cell * plan.cells + columns.cell;
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; ++v) cell[v * count] += total[v];
+      }
+    }
+  }
+}
+
+// The rows of some planes summed by cells; false where no whole vectors may be read.
+template <typename In, typename T, int PLANES>
+KFAC_FAST_TARGET inline bool sum_planes_rows(const SumPlan& plan, const Channels<In>& channels,
+                                             const In* plane, T* sums) {
+  constexpr int64_t LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
   if (channels.pixel_stride != 1 ||
       plane + (PLANES - 1) * channels.stride + plan.reach > channels.end) {
+    return false;
+  }
+  int64_t x = 0;
+  for (; plan.padded_width - x >= 4 * LANES; x += 4 * LANES) {
     for (int p = 0; p < PLANES; ++p) {
-      sum_rows_one_by_one(plan, plane + p * channels.stride, channels.pixel_stride,
-                          scratch + p * size);
+      sum_long_rows<In, T, 4>(plan, plane + p * channels.stride + x,
+                              sums + p * plan.sums_a_plane() + x);
     }
-  } else {
-    int64_t x = 0;
-    for (; plan.padded_width - x >= 4 * LANES; x += 4 * LANES) {
-      for (int p = 0; p < PLANES; ++p) {
-        sum_long_rows(plan, plane + p * channels.stride + x, scratch + p * size + x);
+  }
+  for (; plan.padded_width - x >= 2 * LANES; x += 2 * LANES) {
+    for (int p = 0; p < PLANES; ++p) {
+      sum_long_rows<In, T, 2>(plan, plane + p * channels.stride + x,
+                              sums + p * plan.sums_a_plane() + x);
+    }
+  }
+  if (x < plan.padded_width) {
+    sum_rows_of_planes<In, T, PLANES>(plan, plane + x, channels.stride, sums + x);
+  }
+  return true;
+}
+
+// The cells of a vector of planes or fewer: their rows are summed along y first, a vector of
+// neighbouring pixels at a time, and the few sums transposed.
+template <typename In, typename T>
+KFAC_FAST_TARGET void sum_cells_of_planes(const SumPlan& plan, const Channels<In>& channels,
+                                          const In* first, int64_t planes, T* rows,
+                                          typename VectorOf<T>::type* cells) {
+  using Vector = typename VectorOf<T>::type;
+  constexpr int64_t LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
+  constexpr int64_t TOGETHER = KFAC_FAST_VECTOR_BYTES == 16 ? 4 : 8;  // sums that registers hold
+  for (int64_t p = 0, next; p < planes; p = next) {
+    const In* plane = first + p * channels.stride;
+    T* sums = rows + p * plan.sums_a_plane();
+    next = p + TOGETHER;
+    if (next <= planes && sum_planes_rows<In, T, TOGETHER>(plan, channels, plane, sums)) continue;
+    next = p + 1;
+    if (!sum_planes_rows<In, T, 1>(plan, channels, plane, sums)) {
+      sum_rows_one_by_one(plan, plane, channels.pixel_stride, sums);
+    }
+  }
+  T turned[LANES * LANES];
+  std::fill_n(cells, plan.outer_cells * plan.cells, Vector{});
+  for (int64_t outer = 0; outer < plan.outer_cells; ++outer) {
+    for (int64_t x = 0; x < plan.width; x += LANES) {
+      const int64_t width = std::min(LANES, plan.width - x);
+      store_transposed(rows + outer * plan.padded_width + x, plan.sums_a_plane(), LANES, turned,
+                       LANES);
+      for (const SumPlan::Columns& columns : plan.columns) {
+        const int64_t begin = std::max(columns.begin - x, int64_t{0});
+        const int64_t end = std::min(columns.end - x, width);
+        if (begin >= end) continue;
+        Vector total{};
+        for (int64_t i = begin; i < end; ++i) {
+          total += *reinterpret_cast<const Vector*>(turned + i * LANES);
+        }
+        cells[outer * plan.cells + columns.cell] += total;
       }
     }
-    for (; x < plan.padded_width; x += LANES) {
-      sum_rows_of_planes<In, T, PLANES>(plan, plane + x, channels.stride, scratch + x);
-    }
-  }
-  sum_taps<T, PLANES>(plan, pixel_weights, alpha, beta, scratch, scratch + PLANES * size, target,
-                      end);
-}
-
-template <typename In, typename T>
-KFAC_FAST_TARGET void sum_planes(const SumPlan& plan, const T* pixel_weights,
-                                 const Channels<In>& channels, T alpha, T beta, T* scratch,
-                                 T* target) {
-  constexpr int64_t TOGETHER = KFAC_FAST_VECTOR_BYTES == 64 ? 8 : 4;  // sums that registers hold
-  const int64_t taps = plan.outer_taps * plan.taps;
-  const T* end = target + channels.count * taps;
-  const In* plane = channels.data;
-  for (int64_t left = channels.count; left > 0;) {
-    const In* last = plane + (TOGETHER - 1) * channels.stride;
-    const bool many = left >= TOGETHER && last + plan.reach <= channels.end;
-    const auto sum = many ? sum_some_planes<In, T, TOGETHER> : sum_some_planes<In, T, 1>;
-    sum(plan, pixel_weights, channels, plane, alpha, beta, scratch, target, end);
-    const int64_t done = many ? TOGETHER : 1;
-    left -= done, plane += done * channels.stride, target += done * taps;
   }
 }
 
-// All taps of neighbouring channels (channels last), a vector of them at a time: their pixels are
-// summed by cells along x and then along y.
+// Channels that lie far apart (channels first), a vector of them at a time. Small planes are
+// transposed as a whole.
 template <typename In, typename T>
-KFAC_FAST_TARGET void sum_pixels(const SumPlan& plan, const T*, const Channels<In>& channels,
-                                 T alpha, T beta, T* scratch, T* target) {
+KFAC_FAST_TARGET void sum_planes(const SumPlan& plan, const Channels<In>& channels, T alpha, T beta,
+                                 T* scratch, T* target) {
   using Vector = typename VectorOf<T>::type;
-  constexpr int LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
+  constexpr int64_t LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
   auto* cells = reinterpret_cast<Vector*>(scratch);
   auto* along_x = cells + plan.outer_cells * plan.cells;
   auto* taps = along_x + plan.outer_cells * plan.taps;
+  T* rest = reinterpret_cast<T*>(taps + round_up(plan.outer_taps * plan.taps, LANES));
   const int64_t count = plan.outer_taps * plan.taps;
-  for (int64_t c = 0; c < channels.count; c += LANES) {
-    const int64_t width = std::min<int64_t>(LANES, channels.count - c);
-    const bool whole = width == LANES;
-    std::fill_n(cells, plan.outer_cells * plan.cells, Vector{});
-    for (const SumPlan::Rows& rows : plan.rows) {
-      const In* row = channels.data + c + rows.offset;
-      for (int64_t r = 0; r < rows.count; ++r, row += rows.stride) {
-        for (const SumPlan::Columns& columns : plan.columns) {
-          Vector total{};
+  for (int64_t c = 0; c < channels.count; c += LANES, target += LANES * count) {
+    const In* first = channels.data + c * channels.stride;
+    const int64_t planes = std::min(LANES, channels.count - c);
+    if (plan.small_plane > 0) {
+      pack_strided(first, 1, channels.stride, plan.small_plane, planes, LANES, rest, LANES, 0);
+      sum_cells_of_pixels<T, T, 1>(plan, rest, LANES, LANES, cells);
+    } else {
+      sum_cells_of_planes(plan, channels, first, planes, rest, cells);
+    }
+    sum_taps(plan, alpha, cells, along_x, taps);
+    store_taps(taps, count, planes, beta, target);
+  }
+}
+
+// The cells of fewer channels than a vector holds.
+template <typename In, typename T>
+KFAC_FAST_TARGET void sum_cells_of_few(const SumPlan& plan, const Channels<In>& channels,
+                                       const In* data, int64_t width, T* cells) {
+  constexpr int LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
+  std::fill_n(cells, plan.outer_cells * plan.cells * LANES, T{0});
+  for (const SumPlan::Rows& rows : plan.rows) {
+    for (int64_t r = 0; r < rows.count; ++r) {
+      const In* row = data + rows.offset + r * rows.stride;
+      for (const SumPlan::Columns& columns : plan.columns) {
+        T* cell = cells + (rows.cell * plan.cells + columns.cell) * LANES;
+        for (int64_t i = 0; i < width; ++i) {
+          T total = 0;
           for (int64_t x = columns.begin; x < columns.end; ++x) {
-            const In* pixel = row + x * channels.pixel_stride;
-            if (whole) {
-              total += load_vector<In, T>(pixel);
-            } else {
-              for (int64_t i = 0; i < width; ++i) total[i] += static_cast<T>(pixel[i]);
-            }
+            total += static_cast<T>(row[x * channels.pixel_stride + i]);
           }
-          cells[rows.cell * plan.cells + columns.cell] += total;
+          cell[i] += total;
         }
       }
     }
-    for (int64_t outer = 0; outer < plan.outer_cells; ++outer) {
-      for (int64_t tap = 0; tap < plan.taps; ++tap) {
-        Vector total{};
-        for (const SumPlan::Term& term : plan.terms_of(tap)) {
-          total += cells[outer * plan.cells + term.cell] * static_cast<T>(term.weight);
-        }
-        along_x[outer * plan.taps + tap] = total * alpha;
-      }
+  }
+}
+
+// Neighbouring channels (channels last), some vectors of them at a time.
+template <typename In, typename T>
+KFAC_FAST_TARGET void sum_pixels(const SumPlan& plan, const Channels<In>& channels, T alpha, T beta,
+                                 T* scratch, T* target) {
+  using Vector = typename VectorOf<T>::type;
+  constexpr int64_t LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T), TOGETHER = 4;
+  auto* cells = reinterpret_cast<Vector*>(scratch);
+  auto* along_x = cells + TOGETHER * plan.outer_cells * plan.cells;
+  auto* taps = along_x + plan.outer_cells * plan.taps;
+  const int64_t count = plan.outer_taps * plan.taps;
+  for (int64_t c = 0, next; c < channels.count; c = next) {
+    const int64_t left = channels.count - c;
+    next = c + (left >= TOGETHER * LANES ? TOGETHER * LANES : std::min(LANES, left));
+    const In* data = channels.data + c;
+    if (left >= TOGETHER * LANES) {
+      sum_cells_of_pixels<In, T, TOGETHER>(plan, data, channels.pixel_stride, 1, cells);
+    } else if (left >= LANES) {
+      sum_cells_of_pixels<In, T, 1>(plan, data, channels.pixel_stride, 1, cells);
+    } else {
+      sum_cells_of_few(plan, channels, data, left, reinterpret_cast<T*>(cells));
     }
-    for (int64_t outer = 0; outer < plan.outer_taps; ++outer) {
-      for (int64_t tap = 0; tap < plan.taps; ++tap) {
-        Vector total{};
-        for (const SumPlan::Term& term : plan.outer_terms_of(outer)) {
-          total += along_x[term.cell * plan.taps + tap] * static_cast<T>(term.weight);
-        }
-        taps[outer * plan.taps + tap] = total;
-      }
-    }
-    const T* sums = reinterpret_cast<const T*>(taps);
-    for (int64_t lane = 0; lane < width; ++lane, target += count) {
-      if (beta == 0) {
-        for (int64_t k = 0; k < count; ++k) target[k] = sums[k * LANES + lane];
-      } else {
-        for (int64_t k = 0; k < count; ++k) target[k] = sums[k * LANES + lane] + beta * target[k];
-      }
+    for (int64_t first = c; first < next; first += LANES) {
+      sum_taps(plan, alpha, cells + (first - c) / LANES * plan.outer_cells * plan.cells, along_x,
+               taps);
+      store_taps(taps, count, std::min(LANES, next - first), beta, target + first * count);
     }
   }
 }
