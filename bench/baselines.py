@@ -7,20 +7,28 @@ library's own pure-PyTorch version, called without the dispatcher.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from itertools import product
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from shapes import Conv
 from torch import Tensor
 
 from kfac_fast import reference
 
 Ways = dict[str, Callable[[Any], Any]]
+
+
+def by_reference(function: Callable[..., None], *arguments: Any) -> Ways:
+    """The library's own way; ``arguments`` are the dispatcher's before ``out``."""
+
+    def run(out: Tensor) -> Tensor:
+        function(*arguments, out)
+        return out
+
+    return {"reference": run}
+
 
 # Gram matrices of rows
 
@@ -54,7 +62,7 @@ def gram(x: Tensor, *, bias: bool, alpha: float, beta: float) -> Ways:
 
     ways: Ways = {
         "addmm_": addmm,
-        "reference": lambda out: _run(reference.gram, x, None, 1, bias, alpha, beta, out),
+        **by_reference(reference.gram, x, None, 1, bias, alpha, beta),
     }
     if beta == 0 and alpha == 1:
         ways["x.T @ x"] = matmul
@@ -63,12 +71,6 @@ def gram(x: Tensor, *, bias: bool, alpha: float, beta: float) -> Ways:
         elif x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
             ways["mm to float32"] = mm_to_float32
     return ways
-
-
-def _run(function: Callable[..., None], *arguments: Any) -> Any:
-    """Call a function that writes its last argument; that argument."""
-    function(*arguments)
-    return arguments[-1]
 
 
 def shared_gram(
@@ -96,106 +98,10 @@ def shared_gram(
         return from_reduced(total / count[:, None], out)
 
     arguments = (x, None, segments, num_segments, reduction, 1, bias, 1.0, 0.0)
-    ways: Ways = {"reference": lambda out: _run(reference.shared_gram, *arguments, out)}
+    ways = by_reference(reference.shared_gram, *arguments)
     if segments is not None:
         return {"index_add_ + mm": index_add, **ways}
     return {f"{reduction} + mm": reduce, "product with ones + mm": product_with_ones, **ways}
-
-
-# Convolutions: zero padding, no bias
-
-
-def _patches(x: Tensor, conv: Conv, out: Tensor) -> Tensor:
-    """``[N, (groups,) d, S]`` by F.unfold; ``(groups,)`` as in ``out``."""
-    unfolded = F.unfold(x, conv.kernel, padding=conv.padding, stride=conv.stride)
-    return unfolded.reshape(len(x), *out.shape[:-1], -1)
-
-
-def _windows(x: Tensor, conv: Conv) -> Tensor:
-    """View of every patch, ``[N, C, H, W, k, k]``."""
-    framed = F.pad(x, (conv.padding,) * 4)
-    return framed.unfold(2, conv.kernel, conv.stride).unfold(3, conv.kernel, conv.stride)
-
-
-def _product(a: Tensor, b: Tensor, out: Tensor, beta: float = 0.0) -> Tensor:
-    """``out <- beta out + a b``, of matrices or stacks."""
-    return out.addmm_(a, b, beta=beta) if out.dim() == 2 else out.baddbmm_(a, b, beta=beta)
-
-
-def conv_expand_gram(x: Tensor, conv: Conv, arguments: Sequence[Any]) -> Ways:
-    """Ways to the Gram of all patches; ``arguments`` are the dispatcher's before ``out``."""
-
-    def unfold_rows(out: Tensor) -> Tensor:
-        rows = _patches(x, conv, out).mT.movedim(0, -3).flatten(-3, -2)
-        return _product(rows.mT, rows, out)
-
-    def unfold_batched(out: Tensor) -> Tensor:
-        patches = _patches(x, conv, out)
-        return torch.sum(patches @ patches.mT, 0, out=out)
-
-    def unfold_each_example(out: Tensor) -> Tensor:
-        for n, patches in enumerate(_patches(x, conv, out)):
-            _product(patches, patches.mT, out, beta=float(n > 0))
-        return out
-
-    def strided_columns(out: Tensor) -> Tensor:
-        columns = _windows(x, conv).permute(1, 4, 5, 0, 2, 3).reshape(*out.shape[:-1], -1)
-        return _product(columns, columns.mT, out)
-
-    return {
-        "unfold + mm": unfold_rows,
-        "unfold + bmm + sum": unfold_batched,
-        "unfold + addmm_ of each example": unfold_each_example,
-        "strided view + mm": strided_columns,
-        "reference": lambda out: _run(reference.conv_expand_gram, *arguments, out),
-    }
-
-
-def _window_sums(x: Tensor, conv: Conv) -> dict[str, Callable[[], Tensor]]:
-    """Ways to every example's patches summed over positions, ``[N, C * k * k]`` or unflattened."""
-
-    def unfold() -> Tensor:
-        return F.unfold(x, conv.kernel, padding=conv.padding, stride=conv.stride).sum(-1)
-
-    def strided() -> Tensor:
-        return _windows(x, conv).sum((2, 3))
-
-    def taps() -> Tensor:
-        framed = F.pad(x, (conv.padding,) * 4)
-        reach = framed.shape[-1] - conv.kernel + 1
-        sums = [
-            framed[
-                :, :, row : row + reach : conv.stride, column : column + reach : conv.stride
-            ].sum((2, 3))
-            for row, column in product(range(conv.kernel), repeat=2)
-        ]
-        return torch.stack(sums, -1)
-
-    return {"unfold + sum": unfold, "strided view + sum": strided, "sum of each tap": taps}
-
-
-def conv_window_sum(x: Tensor, conv: Conv, arguments: Sequence[Any]) -> Ways:
-    """Ways to the patches summed over positions."""
-    ways: Ways = {
-        name: lambda out, sums=sums: sums().reshape(out.shape)
-        for name, sums in _window_sums(x, conv).items()
-    }
-    return {**ways, "reference": lambda out: _run(reference.conv_window_sum, *arguments, out)}
-
-
-def conv_reduce_gram(x: Tensor, conv: Conv, arguments: Sequence[Any]) -> Ways:
-    """Ways to the Gram of the patches averaged over positions."""
-    positions = math.prod(_windows(x, conv).shape[2:4])
-
-    def from_sums(sums: Callable[[], Tensor], out: Tensor) -> Tensor:
-        means = sums().div_(positions).reshape(len(x), *out.shape[:-1]).movedim(0, -2)
-        return _product(means.mT, means, out)
-
-    ways: Ways = {
-        f"{name}, mm": lambda out, sums=sums: from_sums(sums, out)
-        for name, sums in _window_sums(x, conv).items()
-    }
-    return {**ways, "reference": lambda out: _run(reference.conv_reduce_gram, *arguments, out)}
 
 
 # Lists of matrices of mixed sizes

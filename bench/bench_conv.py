@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-import baselines
+import baselines_conv
 import pytest
 import torch
+from baselines import Ways
+from baselines_conv import gram_of_means, unfoldings, window_sums
 from measure import Case, poisoned
 from shapes import CONV_EXPAND, CONV_REDUCE, Conv
 from torch import Tensor
@@ -17,29 +20,32 @@ from kfac_fast.conv import ConvGeometry
 
 
 def _input(conv: Conv, device: str) -> Tensor:
-    return torch.randn(conv.batch, conv.channels, conv.size, conv.size, device=device)
+    return torch.randn(conv.batch, conv.channels, *conv.size, device=device)
+
+
+def _options(conv: Conv) -> dict[str, Any]:
+    return {
+        "stride": conv.stride,
+        "padding": conv.padding,
+        "dilation": conv.dilation,
+        "groups": conv.groups,
+    }
 
 
 def _geometry(conv: Conv) -> ConvGeometry:
-    steps = {"stride": conv.stride, "padding": conv.padding, "groups": conv.groups}
-    return ConvGeometry.normalize("bench", 2, conv.kernel, **steps)
+    return ConvGeometry.normalize("bench", len(conv.size), conv.kernel, **_options(conv))
 
 
 def _case(op: str, shape: str, conv: Conv, x: Tensor, out: Tensor, flops: int) -> Case:
     dispatched = (x, *_geometry(conv).arguments(), False, 1.0, 0.0)
-    ways = getattr(baselines, op)(x, conv, dispatched)
-    options: dict[str, Any] = {
-        "stride": conv.stride,
-        "padding": conv.padding,
-        "groups": conv.groups,
-    }
-    return Case(op, shape, (x, conv.kernel), options, out, ways, flops)
+    ways = getattr(baselines_conv, op)(x, conv, dispatched)
+    return Case(op, shape, (x, conv.kernel), _options(conv), out, ways, flops)
 
 
 def _sizes(conv: Conv) -> tuple[int, int]:
     """Output positions of one example, and length of one group's patch."""
     geometry = _geometry(conv)
-    positions = math.prod(geometry.output_size((conv.size, conv.size)))
+    positions = math.prod(geometry.output_size(conv.size))
     return positions, geometry.features(conv.channels)
 
 
@@ -48,13 +54,22 @@ def _factor(conv: Conv, features: int, device: str) -> Tensor:
     return poisoned(*stack, features, features, device=device)
 
 
+def _sum_of_pixels(x: Tensor) -> Ways:
+    """One reading of the input: what no window sum can be faster than."""
+    dimensions = tuple(range(2, x.dim()))
+    return {"x.sum": lambda out: x.sum(dimensions)}
+
+
 @pytest.mark.parametrize("shape", CONV_EXPAND)
 def bench_conv_expand_gram(shape: str, compare: Callable[[Case], None], device: str) -> None:
     conv = CONV_EXPAND[shape]
     positions, features = _sizes(conv)
     x, out = _input(conv, device), _factor(conv, features, device)
     flops = conv.groups * conv.batch * positions * features * (features + 1)
-    compare(_case("conv_expand_gram", shape, conv, x, out, flops))
+    # The patches alone, of all examples: what a way makes of them comes on top of that.
+    source, unfolding = next(iter(unfoldings(conv).items()))
+    peaks: Ways = {source: lambda out: unfolding(x, conv)}
+    compare(replace(_case("conv_expand_gram", shape, conv, x, out, flops), peaks=peaks))
 
 
 @pytest.mark.parametrize("shape", CONV_REDUCE)
@@ -63,7 +78,16 @@ def bench_conv_reduce_gram(shape: str, compare: Callable[[Case], None], device: 
     positions, features = _sizes(conv)
     x, out = _input(conv, device), _factor(conv, features, device)
     flops = conv.groups * conv.batch * features * (positions + features + 1)
-    compare(_case("conv_reduce_gram", shape, conv, x, out, flops))
+    case = _case("conv_reduce_gram", shape, conv, x, out, flops)
+    unfold_and_sum = window_sums(x, conv)["unfold + sum"]
+    whole = {"unfold + sum, mm": case.ways["unfold + sum, mm"]}
+    means = torch.randn(conv.batch, *out.shape[:-1], device=device)
+    terms: Ways = {
+        "unfold + sum": lambda out: unfold_and_sum(),
+        "mm": lambda out: gram_of_means(means, out),
+        **_sum_of_pixels(x),
+    }
+    compare(replace(case, beside=whole | terms))
 
 
 @pytest.mark.parametrize("shape", CONV_REDUCE)
@@ -73,4 +97,6 @@ def bench_conv_window_sum(shape: str, compare: Callable[[Case], None], device: s
     stack = () if conv.groups == 1 else (conv.groups,)
     x, out = _input(conv, device), poisoned(conv.batch, *stack, features, device=device)
     flops = conv.groups * conv.batch * features * positions
-    compare(_case("conv_window_sum", shape, conv, x, out, flops))
+    case = _case("conv_window_sum", shape, conv, x, out, flops)
+    named = {name: case.ways[name] for name in ("unfold + sum", "einconv")}
+    compare(replace(case, beside=named | _sum_of_pixels(x)))

@@ -41,4 +41,5 @@ def bench_shared_gram(shape: str, compare: Callable[[Case], None], device: str) 
     out = poisoned(size, size, device=device)
     flops = x.numel() + (rows.segments or len(x)) * size * (size + 1)
     ways = baselines.shared_gram(x, **options)
-    compare(Case("shared_gram", shape, (x,), options, out, ways, flops))
+    beside = {name: ways[name] for name in ("mean + mm",) if name in ways}
+    compare(Case("shared_gram", shape, (x,), options, out, ways, flops, beside=beside))

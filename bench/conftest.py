@@ -9,6 +9,7 @@ import gc
 from collections.abc import Callable, Iterator
 from functools import partial
 
+import memory
 import pytest
 import torch
 from measure import Case, measure
@@ -23,6 +24,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--seconds", type=float, default=1.0, help="about how long to time each benchmark"
     )
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    missing = memory.missing(config.getoption("device"))
+    return f"peak memory: {f'not measured, {missing}' if missing else 'measured'}"
 
 
 @pytest.fixture
@@ -45,10 +51,22 @@ def settings(pytestconfig: pytest.Config) -> Iterator[None]:
     gc.enable()
 
 
+@pytest.fixture(scope="session")
+def afterwards() -> Iterator[list[Callable[[], None]]]:
+    """What is left to do when all is timed."""
+    calls: list[Callable[[], None]] = []
+    yield calls
+    for call in calls:
+        call()
+
+
 @pytest.fixture
 def compare(
-    benchmark: BenchmarkFixture, pytestconfig: pytest.Config, device: str
+    benchmark: BenchmarkFixture,
+    pytestconfig: pytest.Config,
+    device: str,
+    afterwards: list[Callable[[], None]],
 ) -> Callable[[Case], None]:
     """Benchmark a case: choose its baseline, check its errors, time it."""
     seconds = pytestconfig.getoption("seconds")
-    return partial(measure, benchmark, device=device, seconds=seconds)
+    return partial(measure, benchmark, afterwards, device=device, seconds=seconds)

@@ -20,10 +20,13 @@ from kfac_fast import backends
 
 
 def _processor() -> str:
+    """Name of the processor, with family and model: virtual machines often tell only the maker."""
     description = Path("/proc/cpuinfo")
     text = description.read_text() if description.exists() else ""
-    model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return model[1] if model else platform.processor() or platform.machine()
+    facts = dict(re.findall(r"^(model name|cpu family|model)\s*:\s*(.+)$", text, re.MULTILINE))
+    if len(facts) < 3:
+        return facts.get("model name") or platform.processor() or platform.machine()
+    return f"{facts['model name']} (family {facts['cpu family']}, model {facts['model']})"
 
 
 def _git(*arguments: str) -> str | None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import count
 from statistics import median
 from typing import Any
 
 import machine
+import memory
 import pytest
 import torch
 from baselines import Ways
@@ -24,6 +27,7 @@ import kfac_fast
 Call = Callable[[], Any]
 
 RATIO_FROM_MS = 0.2  # below this time of the baseline the added time counts, not the ratio
+FEWEST_ROUNDS, MOST_ROUNDS = 5, 500
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,9 @@ class Case:
         out: What ``out`` holds at the start; never written.
         ways: The ways to the same result in plain PyTorch.
         flops: Operations of the definition, symmetry used.
+        beside: Calls whose times are recorded beside ours, because a bar names them or is made of
+            them. They take ``out`` like ways; their results are not looked at.
+        peaks: Calls whose peak memory is recorded beside ours.
     """
 
     op: str
@@ -47,10 +54,18 @@ class Case:
     out: Tensor | list[Tensor]
     ways: Ways
     flops: int
+    beside: Ways = field(default_factory=dict, kw_only=True)
+    peaks: Ways = field(default_factory=dict, kw_only=True)
 
     def run(self, arguments: Sequence[Any], out: Tensor | list[Tensor]) -> Any:
         """Call the public operator."""
         return getattr(kfac_fast, self.op)(*arguments, **self.options, out=out)
+
+    def bound(self, ways: Ways) -> dict[str, Call]:
+        """Calls of ``ways``, each with a result of its own."""
+        return {
+            name: partial(way, map_tensors(Tensor.clone, self.out)) for name, way in ways.items()
+        }
 
 
 def poisoned(*shape: int, device: str) -> Tensor:
@@ -95,36 +110,84 @@ def _fastest(calls: dict[str, Call], timer: Timer, seconds: float) -> tuple[str,
     return name, best[name]
 
 
+def _best(call: Call, timer: Timer, seconds: float) -> float:
+    return _fastest({"": call}, timer, seconds)[1]
+
+
 def _quantiles(seconds: list[float]) -> list[float]:
     """20th, 50th and 80th percentile in milliseconds."""
     points = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
     return (1e3 * torch.tensor(seconds, dtype=torch.float64).quantile(points)).tolist()
 
 
-def _time_in_turn(
-    benchmark: BenchmarkFixture, ours: Call, baseline: Call, timer: Timer, rounds: int
-) -> tuple[list[float], list[float]]:
-    """Seconds of ours and of the baseline, one call of each in every round.
+def _rounds(took: float, seconds: float) -> int:
+    """How many rounds that take ``took`` each fit into ``seconds``, within the bounds."""
+    return min(max(round(seconds / took), FEWEST_ROUNDS), MOST_ROUNDS)
 
-    pytest-benchmark's own statistics are of ours; on a GPU they include its timer's work.
+
+def turns(calls: dict[str, Call], timer: Timer, rounds: int, seconds: float) -> dict[str, int]:
+    """In every how many rounds to time each call, so that all take about ``seconds`` together."""
+    share = seconds / max(len(calls), 1)
+    best = {name: _best(call, timer, share / 10) for name, call in calls.items()}
+    return {name: max(rounds // _rounds(took, share), 1) for name, took in best.items()}
+
+
+def _time_in_turn(
+    benchmark: BenchmarkFixture,
+    ours: Call,
+    others: dict[str, Call],
+    every: dict[str, int],
+    read: Call,
+    timer: Timer,
+    rounds: int,
+) -> tuple[list[float], dict[str, list[float]]]:
+    """Seconds of ours and of the others, one call of each in a round.
+
+    A call that is not ``every`` 1 sits out the rounds between. Each finds the inputs as ``read``
+    leaves them in the caches, whatever ran before it. pytest-benchmark's own statistics are of
+    ours; on a GPU they include its timer's work.
     """
     our_seconds: list[float] = []
-    baseline_seconds: list[float] = []
+    their_seconds: dict[str, list[float]] = {name: [] for name in others}
+    numbers = count()
+
+    def time_the_others() -> None:
+        number = next(numbers)
+        for name, call in others.items():
+            if number % every[name] == 0:
+                read()
+                their_seconds[name].append(timer(call))
+        read()
+
     benchmark.pedantic(
-        lambda: our_seconds.append(timer(ours)),
-        setup=lambda: baseline_seconds.append(timer(baseline)),
-        rounds=rounds,
+        lambda: our_seconds.append(timer(ours)), setup=time_the_others, rounds=rounds
     )
-    return our_seconds, baseline_seconds
+    return our_seconds, their_seconds
 
 
-def _implementation(case: Case) -> str:
-    """Name of the implementation that serves the call; skips the benchmark if there is none."""
+SERVES = re.compile(r"^\w+ on \w+: (\w+) serves this call(?: by (.+))?$")
+
+
+def served(explanation: str) -> tuple[str, str | None] | None:
+    """The implementation that serves a call, and its way to do it; None if none does."""
+    match = SERVES.match(explanation.rpartition("\n")[2])
+    return match and (match[1], match[2])
+
+
+def _implementation(case: Case) -> tuple[str, str | None]:
+    """What serves the case, and its way; skips the benchmark if nothing does."""
     explanation = kfac_fast.explain(case.op, *case.arguments, **case.options, out=case.out)
-    last = explanation.rpartition("\n")[2]
-    if not last.endswith("serves this call"):
+    found = served(explanation)
+    if found is None:
         pytest.skip(explanation or f"{case.op} has no such implementation here")
-    return last.split()[3]
+    return found
+
+
+def _add_peaks(case: Case, ours: Call, info: dict[str, Any]) -> None:
+    """Add the peaks in MB to a record: ours and those of ``case.peaks``."""
+    calls = {"peak": ours} | {f"{name} peak": call for name, call in case.bound(case.peaks).items()}
+    for name, call in calls.items():
+        info["beside"][f"{name} MB"] = memory.peak_growth(call) / 1e6
 
 
 def _bytes(value: Any) -> int:
@@ -169,14 +232,21 @@ def _oracle(case: Case) -> list[Tensor]:
         return results_of(case.run(*map_tensors(Tensor.double, (case.arguments, case.out))))
 
 
-def measure(benchmark: BenchmarkFixture, case: Case, device: str, seconds: float) -> None:
-    """Benchmark a case for about ``seconds``; its record goes into the JSON's ``extra_info``."""
-    implementation = _implementation(case)
+def measure(
+    benchmark: BenchmarkFixture,
+    afterwards: list[Callable[[], None]],
+    case: Case,
+    device: str,
+    seconds: float,
+) -> None:
+    """Benchmark a case for about ``seconds``; its record goes into the JSON's ``extra_info``.
+
+    Peaks are read ``afterwards``, because reading them slows what is timed later.
+    """
+    implementation, way = _implementation(case)
     timer, oracle = timer_of(device), _oracle(case)
     ours = partial(case.run, case.arguments, map_tensors(Tensor.clone, case.out))
-    ways = {
-        name: partial(way, map_tensors(Tensor.clone, case.out)) for name, way in case.ways.items()
-    }
+    ways = case.bound(case.ways)
 
     # The first calls also warm up, and tell the ways that are too slow for a closer look.
     first = {name: _first_call(way, timer) for name, way in ways.items()}
@@ -188,18 +258,26 @@ def measure(benchmark: BenchmarkFixture, case: Case, device: str, seconds: float
     limit = 2 * min(took for _, took in first.values()) + 0.01
     likely = {name: way for name, way in ways.items() if first[name][1] < limit}
     baseline, best = _fastest(likely, timer, seconds / 2)
-    rounds = min(max(round(seconds / (best + timer(ours))), 5), 500)
-    times = _time_in_turn(benchmark, ours, ways[baseline], timer, rounds)
+    rounds = _rounds(best + _best(ours, timer, seconds / 10), seconds)
+    beside = case.bound(case.beside)
+    others = {baseline: ways[baseline]} | beside
+    every = turns(beside, timer, rounds, seconds) | {baseline: 1}
+    read = partial(map_tensors, torch.sum, case.arguments)
+    our_seconds, theirs = _time_in_turn(benchmark, ours, others, every, read, timer, rounds)
     record = Record(
         op=case.op,
         shape=case.shape,
         dtype=str(results_of(case.arguments)[0].dtype).removeprefix("torch."),
         implementation=implementation,
+        way=way,
         baseline=baseline,
-        **_times(*times),
+        **_times(our_seconds, theirs[baseline]),
         error=relative_error(our_results, oracle),
         baseline_error=errors[baseline],
-        **_speed(case, device, median(times[0])),
+        **_speed(case, device, median(our_seconds)),
         **machine.facts(device),
+        beside={f"{name} ms": _quantiles(theirs[name])[1] for name in case.beside},
     )
     benchmark.extra_info.update(asdict(record))
+    if case.peaks and not memory.missing(device):
+        afterwards.append(partial(_add_peaks, case, ours, benchmark.extra_info))

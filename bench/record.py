@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -14,6 +14,7 @@ class Record:
         shape: Name of the shape in ``shapes.py``.
         dtype: Dtype of the input.
         implementation: The row of the table in :mod:`kfac_fast.backends` that served the call.
+        way: The algorithm that this implementation chose for the shape; None if it has only one.
         baseline: The way of computing it in plain PyTorch that was the fastest for this shape.
         rounds: How often the baseline and ours were timed, in turn.
         p20_ms: Time of one call of ours that a fifth of the rounds stayed below.
@@ -40,12 +41,17 @@ class Record:
         kfac_fast: Version of the package.
         commit: Commit of the working tree, "-dirty" appended if it has changes; None outside git.
         date: Day of the run, UTC.
+        beside: What else was measured of this shape in the same run, because a bar is set in it: by
+            a name that ends in its unit, "ms" for the median time of another call in the same
+            rounds, "MB" for peak memory over what the process held before a call; "peak MB" is
+            ours.
     """
 
     op: str
     shape: str
     dtype: str
     implementation: str
+    way: str | None
     baseline: str
     rounds: int
     p20_ms: float
@@ -70,3 +76,4 @@ class Record:
     kfac_fast: str
     commit: str | None
     date: str
+    beside: dict[str, float] = field(default_factory=dict)

@@ -1,8 +1,8 @@
 """Show and keep the results of a benchmark run.
 
-``python bench/report.py bench/output/bench.json`` prints a table and draws ``ratios.png`` beside
-the JSON. ``--records bench/results`` also keeps the records and the plot under the device's name;
-``--markdown README.md`` also writes the table between that file's two ``benchmarks`` comments.
+``python bench/report.py bench/output/bench.json`` prints tables and draws ``ratios.png`` beside the
+JSON. ``--records bench/results`` also keeps the records and the plot under the device's name;
+``--markdown README.md`` also writes the tables between that file's two ``benchmarks`` comments.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 import matplotlib
 from record import Record
 from rich.console import Console
 from rich.table import Table
+from shapes import FAMILIES
 
 matplotlib.use("Agg")  # draws files only; needs no display
 from matplotlib import pyplot  # noqa: E402
@@ -36,8 +38,16 @@ COLUMNS = (
     "implementation",
     "PyTorch's way",
 )
-NUMBERS = COLUMNS[3:7]
+MEAN_COLUMNS = ("operator", "shapes", "faster, geometric mean", "least", "number of shapes")
+BESIDE_COLUMNS = ("operator", "shape", "beside (times ours)", "bar")
+NUMBERS = (*COLUMNS[3:7], *MEAN_COLUMNS[2:], "bar")
+# A full product takes about 1.9 times as long as the triangle of it that a Gram needs.
+TRIANGLE_SAVES = 1.9
+ATTAINED = 0.8
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+
+
+Rows = list[tuple[str, ...]]
 
 
 def load(path: Path) -> list[Record]:
@@ -58,8 +68,8 @@ def faster(record: Record) -> str:
     return f"{record.ratio_of_medians:.2f}x"
 
 
-def _ms(milliseconds: float) -> str:
-    return f"{milliseconds:.0f}" if milliseconds >= 100 else f"{milliseconds:#.3g}"
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
 
 
 def cells(record: Record) -> tuple[str, ...]:
@@ -68,13 +78,60 @@ def cells(record: Record) -> tuple[str, ...]:
         record.op,
         record.shape,
         record.dtype,
-        _ms(record.baseline_p50_ms),
-        _ms(record.p50_ms),
+        _short(record.baseline_p50_ms),
+        _short(record.p50_ms),
         faster(record),
         f"{record.error:.0e} ({record.baseline_error:.0e})",
-        record.implementation,
+        record.implementation + (f" ({record.way})" if record.way else ""),
         record.baseline,
     )
+
+
+def mean_rows(records: Sequence[Record]) -> Rows:
+    """Geometric mean and least ratio of each operator's families; added microseconds left out."""
+    rows = []
+    for op, group in by_operator(records):
+        for family, shapes in FAMILIES.items():
+            ratios = [
+                record.ratio_of_medians
+                for record in group
+                if record.shape in shapes and record.added_us is None
+            ]
+            if ratios:
+                mean, least = geometric_mean(ratios), min(ratios)
+                rows.append((op, family, f"{mean:.2f}x", f"{least:.2f}x", str(len(ratios))))
+    return rows
+
+
+def _beside(record: Record, name: str) -> str:
+    """One entry of ``record.beside``: its value, and how many times ours it is."""
+    what, _, unit = name.rpartition(" ")
+    value, ours = record.beside[name], {"ms": record.p50_ms, "MB": record.beside.get("peak MB")}
+    times = "" if name == "peak MB" else f" ({_short(value / ours[unit])}x)"
+    return f"{what} {_short(value)} {unit}{times}"
+
+
+def reduce_bar(beside: dict[str, float]) -> float:
+    """How many times as long as ``conv_reduce_gram`` the way ``unfold + sum, mm`` is to take.
+
+    That way unfolds and multiplies; ours has to read the input once and to compute one triangle of
+    the product. The bar is most of the ratio of these.
+    """
+    product = beside["mm ms"]
+    theirs = beside["unfold + sum ms"] + product
+    return ATTAINED * theirs / (beside["x.sum ms"] + product / TRIANGLE_SAVES)
+
+
+def beside_rows(records: Sequence[Record]) -> Rows:
+    """What was measured beside ours; the bar where it is made of that."""
+    rows = []
+    for record in records:
+        entries = ", ".join(_beside(record, name) for name in record.beside)
+        made = record.op == "conv_reduce_gram"
+        bar = f"{_short(reduce_bar(record.beside))}x" if made else ""
+        if entries:
+            rows.append((record.op, record.shape, entries, bar))
+    return rows
 
 
 def conditions(record: Record) -> str:
@@ -86,25 +143,44 @@ def conditions(record: Record) -> str:
     )
 
 
-def print_table(records: Sequence[Record], console: Console) -> None:
-    """Print all records."""
-    table = Table(title=conditions(records[0]))
-    for name in COLUMNS:
+def _table(columns: Sequence[str], title: str | None = None) -> Table:
+    table = Table(title=title)
+    for name in columns:
         table.add_column(name, justify="right" if name in NUMBERS else "left", no_wrap=True)
+    return table
+
+
+def print_tables(records: Sequence[Record], console: Console) -> None:
+    """Print all records, their means, and what was measured beside them."""
+    table = _table(COLUMNS, conditions(records[0]))
     for _, group in by_operator(records):
         for record in group:
             slower = record.added_us is None and record.ratio_of_medians < 1
             table.add_row(*cells(record), style="red" if slower else None)
         table.add_section()
     console.print(table)
+    for columns, rows in further_tables(records):
+        table = _table(columns)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+
+
+def further_tables(records: Sequence[Record]) -> list[tuple[tuple[str, ...], Rows]]:
+    """Columns and rows of the tables after the first that are not empty."""
+    tables = [(MEAN_COLUMNS, mean_rows(records)), (BESIDE_COLUMNS, beside_rows(records))]
+    return [(columns, rows) for columns, rows in tables if rows]
+
+
+def _markdown_table(columns: Sequence[str], rows: Rows) -> str:
+    rule = ["---:" if name in NUMBERS else "---" for name in columns]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [columns, rule, *rows])
 
 
 def markdown(records: Sequence[Record]) -> str:
-    """The table in Markdown."""
-    rule = ["---:" if name in NUMBERS else "---" for name in COLUMNS]
-    rows = [COLUMNS, rule, *map(cells, records)]
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([conditions(records[0]) + ".", "", *lines])
+    """The tables in Markdown."""
+    tables = [(COLUMNS, [cells(record) for record in records]), *further_tables(records)]
+    return "\n\n".join([f"{conditions(records[0])}.", *(_markdown_table(*t) for t in tables)])
 
 
 def insert(path: Path, text: str) -> None:
@@ -121,6 +197,8 @@ def insert(path: Path, text: str) -> None:
 
 
 def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _rounded(entry) for name, entry in value.items()}
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
@@ -201,7 +279,7 @@ def main() -> None:
     if not records:
         parser.error(f"{arguments.json} holds no benchmark")
     console = Console()
-    print_table(records, console if console.is_terminal else Console(width=190))
+    print_tables(records, console if console.is_terminal else Console(width=215))
     folder = arguments.json.parent
     if arguments.records:
         folder = arguments.records / device_folder(records)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,14 +25,19 @@ class Rows(NamedTuple):
 
 
 class Conv(NamedTuple):
-    """A 2-d convolution's input, ``[batch, channels, size, size]``, and its geometry."""
+    """A convolution's input, ``[batch, channels, *size]``, and its geometry.
+
+    ``kernel``, ``stride``, ``padding`` and ``dilation`` are the same in each of the 1 to 3
+    dimensions of ``size``.
+    """
 
     batch: int
     channels: int
-    size: int
+    size: tuple[int, ...]
     kernel: int
     stride: int = 1
     padding: int = 0
+    dilation: int = 1
     groups: int = 1
 
 
@@ -43,13 +49,16 @@ class Layer(NamedTuple):
     count: int
 
 
-GRAM = {
+GRAM_8192 = {
     "8192x64": Rows((8192,), 64),
     "8192x256": Rows((8192,), 256),
     "8192x768": Rows((8192,), 768),
     "8192x2048": Rows((8192,), 2048),
     "8192x3072": Rows((8192,), 3072),
     "8192x768-bfloat16": Rows((8192,), 768, dtype=torch.bfloat16),
+}
+
+GRAM = GRAM_8192 | {
     "resnet50-layer1-gradient": Rows((32, 56, 56), 64),
     "resnet50-layer1-input": Rows((8, 56, 56), 256),
     "vit-b16-qkv-input": Rows((8, 197), 768, bias=True),
@@ -62,36 +71,62 @@ GRAM = {
 }
 
 SHARED_GRAM = {
+    "64x197x768": Rows((64, 197), 768),
+    "8x1024x768": Rows((8, 1024), 768),
     "vit-b16-qkv-input": Rows((32, 197), 768, bias=True),
     "vit-b16-fc1-gradient": Rows((16, 197), 3072, reduction="sum"),
-    "gpt2-qkv-input": Rows((8, 1024), 768, bias=True),
     "resnet50-layer1-gradient": Rows((32, 56, 56), 64, reduction="sum"),
     "graph-network-nodes": Rows((16384,), 128, segments=512),
     "small-vit-head": Rows((4, 16), 64),
 }
 
-CONV_EXPAND = {
-    "resnet50-3x3-64-56px": Conv(8, 64, 56, 3, padding=1),
-    "resnet50-3x3-128-28px": Conv(8, 128, 28, 3, padding=1),
-    "resnet50-3x3-256-14px": Conv(8, 256, 14, 3, padding=1),
-    "resnet50-3x3-512-7px": Conv(8, 512, 7, 3, padding=1),
-    "resnet50-3x3-stride-2-128-56px": Conv(8, 128, 56, 3, stride=2, padding=1),
-    "resnet50-7x7-stem-224px": Conv(8, 3, 224, 7, stride=2, padding=3),
-    "wrn16-4-3x3-64-32px": Conv(16, 64, 32, 3, padding=1),
-    "wrn16-4-3x3-128-16px": Conv(16, 128, 16, 3, padding=1),
-    "vit-b16-16x16-patches-224px": Conv(8, 3, 224, 16, stride=16),
-    "resnext50-3x3-32-groups-56px": Conv(4, 128, 56, 3, padding=1, groups=32),
-    "convnext-t-7x7-depthwise-56px": Conv(2, 96, 56, 7, padding=3, groups=96),
-    "small-lenet-5x5-28px": Conv(4, 1, 28, 5),
+# The batch is 32, and 8 from 56 pixels on: unfolding multiplies it by the taps.
+CONV_3X3 = {
+    "resnet50-3x3-64-56px": Conv(8, 64, (56, 56), 3, padding=1),
+    "resnet50-3x3-128-28px": Conv(32, 128, (28, 28), 3, padding=1),
+    "resnet50-3x3-256-14px": Conv(32, 256, (14, 14), 3, padding=1),
+    "resnet50-3x3-512-7px": Conv(32, 512, (7, 7), 3, padding=1),
+    "cifar-resnet18-3x3-64-32px": Conv(32, 64, (32, 32), 3, padding=1),
+    "cifar-resnet18-3x3-128-16px": Conv(32, 128, (16, 16), 3, padding=1),
+    "cifar-resnet18-3x3-256-8px": Conv(32, 256, (8, 8), 3, padding=1),
 }
 
-CONV_REDUCE = {
-    "resnet50-3x3-64-56px": Conv(32, 64, 56, 3, padding=1),
-    "resnet50-3x3-256-14px": Conv(32, 256, 14, 3, padding=1),
-    "resnet50-3x3-stride-2-128-56px": Conv(16, 128, 56, 3, stride=2, padding=1),
-    "resnet50-7x7-stem-224px": Conv(8, 3, 224, 7, stride=2, padding=3),
-    "convnext-t-7x7-depthwise-56px": Conv(4, 96, 56, 7, padding=3, groups=96),
-    "small-lenet-5x5-28px": Conv(4, 1, 28, 5),
+# Smaller batches where the patches or their products are many: a run is to take minutes.
+CONV_GEOMETRIES = {
+    "alexnet-5x5-64-27px": Conv(16, 64, (27, 27), 5, padding=2),
+    "deeplab-3x3-dilated-256-28px": Conv(8, 256, (28, 28), 3, padding=2, dilation=2),
+    "resnext50-3x3-32-groups-56px": Conv(4, 128, (56, 56), 3, padding=1, groups=32),
+    "convnext-t-7x7-depthwise-56px": Conv(4, 96, (56, 56), 7, padding=3, groups=96),
+    "fastspeech2-9-256-128-phonemes": Conv(32, 256, (128,), 9, padding=4),
+    "unet-3x3x3-32-24px": Conv(2, 32, (24, 24, 24), 3, padding=1),
+}
+
+CONV_STRIDED = {
+    "resnet50-3x3-stride-2-128-56px": Conv(8, 128, (56, 56), 3, stride=2, padding=1),
+    "resnet50-7x7-stem-224px": Conv(8, 3, (224, 224), 7, stride=2, padding=3),
+    "vit-b16-16x16-patches-224px": Conv(8, 3, (224, 224), 16, stride=16),
+}
+
+CONV_SMALL = {"small-lenet-5x5-28px": Conv(4, 1, (28, 28), 5)}
+
+CONV_EXPAND = CONV_3X3 | CONV_GEOMETRIES | CONV_STRIDED | CONV_SMALL
+
+CONV_REDUCE = CONV_3X3 | {
+    name: CONV_EXPAND[name]
+    for name in (
+        "convnext-t-7x7-depthwise-56px",
+        "resnet50-3x3-stride-2-128-56px",
+        "resnet50-7x7-stem-224px",
+        "small-lenet-5x5-28px",
+    )
+}
+
+# Shapes whose ratios have one geometric mean in the report.
+FAMILIES: dict[str, Sequence[str]] = {
+    "8192 rows": list(GRAM_8192),
+    "3x3": list(CONV_3X3),
+    "other geometries": list(CONV_GEOMETRIES),
+    "strided": list(CONV_STRIDED),
 }
 
 # The last two stages of ResNet-18 are left out: their inverses of sizes 2304 and 4608 alone would

@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 import torch
 
+from kfac_fast.conv import ConvGeometry
+
 ROOT = Path(__file__).parents[1]
 OPERATORS = {
     "gram",
@@ -26,6 +28,21 @@ OPERATORS = {
     "damped_inverse",
     "precondition",
 }
+# What is measured beside the smallest shapes, other than peaks.
+BESIDE = {
+    "conv_reduce_gram": {"unfold + sum, mm ms", "unfold + sum ms", "mm ms", "x.sum ms"},
+    "conv_window_sum": {"unfold + sum ms", "einconv ms", "x.sum ms"},
+}
+PEAKS = {"conv_expand_gram": {"peak MB", "unfold peak MB"}}
+# Batch, channels, size, kernel, stride, padding, dilation, groups.
+CONVS = [
+    (2, 4, (9,), 3, 2, 3, 2, 1),
+    (2, 4, (6,), 2, 1, 0, 1, 4),
+    (2, 4, (7, 5), 3, 1, 1, 1, 1),
+    (2, 4, (8, 7), 2, 3, 1, 2, 2),
+    (2, 4, (4, 5, 3), 2, 1, 1, 1, 1),
+    (2, 4, (5, 7, 6), 2, 2, 1, 2, 4),
+]
 
 
 def run(*arguments: object) -> str:
@@ -73,6 +90,14 @@ def test_every_operator_leaves_a_record(results: Path, bench: Any) -> None:
         assert record["rounds"] >= 5 and record["error"] < 1e-3
 
 
+def test_what_is_measured_beside(results: Path, bench: Any) -> None:
+    expected = BESIDE if bench("memory").missing("cpu") else BESIDE | PEAKS
+    for record in entries(results):
+        if record["op"].startswith("conv"):
+            assert set(record["beside"]) == expected.get(record["op"], set())
+        assert all(value > 0 for value in record["beside"].values())
+
+
 def test_statistics_of_pytest_benchmark_are_of_the_same_calls(results: Path) -> None:
     for benchmark in json.loads(results.read_text())["benchmarks"]:
         record, stats = benchmark["extra_info"], benchmark["stats"]
@@ -82,7 +107,7 @@ def test_statistics_of_pytest_benchmark_are_of_the_same_calls(results: Path) -> 
 
 def test_report(results: Path, tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
-    readme.write_text("a\n<!-- benchmarks:begin -->\nold\n<!-- benchmarks:end -->\nz\n")
+    readme.write_text("a\n<!-- benchmarks:begin -->\nstale\n<!-- benchmarks:end -->\nz\n")
     report = ("bench/report.py", results, "--records", tmp_path, "--markdown", readme)
     printed = run(*report)
     assert run(*report) == printed
@@ -90,7 +115,7 @@ def test_report(results: Path, tmp_path: Path) -> None:
     assert (folder / "ratios.png").read_bytes().startswith(b"\x89PNG")
     text = readme.read_text()
     assert text.startswith("a\n<!-- benchmarks:begin -->\n")
-    assert text.endswith("\n<!-- benchmarks:end -->\nz\n") and "old" not in text
+    assert text.endswith("\n<!-- benchmarks:end -->\nz\n") and "stale" not in text
     for record in entries(results):
         assert record["shape"] in printed and f"| {record['shape']} |" in text
     kept = [record for path in folder.glob("*.jsonl") for record in lines(path)]
@@ -112,6 +137,97 @@ def test_newer_record_replaces_only_its_like(bench: Any, results: Path, tmp_path
     first, second = lines(path)
     assert [first["implementation"], second["implementation"]] == [old.implementation, "other"]
     assert first["p50_ms"] == 12.0 != second["p50_ms"]
+
+
+def test_means_leave_out_added_microseconds(bench: Any, results: Path) -> None:
+    report, families = bench("report"), bench("shapes").FAMILIES
+    first, second, third, *_ = families["3x3"]
+    like = vars(report.load(results)[0]) | {"op": "conv_expand_gram"}
+    records = [
+        report.Record(**{**like, "shape": shape, "ratio_of_medians": ratio, "added_us": added})
+        for shape, ratio, added in ((first, 2.0, None), (second, 8.0, None), (third, 99.0, 1.0))
+    ]
+    assert report.mean_rows(records) == [("conv_expand_gram", "3x3", "4.00x", "2.00x", "2")]
+
+
+def test_beside_is_in_times_of_ours(bench: Any, results: Path) -> None:
+    report = bench("report")
+    like = vars(report.load(results)[0]) | {"shape": "s", "p50_ms": 2.0}
+    terms = {"unfold + sum ms": 80.0, "mm ms": 1.9, "x.sum ms": 1.0}
+    records = [
+        report.Record(**{**like, "op": op, "beside": beside})
+        for op, beside in (
+            ("conv_window_sum", {"x.sum ms": 1.0}),
+            ("conv_expand_gram", {"peak MB": 10.0, "unfold peak MB": 50.0}),
+            ("conv_reduce_gram", terms),
+            ("gram", {}),
+        )
+    ]
+    assert report.beside_rows(records) == [
+        ("conv_window_sum", "s", "x.sum 1.00 ms (0.500x)", ""),
+        ("conv_expand_gram", "s", "peak 10.0 MB, unfold peak 50.0 MB (5.00x)", ""),
+        (
+            "conv_reduce_gram",
+            "s",
+            "unfold + sum 80.0 ms (40.0x), mm 1.90 ms (0.950x), x.sum 1.00 ms (0.500x)",
+            "32.8x",
+        ),
+    ]
+
+
+def test_record_names_the_way_of_the_implementation(bench: Any, results: Path) -> None:
+    served, report = bench("measure").served, bench("report")
+    refused = "gram on cpu: triton refuses: Triton needs a GPU\n"
+    assert served(f"{refused}gram on cpu: cpp serves this call") == ("cpp", None)
+    explanation = "conv_expand_gram on cpu: cpp serves this call by offset correlation"
+    assert served(explanation) == ("cpp", "offset correlation")
+    assert served(refused.strip()) is None and served("") is None
+    record = report.load(results)[0]
+    chosen = report.Record(**{**vars(record), "implementation": "cpp", "way": "offsets"})
+    assert "cpp (offsets)" in report.cells(chosen)
+
+
+def test_slow_calls_sit_out_rounds(bench: Any) -> None:
+    took = {"slow": 0.05, "fast": 0.001}
+    calls = {name: lambda name=name: name for name in took}
+    turns = bench("measure").turns(calls, lambda call: took[call()], rounds=400, seconds=1.0)
+    assert turns == {"slow": 40, "fast": 1}  # half a second for each: 10 rounds, 500 rounds
+
+
+def test_peak_is_that_of_what_a_call_allocates(bench: Any) -> None:
+    missing = bench("memory").missing("cpu")
+    if missing:
+        pytest.skip(missing)
+    script = """
+import sys; sys.path.insert(0, "bench")
+import memory, torch
+fill = lambda megabytes: torch.empty(megabytes * 10**6, dtype=torch.uint8).fill_(1)
+fill(300)
+hold = lambda: (fill(40), fill(60))
+print(*(memory.peak_growth(call) for call in (lambda: None, lambda: fill(60), hold)))
+"""
+    # A process of its own: how it allocates is set for good.
+    nothing, one, two = (int(number) / 1e6 for number in run("-c", script).split())
+    assert nothing < 0.6
+    assert one == pytest.approx(60, abs=0.6) and two == pytest.approx(100, abs=0.6)
+
+
+@pytest.mark.parametrize("conv", CONVS, ids=str)
+@pytest.mark.parametrize("op", ["conv_expand_gram", "conv_reduce_gram", "conv_window_sum"])
+def test_ways_of_a_convolution_agree(bench: Any, op: str, conv: tuple[Any, ...]) -> None:
+    batch, channels, size, kernel, stride, padding, dilation, groups = conv
+    x = torch.randn(batch, channels, *size, dtype=torch.float64)
+    steps = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    geometry = ConvGeometry.normalize(op, len(size), kernel, **steps)
+    arguments = (x, *geometry.arguments(), False, 1.0, 0.0)
+    ways = getattr(bench("baselines_conv"), op)(x, bench("shapes").Conv(*conv), arguments)
+    features, stack = geometry.features(channels), () if groups == 1 else (groups,)
+    shape = (batch, *stack, features)
+    if op != "conv_window_sum":
+        shape = (*stack, features, features)
+    results = {name: way(x.new_full(shape, math.nan)) for name, way in ways.items()}
+    for name, result in results.items():
+        torch.testing.assert_close(result.reshape(shape), results["reference"], msg=name)
 
 
 @pytest.mark.parametrize("text", ["", "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"])
