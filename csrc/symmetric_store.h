@@ -7,7 +7,8 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "transpose.h"
+#include "instruction_set.h"
+#include "tile_product.h"
 
 namespace kfac_fast {
 
@@ -26,32 +27,28 @@ struct TileSums {
   }
 };
 
+#define KFAC_FAST_BODY "symmetric_store_body.h"
+#include "compile_for_instruction_sets.h"
+
 template <typename T>
 struct SymmetricStore {
   T alpha;
   T beta;        // 0: the matrix is not read
   int64_t edge;  // rows and columns of the matrix
+  InstructionSet set = instruction_set_in_use();
 
   // Stores rows x columns sums, at most max_tile_edge columns, at matrix[row][column] and mirrored;
   // of a tile on the `diagonal` (row == column) entries above it are ignored.
   void operator()(const TileSums<T>& sums, int64_t rows, int64_t columns, bool diagonal, T* matrix,
                   int64_t row, int64_t column) const {
-    constexpr int64_t height = 32;  // the mirror image is written by pairs of cache lines
-    T values[height][max_tile_edge];
-    for (int64_t top = 0; top < rows; top += height) {
-      const int64_t count = std::min(height, rows - top);
-      T* target = matrix + (row + top) * edge + column;
-      T* mirror = matrix + column * edge + row + top;
-      for (int64_t r = 0; r < count; ++r) {
-        const int64_t width = diagonal ? std::min(columns, top + r + 1) : columns;
-        finish(sums.at(top + r, 0), width, target + r * edge, values[r]);
-      }
-      const int64_t left_of_diagonal = diagonal ? std::min(top, columns) : columns;
-      transpose(values[0], max_tile_edge, count, left_of_diagonal, mirror, edge);
-      for (int64_t c = left_of_diagonal; c < std::min(columns, top + count); ++c) {
-        for (int64_t r = c - top; r < count; ++r) mirror[c * edge + r] = target[r * edge + c];
-      }
-    }
+    T* target = matrix + row * edge + column;
+    T* mirror = matrix + column * edge + row;
+    auto store = portable::store_symmetric<T>;
+#if defined(__x86_64__)
+    if (set == InstructionSet::avx512) store = avx512::store_symmetric<T>;
+    if (set == InstructionSet::avx2) store = avx2::store_symmetric<T>;
+#endif
+    store(sums, rows, columns, diagonal, alpha, beta, target, mirror, edge);
   }
 
   // The same of any number of columns.
@@ -61,32 +58,11 @@ struct SymmetricStore {
       const int64_t width = std::min(max_tile_edge, columns - c);
       const int64_t above = diagonal ? c : 0;  // rows whose entries here lie above the diagonal
       const int64_t square = diagonal ? std::min(max_tile_edge, rows - above) : 0;
-      if (diagonal)
+      if (diagonal) {
         (*this)(sums.at(above, c), square, width, true, matrix, row + above, column + c);
+      }
       (*this)(sums.at(above + square, c), rows - above - square, width, false, matrix,
               row + above + square, column + c);
-    }
-  }
-
- private:
-  // One row, to the matrix and to `values`.
-  void finish(const TileSums<T>& sums, int64_t width, T* __restrict target,
-              T* __restrict values) const {
-    const T* sum = sums.data;
-    if (sums.parts > 1) {
-      for (int64_t c = 0; c < width; ++c) values[c] = sum[c] + sum[sums.distance + c];
-      for (int64_t part = 2; part < sums.parts; ++part) {
-        const T* more = sum + part * sums.distance;
-        for (int64_t c = 0; c < width; ++c) values[c] += more[c];
-      }
-      sum = values;
-    }
-    if (beta == 0) {
-      for (int64_t c = 0; c < width; ++c) target[c] = values[c] = alpha * sum[c];
-    } else {
-      for (int64_t c = 0; c < width; ++c) {
-        target[c] = values[c] = alpha * sum[c] + beta * target[c];
-      }
     }
   }
 };

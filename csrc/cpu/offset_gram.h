@@ -21,6 +21,7 @@
 #include "scratch.h"
 #include "symmetric_store.h"
 #include "tile_product.h"
+#include "transpose.h"
 
 namespace kfac_fast {
 

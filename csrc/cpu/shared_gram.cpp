@@ -73,9 +73,11 @@ class SharedSums {
   void run() {
     std::optional<Segments> segments;
     if (a_.segments) segments.emplace(a_);
-    // Few examples leave threads without work, so their columns are shared out too.
-    constexpr int64_t enough_tasks = 16, narrowest = 128;
-    const int64_t wanted = divide_up(enough_tasks, std::max<int64_t>(a_.examples(), 1));
+    // Few examples leave threads without work, so their columns are shared out too; each is summed
+    // in the same order however they are.
+    constexpr int64_t narrowest = 128;
+    const int64_t wanted =
+        divide_up(2 * torch::stable::get_num_threads(), std::max<int64_t>(a_.examples(), 1));
     const int64_t widest = std::max<int64_t>(1, divide_up(a_.columns(), narrowest));
     const int64_t parts = std::min(wanted, widest);
     const int64_t columns = divide_up(a_.columns(), parts);
