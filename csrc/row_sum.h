@@ -58,7 +58,7 @@ class RowSum {
 
  private:
   // Columns apart are read along the rows, in longer stretches.
-  static constexpr int64_t longest = 64;
+  static constexpr int64_t longest = 32;
 
   const int64_t column_stride_;
   void (*rows_)(const In*, int64_t, int64_t, int64_t, T*);

@@ -48,7 +48,13 @@ struct SymmetricStore {
     if (set == InstructionSet::avx512) store = avx512::store_symmetric<T>;
     if (set == InstructionSet::avx2) store = avx2::store_symmetric<T>;
 #endif
-    store(sums, rows, columns, diagonal, alpha, beta, target, mirror, edge);
+    // A matrix that no cache holds is not read into one to be written, if its rows are aligned.
+    constexpr int64_t large = 24 << 20, line = 64;
+    const int64_t row_bytes = edge * static_cast<int64_t>(sizeof(T));
+    const bool aligned = row_bytes % line == 0 && reinterpret_cast<uintptr_t>(target) % line == 0 &&
+                         reinterpret_cast<uintptr_t>(mirror) % line == 0;
+    const bool past_caches = beta == 0 && aligned && edge * row_bytes >= large;
+    store(sums, rows, columns, diagonal, alpha, beta, target, mirror, edge, past_caches);
   }
 
   // The same of any number of columns.

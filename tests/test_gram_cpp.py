@@ -76,6 +76,20 @@ def test_edges_of_panels_and_blocks(dtype: torch.dtype) -> None:
         check(torch.randn(rows, columns).to(dtype), bias=True)
 
 
+@pytest.mark.parametrize("columns, dtype", [(2560, torch.float32), (1792, torch.float64)])
+@pytest.mark.parametrize("alpha, beta", [(1.0, 0.0), (2.0, 1.0)])
+def test_results_larger_than_the_caches(
+    columns: int, dtype: torch.dtype, alpha: float, beta: float
+) -> None:
+    """Written past them where rows are aligned and nothing is read."""
+    x = whole_numbers(20, columns, dtype=dtype)
+    product = x.double().T @ x.double()
+    for shift in (0, 1):  # the second is not aligned
+        memory = torch.ones(columns * columns + shift, dtype=dtype)
+        out = run(x, alpha=alpha, beta=beta, out=memory[shift:].view(columns, columns))
+        assert torch.equal(out.double(), alpha * product + beta)
+
+
 @dtypes
 @pytest.mark.parametrize("bias", [False, True])
 def test_groups_narrower_and_wider_than_a_vector(dtype: torch.dtype, bias: bool) -> None:
