@@ -49,7 +49,7 @@ struct SymmetricStore {
     if (set == InstructionSet::avx2) store = avx2::store_symmetric<T>;
 #endif
     // A matrix that no cache holds is not read into one to be written, if its rows are aligned.
-    constexpr int64_t large = 24 << 20, line = 64;
+    constexpr int64_t large = 8 << 20, line = 64;
     const int64_t row_bytes = edge * static_cast<int64_t>(sizeof(T));
     const bool aligned = row_bytes % line == 0 && reinterpret_cast<uintptr_t>(target) % line == 0 &&
                          reinterpret_cast<uintptr_t>(mirror) % line == 0;

@@ -38,8 +38,7 @@ struct SumPlan {
   int64_t taps, outer_taps;
   std::vector<Rows> rows;
   std::vector<Columns> columns;
-  int64_t small_plane = 0;  // its pixels, if they are few and lie side by side
-  int64_t reach = 0;        // elements from the first of a plane to the end of its last padded row
+  int64_t reach = 0;  // elements from the first of a plane to the end of its last padded row
 
   SumPlan(const Axes<SumAxis>& axes, const std::array<int64_t, spatial_axes>& strides,
           int64_t lanes)
@@ -49,10 +48,6 @@ struct SumPlan {
         outer_cells(axes[0].cells * axes[1].cells),
         taps(axes[2].taps),
         outer_taps(axes[0].taps * axes[1].taps) {
-    const int64_t pixels = axes[0].size * axes[1].size * width;
-    const bool dense = strides[2] == 1 && (axes[1].size == 1 || strides[1] == width) &&
-                       (axes[0].size == 1 || strides[0] == axes[1].size * width);
-    if (dense && pixels <= most_of_small_plane) small_plane = pixels;
     list_rows(axes[0], axes[1], strides);
     for (const SumAxis::Run& run : axes[2].runs) {
       for (int64_t x = run.begin; x < run.end; x += chain) {
@@ -65,12 +60,11 @@ struct SumPlan {
   int64_t sums_a_plane() const { return outer_cells * padded_width; }
 
   std::span<const Term> terms_of(int64_t tap) const {
-    return {&terms_[begin_[tap]], static_cast<size_t>(begin_[tap + 1] - begin_[tap])};
+    return {terms_.data() + begin_[tap], static_cast<size_t>(begin_[tap + 1] - begin_[tap])};
   }
   std::span<const Term> outer_terms_of(int64_t tap) const { return terms_of(taps + tap); }
 
  private:
-  static constexpr int64_t most_of_small_plane = 100;
   // Sums of this many terms at most, which are then added to the others': less rounding.
   static constexpr int64_t chain = 32;
 
@@ -176,19 +170,20 @@ class WindowSum {
         end_(source.end({axes[0].size, axes[1].size, axes[2].size})),
         channels_a_group_(source.channels / target.groups) {
     constexpr int64_t pixels_a_task = 1 << 14;
-    const int64_t pixels = axes[0].size * axes[1].size * axes[2].size;
+    const int64_t pixels = std::max<int64_t>(axes[0].size * axes[1].size * axes[2].size, 1);
     const int64_t few = round_up(divide_up(pixels_a_task, pixels), functions_.lanes);
-    channels_a_task_ = std::min(channels_a_group_, few);
-    tasks_a_group_ = divide_up(channels_a_group_, channels_a_task_);
+    channels_a_task_ = std::max<int64_t>(std::min(channels_a_group_, few), 1);
+    tasks_a_group_ = std::max<int64_t>(divide_up(channels_a_group_, channels_a_task_), 1);
   }
 
   int64_t tasks() const { return source_.examples * target_.groups * tasks_a_group_; }
 
   int64_t scratch_size() const {
     const int64_t lanes = functions_.lanes;
-    const int64_t vectors = plan_.outer_cells * (4 * plan_.cells + plan_.taps) +
+    const int64_t vectors = plan_.outer_cells * (8 * plan_.cells + plan_.taps) +
+                            4 * static_cast<int64_t>(plan_.columns.size()) +
                             round_up(plan_.outer_taps * plan_.taps, lanes);
-    return lanes * (vectors + std::max(plan_.sums_a_plane(), plan_.small_plane));
+    return lanes * (vectors + plan_.sums_a_plane());
   }
 
   // Some channels of one example.

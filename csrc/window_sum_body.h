@@ -58,6 +58,15 @@ KFAC_FAST_TARGET void sum_rows_one_by_one(const SumPlan& plan, const In* plane,
   }
 }
 
+// Adds to a sum what the last addition to it rounded off (Kahan), too.
+template <typename Vector>
+KFAC_FAST_TARGET inline void add_compensated(Vector& sum, Vector& lost, Vector more) {
+  more -= lost;
+  const Vector total = sum + more;
+  lost = (total - sum) - more;
+  sum = total;
+}
+
 // From sums by cells to taps, along x and then along z and y, for a vector of channels.
 template <typename T>
 KFAC_FAST_TARGET inline void sum_taps(const SumPlan& plan, T alpha,
@@ -112,33 +121,6 @@ KFAC_FAST_TARGET inline void store_taps(const typename VectorOf<T>::type* taps, 
   }
 }
 
-// The pixels of VECTORS vectors of neighbouring channels summed by cells, along x first. Strides
-// along y and z are `scale` times the plan's.
-template <typename In, typename T, int VECTORS>
-KFAC_FAST_TARGET void sum_cells_of_pixels(const SumPlan& plan, const In* data, int64_t pixel_stride,
-                                          int64_t scale, typename VectorOf<T>::type* cells) {
-  using Vector = typename VectorOf<T>::type;
-  constexpr int LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
-  const int64_t count = plan.outer_cells * plan.cells;
-  std::fill_n(cells, VECTORS * count, Vector{});
-  for (const SumPlan::Rows& rows : plan.rows) {
-    const In* row = data + scale * rows.offset;
-    for (int64_t r = 0; r < rows.count; ++r, row += scale * rows.stride) {
-      for (const SumPlan::Columns& columns : plan.columns) {
-        Vector total[VECTORS] = {};
-        const In* pixel = row + columns.begin * pixel_stride;
-        for (int64_t x = columns.begin; x < columns.end; ++x, pixel += pixel_stride) {
-#pragma GCC unroll 4
-          for (int v = 0; v < VECTORS; ++v) total[v] += load_vector<In, T>(pixel + v * LANES);
-        }
-        Vector* cell = cells + rows.cell * plan.cells + columns.cell;
-#pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; ++v) cell[v * count] += total[v];
-      }
-    }
-  }
-}
-
 // The rows of some planes summed by cells; false where no whole vectors may be read.
 template <typename In, typename T, int PLANES>
 KFAC_FAST_TARGET inline bool sum_planes_rows(const SumPlan& plan, const Channels<In>& channels,
@@ -187,49 +169,83 @@ KFAC_FAST_TARGET void sum_cells_of_planes(const SumPlan& plan, const Channels<In
     }
   }
   T turned[LANES * LANES];
-  std::fill_n(cells, plan.outer_cells * plan.cells, Vector{});
+  Vector* lost = cells + plan.outer_cells * plan.cells;
+  std::fill_n(cells, 2 * plan.outer_cells * plan.cells, Vector{});
   for (int64_t outer = 0; outer < plan.outer_cells; ++outer) {
+    auto columns = plan.columns.begin();
     for (int64_t x = 0; x < plan.width; x += LANES) {
       const int64_t width = std::min(LANES, plan.width - x);
       store_transposed(rows + outer * plan.padded_width + x, plan.sums_a_plane(), LANES, turned,
                        LANES);
-      for (const SumPlan::Columns& columns : plan.columns) {
-        const int64_t begin = std::max(columns.begin - x, int64_t{0});
-        const int64_t end = std::min(columns.end - x, width);
-        if (begin >= end) continue;
+      for (; columns != plan.columns.end() && columns->begin < x + width; ++columns) {
+        const int64_t begin = std::max(columns->begin - x, int64_t{0});
+        const int64_t end = std::min(columns->end - x, width);
         Vector total{};
         for (int64_t i = begin; i < end; ++i) {
           total += *reinterpret_cast<const Vector*>(turned + i * LANES);
         }
-        cells[outer * plan.cells + columns.cell] += total;
+        const int64_t cell = outer * plan.cells + columns->cell;
+        add_compensated(cells[cell], lost[cell], total);
+        if (columns->end > x + width) break;  // the rest is in the next vector
       }
     }
   }
 }
 
-// Channels that lie far apart (channels first), a vector of them at a time. Small planes are
-// transposed as a whole.
+// Channels that lie far apart (channels first), a vector of them at a time.
 template <typename In, typename T>
 KFAC_FAST_TARGET void sum_planes(const SumPlan& plan, const Channels<In>& channels, T alpha, T beta,
                                  T* scratch, T* target) {
   using Vector = typename VectorOf<T>::type;
   constexpr int64_t LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
   auto* cells = reinterpret_cast<Vector*>(scratch);
-  auto* along_x = cells + plan.outer_cells * plan.cells;
+  auto* along_x = cells + 2 * plan.outer_cells * plan.cells;
   auto* taps = along_x + plan.outer_cells * plan.taps;
-  T* rest = reinterpret_cast<T*>(taps + round_up(plan.outer_taps * plan.taps, LANES));
+  T* rows = reinterpret_cast<T*>(taps + round_up(plan.outer_taps * plan.taps, LANES));
   const int64_t count = plan.outer_taps * plan.taps;
   for (int64_t c = 0; c < channels.count; c += LANES, target += LANES * count) {
     const In* first = channels.data + c * channels.stride;
     const int64_t planes = std::min(LANES, channels.count - c);
-    if (plan.small_plane > 0) {
-      pack_strided(first, 1, channels.stride, plan.small_plane, planes, LANES, rest, LANES, 0);
-      sum_cells_of_pixels<T, T, 1>(plan, rest, LANES, LANES, cells);
-    } else {
-      sum_cells_of_planes(plan, channels, first, planes, rest, cells);
-    }
+    sum_cells_of_planes(plan, channels, first, planes, rows, cells);
     sum_taps(plan, alpha, cells, along_x, taps);
     store_taps(taps, count, planes, beta, target);
+  }
+}
+
+// The pixels of VECTORS vectors of neighbouring channels summed by cells, along x first. `chains`
+// is room for the sums of some rows, which then are added to the cells: less rounding.
+template <typename In, typename T, int VECTORS>
+KFAC_FAST_TARGET void sum_cells_of_pixels(const SumPlan& plan, const In* data, int64_t pixel_stride,
+                                          typename VectorOf<T>::type* cells,
+                                          typename VectorOf<T>::type* chains) {
+  using Vector = typename VectorOf<T>::type;
+  constexpr int LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
+  const int64_t count = plan.outer_cells * plan.cells;
+  Vector* lost = cells + VECTORS * count;
+  std::fill_n(cells, 2 * VECTORS * count, Vector{});
+  for (const SumPlan::Rows& rows : plan.rows) {
+    const In* row = data + rows.offset;
+    std::fill_n(chains, VECTORS * plan.columns.size(), Vector{});
+    for (int64_t r = 0; r < rows.count; ++r, row += rows.stride) {
+      Vector* chain = chains;
+      for (const SumPlan::Columns& columns : plan.columns) {
+        Vector total[VECTORS] = {};
+        const In* pixel = row + columns.begin * pixel_stride;
+        for (int64_t x = columns.begin; x < columns.end; ++x, pixel += pixel_stride) {
+#pragma GCC unroll 4
+          for (int v = 0; v < VECTORS; ++v) total[v] += load_vector<In, T>(pixel + v * LANES);
+        }
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; ++v) *chain++ += total[v];
+      }
+    }
+    const Vector* chain = chains;
+    for (const SumPlan::Columns& columns : plan.columns) {
+      const int64_t cell = rows.cell * plan.cells + columns.cell;
+      for (int v = 0; v < VECTORS; ++v) {
+        add_compensated(cells[v * count + cell], lost[v * count + cell], *chain++);
+      }
+    }
   }
 }
 
@@ -238,19 +254,22 @@ template <typename In, typename T>
 KFAC_FAST_TARGET void sum_cells_of_few(const SumPlan& plan, const Channels<In>& channels,
                                        const In* data, int64_t width, T* cells) {
   constexpr int LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
-  std::fill_n(cells, plan.outer_cells * plan.cells * LANES, T{0});
+  T* lost = cells + plan.outer_cells * plan.cells * LANES;
+  std::fill_n(cells, 2 * plan.outer_cells * plan.cells * LANES, T{0});
   for (const SumPlan::Rows& rows : plan.rows) {
-    for (int64_t r = 0; r < rows.count; ++r) {
-      const In* row = data + rows.offset + r * rows.stride;
-      for (const SumPlan::Columns& columns : plan.columns) {
-        T* cell = cells + (rows.cell * plan.cells + columns.cell) * LANES;
-        for (int64_t i = 0; i < width; ++i) {
+    for (const SumPlan::Columns& columns : plan.columns) {
+      const int64_t cell = (rows.cell * plan.cells + columns.cell) * LANES;
+      for (int64_t i = 0; i < width; ++i) {
+        T chain = 0;
+        for (int64_t r = 0; r < rows.count; ++r) {
+          const In* row = data + rows.offset + r * rows.stride + i;
           T total = 0;
           for (int64_t x = columns.begin; x < columns.end; ++x) {
-            total += static_cast<T>(row[x * channels.pixel_stride + i]);
+            total += static_cast<T>(row[x * channels.pixel_stride]);
           }
-          cell[i] += total;
+          chain += total;
         }
+        add_compensated(cells[cell + i], lost[cell + i], chain);
       }
     }
   }
@@ -263,17 +282,18 @@ KFAC_FAST_TARGET void sum_pixels(const SumPlan& plan, const Channels<In>& channe
   using Vector = typename VectorOf<T>::type;
   constexpr int64_t LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T), TOGETHER = 4;
   auto* cells = reinterpret_cast<Vector*>(scratch);
-  auto* along_x = cells + TOGETHER * plan.outer_cells * plan.cells;
+  auto* along_x = cells + 2 * TOGETHER * plan.outer_cells * plan.cells;
   auto* taps = along_x + plan.outer_cells * plan.taps;
+  auto* chains = taps + round_up(plan.outer_taps * plan.taps, LANES);
   const int64_t count = plan.outer_taps * plan.taps;
   for (int64_t c = 0, next; c < channels.count; c = next) {
     const int64_t left = channels.count - c;
     next = c + (left >= TOGETHER * LANES ? TOGETHER * LANES : std::min(LANES, left));
     const In* data = channels.data + c;
     if (left >= TOGETHER * LANES) {
-      sum_cells_of_pixels<In, T, TOGETHER>(plan, data, channels.pixel_stride, 1, cells);
+      sum_cells_of_pixels<In, T, TOGETHER>(plan, data, channels.pixel_stride, cells, chains);
     } else if (left >= LANES) {
-      sum_cells_of_pixels<In, T, 1>(plan, data, channels.pixel_stride, 1, cells);
+      sum_cells_of_pixels<In, T, 1>(plan, data, channels.pixel_stride, cells, chains);
     } else {
       sum_cells_of_few(plan, channels, data, left, reinterpret_cast<T*>(cells));
     }

@@ -335,11 +335,6 @@ def offset_partial_kernel(
     tl.store(partials + (part * tiles + tile) * (BLOCK * BLOCK) + entry, total)
 
 
-def refuses(x: Tensor, *arguments: Any) -> str | None:
-    """Say why these kernels cannot serve ``x``, or None."""
-    return launch.refusal(x)
-
-
 def _pack(x: Tensor, tables: Tables, strips: Strips) -> tuple[Tensor, int]:
     """The pixels of the lines as rows ``[positions, N, strips, width]``, and that width."""
     batch, channels = x.shape[:2]

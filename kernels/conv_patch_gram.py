@@ -12,7 +12,7 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -256,11 +256,6 @@ def patch_partial_kernel(
     first = (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + program) * (BLOCK * BLOCK)
     entry = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     tl.store(partials + first + entry, total)
-
-
-def refuses(x: Tensor, *arguments: Any) -> str | None:
-    """Say why these kernels cannot serve ``x``, or None."""
-    return launch.refusal(x)
 
 
 def conv_patch_gram(

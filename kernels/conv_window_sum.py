@@ -188,11 +188,6 @@ def window_sum_kernel(
     accumulate(out + example * entries + entry, alpha * total, beta, exists)
 
 
-def refuses(x: Tensor, *arguments: Any) -> str | None:
-    """Say why these kernels cannot serve ``x``, or None."""
-    return launch.refusal(x)
-
-
 def conv_window_sum(
     x: Tensor,
     tables: Tables,

@@ -122,13 +122,6 @@ def gram_partial_kernel(
     tl.store(partials + first + entry, total)
 
 
-def refuses(
-    x: Tensor, mask: Tensor | None, groups: int, bias: bool, alpha: float, beta: float, out: Tensor
-) -> str | None:
-    """Say why these kernels cannot serve a call, or None."""
-    return launch.refusal(x)
-
-
 def gram(
     x: Tensor,
     mask: Tensor | None,

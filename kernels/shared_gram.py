@@ -5,7 +5,7 @@ the parts, divides by the number of rows that count and appends it where a bias 
 follows is the Gram of few rows. No sum depends on the order in which thread blocks run.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -177,11 +177,6 @@ def rows_kernel(
     tl.store(rows + example * entries + entry, total, mask=entry < entries)
     if tl.program_id(0) % blocks == 0:
         tl.store(kept + example, count > 0)
-
-
-def refuses(x: Tensor, *arguments: Any) -> str | None:
-    """Say why these kernels cannot serve ``x``, or None."""
-    return launch.refusal(x)
 
 
 def shared_gram(

@@ -102,7 +102,8 @@ class Convolution(NamedTuple):
     @property
     def kernel(self) -> str:
         """The kernel that forms a factor under expand."""
-        return conv_kernels.expand_kernel(self.geometry, tuple(self.x.shape))
+        shape, item = tuple(self.x.shape), self.x.element_size()
+        return conv_kernels.expand_kernel(self.geometry, shape, item)
 
 
 def _way(*args: Any) -> str:
@@ -115,20 +116,22 @@ def _native_conv(op: str, device: str) -> Implementation:
 
     def run(*args: Any) -> None:
         call = Convolution.of(*args)
-        kernel, numbers = _planned(op, call.geometry, tuple(call.x.shape), call.x.device)
-        kernel(call.x, *numbers, call.geometry.groups, call.bias, call.alpha, call.beta, call.out)
+        x, geometry = call.x, call.geometry
+        kernel, numbers = _planned(op, geometry, tuple(x.shape), x.element_size(), x.device)
+        kernel(x, *numbers, geometry.groups, call.bias, call.alpha, call.beta, call.out)
 
     missing = _missing("conv_offset_gram" if expand else op, device)
     name = "cpp" if device == "cpu" else "cuda"
     return Implementation(name, run, missing, way=_way if expand else None)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=256)
 def _planned(
-    op: str, geometry: ConvGeometry, shape: tuple[int, ...], device: torch.device
+    op: str, geometry: ConvGeometry, shape: tuple[int, ...], item: int, device: torch.device
 ) -> tuple[Callable[..., None], tuple[Any, ...]]:
     """The compiled kernel for an input of this shape, and the arguments that hold its plan."""
-    kernel = conv_kernels.expand_kernel(geometry, shape) if op == "conv_expand_gram" else op
+    expand = op == "conv_expand_gram"
+    kernel = conv_kernels.expand_kernel(geometry, shape, item) if expand else op
     overload = getattr(torch.ops.kfac_fast_native, kernel).default
     plan = conv_kernels.plan(kernel, geometry, shape[2:]).to(device)
     if op != "conv_window_sum":
@@ -346,14 +349,20 @@ def _describe(op: str, *args: Any) -> Iterator[str]:
 
 def _router(op: str) -> Callable[..., None]:
     """The dispatcher's entry of an operator: check, choose, run."""
+    written = schema.OPERATORS[op].written
 
     def route(*args: Any) -> None:
         schema.check(op, *args)
         explanation = _explanation.get()
-        if explanation is None:
-            select(op, *args).run(*args)
-        else:
+        if explanation is not None:
             explanation.extend(_describe(op, *args))
+            return
+        select(op, *args).run(*args)
+        # Autograd must see that what it may have saved has changed.
+        for argument in args[written:]:
+            for out in argument if isinstance(argument, list) else (argument,):
+                if out is not None and not out.is_inference():
+                    torch.autograd.graph.increment_version(out)
 
     return route
 

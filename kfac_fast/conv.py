@@ -206,8 +206,9 @@ class ConvGeometry:
         Returns:
             Tensor of shape ``[N, C, *framed_size(spatial)]``; ``x`` itself where nothing is added.
         """
+        size = x.shape[2:]
         if self.transposed:
-            sizes = zip(x.shape[2:], self.stride, strict=True)
+            sizes = zip(size, self.stride, strict=True)
             stuffed = x.new_zeros(*x.shape[:2], *((n - 1) * step + 1 for n, step in sizes))
             spread = (slice(None), slice(None), *(slice(None, None, step) for step in self.stride))
             stuffed[spread] = x
@@ -215,6 +216,8 @@ class ConvGeometry:
         pads = [side for before_after in reversed(self.frame()) for side in before_after]
         if not any(pads):
             return x
+        if x.numel() == 0:  # of which PyTorch pads none in the other modes
+            return x.new_zeros(*x.shape[:2], *self.framed_size(size))
         return F.pad(
             x, pads, mode="constant" if self.padding_mode == "zeros" else self.padding_mode
         )
@@ -349,36 +352,54 @@ class Axis:
         weights = tuple(zip(*distinct, strict=True)) if distinct else ((),) * self.taps
         return SumPlan(tuple(index.get(signature, -1) for signature in by_pixel), weights)
 
+    def _hits(self, tap: int) -> range:
+        """The output positions at which a tap reads a pixel."""
+        if self.padding_mode != "zeros":
+            return range(self.outputs)
+        # The tap reads the pixel at (stride o + ahead) / spread, of which stride or spread is 1.
+        ahead = self.dilation * tap - self.before
+        last = (self.size - 1) * self.spread
+        low = max(0, -(ahead // self.stride))
+        low += -(low + ahead) % self.spread
+        return range(low, min(self.outputs, (last - ahead) // self.stride + 1), self.spread)
+
     def offsets(self) -> OffsetPlan:
         """Pairs of taps at the same distance share their products; see ``docs/math.md``."""
-        places: dict[int, int] = {}
         line: list[int] = []
-        phases = dict.fromkeys(tap * self.dilation % self.stride for tap in range(self.taps))
-        framed = self.dilation * (self.taps - 1) + self.stride * (self.outputs - 1) + 1
-        for phase in phases:
-            for position in range(phase, framed, self.stride):
-                pixel = self.pixel(position)
-                if pixel >= 0:
-                    places[position] = len(line)
-                    line.append(pixel)
-        reads: list[range] = []  # output positions at which each tap reads a pixel
+        starts: dict[int, int] = {}  # by phase, where in the line the framed position 0 would be
+        step = self.stride * self.spread
+        for phase in dict.fromkeys(tap * self.dilation % self.stride for tap in range(self.taps)):
+            positions = self._positions(phase)
+            starts[phase] = len(line) - positions.start // step
+            line.extend(map(self.pixel, positions))
+        reads = [self._hits(tap) for tap in range(self.taps)]
+        places = []  # in the line, of what each tap would read at output position 0
         for tap in range(self.taps):
-            hits = [o for o, pixel in enumerate(self.reads(tap)) if pixel >= 0]
-            reads.append(range(hits[0], hits[-1] + 1, self.spread) if hits else range(0))
+            framed = tap * self.dilation
+            places.append((starts[framed % self.stride], framed))
         windows: list[tuple[int, int, int]] = []  # distance, first position, length
-        for tap, left in enumerate(reads):
-            for other, right in enumerate(reads):
+        for (start, framed), left in zip(places, reads, strict=True):
+            for (other_start, other_framed), right in zip(places, reads, strict=True):
                 first = max(left.start, right.start)
                 both = range(first, min(left.stop, right.stop), self.spread)
                 if not both or (left.start - right.start) % self.spread:
                     windows.append((0, 0, 0))
                     continue
-                place, where = (
-                    places[self.stride * first + self.dilation * k] for k in (tap, other)
-                )
+                place = start + (self.stride * first + framed) // step
+                where = other_start + (self.stride * first + other_framed) // step
                 windows.append((where - place, place, len(both)))
         shifts, runs = _cells(windows)
         return OffsetPlan(tuple(line), shifts, runs)
+
+    def _positions(self, phase: int) -> range:
+        """The framed positions of a phase that hold pixels and that the window reaches."""
+        stop = self.dilation * (self.taps - 1) + self.stride * (self.outputs - 1) + 1
+        if self.padding_mode != "zeros":
+            return range(phase, stop, self.stride)
+        first = phase + self.stride * max(0, -((phase - self.before) // self.stride))
+        first += (self.before - first) % self.spread
+        last = self.before + (self.size - 1) * self.spread
+        return range(first, min(stop, last + 1), self.stride * self.spread)
 
 
 def _cells(
@@ -389,11 +410,16 @@ def _cells(
     Returns:
         The shifts, and for each window (shift, first cell, one after the last cell).
     """
-    distances = list(dict.fromkeys(distance for distance, _, length in windows if length)) or [0]
+    by_distance: dict[int, set[tuple[int, int]]] = {}
+    for distance, first, length in windows:
+        if length:
+            by_distance.setdefault(distance, set()).add((first, first + length))
+    if not by_distance:
+        by_distance[0] = set()
+    index = {distance: i for i, distance in enumerate(by_distance)}
     shifts: list[Shift] = []
     runs: dict[tuple[int, int, int], tuple[int, int, int]] = {}
-    for distance in distances:
-        own = {(first, first + length) for d, first, length in windows if length and d == distance}
+    for distance, own in by_distance.items():
         edges = sorted({edge for window in own for edge in window})
         cells = [
             (start, stop)
@@ -405,5 +431,5 @@ def _cells(
         for first, end in own:
             runs[distance, first, end - first] = (len(shifts), starts[first], stops[end])
         lengths = tuple((start, stop - start) for start, stop in cells)
-        shifts.append(Shift(distance, distances.index(-distance), lengths))
+        shifts.append(Shift(distance, index[-distance], lengths))
     return tuple(shifts), tuple(runs.get(window, (0, 0, 0)) for window in windows)

@@ -56,7 +56,7 @@ _PLANS: dict[str, Callable[[Sequence[Axis]], Iterator[int]]] = {
 }
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=256)
 def plan(kernel: str, geometry: ConvGeometry, size: tuple[int, ...]) -> Tensor:
     """The plan that a compiled kernel takes.
 
@@ -75,17 +75,18 @@ def plan(kernel: str, geometry: ConvGeometry, size: tuple[int, ...]) -> Tensor:
 
 
 @lru_cache(maxsize=1024)
-def expand_kernel(geometry: ConvGeometry, shape: tuple[int, ...]) -> str:
+def expand_kernel(geometry: ConvGeometry, shape: tuple[int, ...], item: int) -> str:
     """The kernel that is to form the Gram of all patches of an input ``[N, C, *spatial]``.
 
     Args:
         geometry: The convolution.
         shape: The input's shape.
+        item: Bytes of one of its elements.
 
     Returns:
         ``"conv_offset_gram"`` or ``"conv_patch_gram"``, by the model below.
     """
-    return min(EXPAND_KERNELS, key=lambda kernel: _cost(kernel, geometry, shape))
+    return min(EXPAND_KERNELS, key=lambda kernel: _cost(kernel, geometry, shape, item))
 
 
 EXPAND_KERNELS = {
@@ -100,6 +101,8 @@ ROWS_A_PRODUCT = 4
 LOADS_A_ROW = 3
 # An entry of a patch is gathered from the input; a copied pixel comes in vectors.
 WORK_A_GATHERED_ENTRY = 1.0
+# Bytes that the offset kernel may pack whatever the size of the input.
+ALWAYS_PACKED = 2**20
 # The offset kernel keeps the sums of all cells of a tile.
 MOST_SUMS = 2**22
 
@@ -110,7 +113,7 @@ def _strips(width: int, groups: int) -> tuple[int, int]:
     return -(-groups // together), width * together
 
 
-def _cost(kernel: str, geometry: ConvGeometry, shape: tuple[int, ...]) -> float:
+def _cost(kernel: str, geometry: ConvGeometry, shape: tuple[int, ...], item: int) -> float:
     batch, channels, *size = shape
     axes = geometry.axes(size)
     if kernel == "conv_patch_gram":
@@ -119,13 +122,20 @@ def _cost(kernel: str, geometry: ConvGeometry, shape: tuple[int, ...]) -> float:
         products = strips * width * -(-width // LANES) / 2
         return patches * (products + WORK_A_GATHERED_ENTRY * strips * width)
     strips, width = _strips(channels // geometry.groups, geometry.groups)
-    rows, cells = float(batch), 1
+    rows, cells, pixels = float(batch), 1, 1
     for axis in axes:
-        lengths = [length for shift in axis.offsets().shifts for _, length in shift.cells]
+        offsets = axis.offsets()
+        pixels *= len(offsets.line)
+        lengths = [length for shift in offsets.shifts for _, length in shift.cells]
         cells *= len(lengths)
         more = ROWS_A_PRODUCT / max(batch, 1) if axis is axes[-1] else 0.0
         rows *= sum(length + more for length in lengths)
     tile = min(width, 3 * LANES)
     if cells * tile * max(tile, LANES) > MOST_SUMS:
+        return math.inf
+    # One example is packed at once, its strips in whole vectors of float32.
+    packed = 4 * pixels * strips * -(-width // LANES) * LANES
+    result = 4 * geometry.groups * geometry.features(channels) ** 2
+    if packed > ALWAYS_PACKED + 1.25 * item * math.prod(shape) + result:
         return math.inf
     return rows * strips * (width + LOADS_A_ROW) * -(-width // LANES) / 2

@@ -152,7 +152,7 @@ class LinearLayer(Layer):
 
     def input_key(self, output: Tensor) -> Hashable:
         """Whether positions are averaged, and whether there is a bias."""
-        return LinearLayer, self.approx, self.has_bias
+        return type(self), self.approx, self.has_bias
 
     def gradient_gram(self, gradient: Tensor, scale: float) -> Tensor:
         """Rows under expand, their sums over the shared positions under reduce."""
@@ -223,7 +223,7 @@ class ConvLayer(Layer):
         """The geometry, of which the output's size tells the output padding."""
         dimensions = len(self.module.kernel_size)
         geometry = ConvGeometry.normalize(self.name, dimensions, **self._geometry())
-        return ConvLayer, self.approx, self.has_bias, geometry, output.shape[-dimensions:]
+        return type(self), self.approx, self.has_bias, geometry, output.shape[-dimensions:]
 
     def gradient_gram(self, gradient: Tensor, scale: float) -> Tensor:
         """Output pixels under expand, their sums over the image under reduce."""

@@ -137,6 +137,8 @@ def shared_gram(
     Raises:
         ValueError: If a shape, an option, a device or the memory of ``out`` is refused.
         TypeError: If a dtype is refused.
+        RuntimeError: On the CPU, if a segment is none of ``num_segments``; a GPU's host does not
+            wait to see it, and such rows do not count there.
 
     Source: Eschenhagen et al. (2023), section 3.3.
     """
@@ -153,15 +155,23 @@ def _conv(op: str, x: Tensor, bias: bool, *geometry: Any) -> tuple[Any, ...]:
         raise ValueError(
             f"{op}: x must be [N, C, *spatial] with 1 to 3 spatial dimensions, got {x.dim()}-d"
         )
-    if torch.compiler.is_compiling():  # it traces no caches
+    values = [tuple(value) if isinstance(value, list) else value for value in geometry]
+    if torch.compiler.is_compiling() or not all(map(_plain, values)):
         normal = ConvGeometry.normalize(op, x.dim() - 2, *geometry)
     else:
-        hashable = (tuple(value) if isinstance(value, list) else value for value in geometry)
-        normal = _kept_normalize(op, x.dim() - 2, *hashable)
+        normal = _kept_normalize(op, x.dim() - 2, *values)
     return (_detached(x), *normal.arguments(), bias)
 
 
-_kept_normalize = lru_cache(maxsize=1024)(ConvGeometry.normalize)
+def _plain(value: Any) -> bool:
+    """Whether a value is what it looks like to a cache, which holds 1, 1.0 and True for equal."""
+    return type(value) in (int, str, bool) or (
+        type(value) is tuple and all(type(n) is int for n in value)
+    )
+
+
+# The compiler traces no caches.
+_kept_normalize = lru_cache(maxsize=1024, typed=True)(ConvGeometry.normalize)
 
 
 @public

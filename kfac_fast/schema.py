@@ -46,19 +46,38 @@ def _check_device(op: str, argument: str, tensor: Tensor, like: Tensor) -> None:
 
 
 def _used_bytes(tensor: Tensor) -> tuple[int, int]:
-    """First byte of its storage that the tensor uses, and the one after the last."""
+    """First byte that the tensor uses and the one after the last, counted as in :func:`_place`."""
     steps = zip(tensor.shape, tensor.stride(), strict=True)
-    first = int(tensor.storage_offset())
-    last = first + sum((size - 1) * stride for size, stride in steps)
-    return first * tensor.element_size(), (last + 1) * tensor.element_size()
+    size = tensor.element_size()
+    first = tensor.data_ptr() if _has_memory(tensor) else int(tensor.storage_offset()) * size
+    last = first + size * sum((size - 1) * stride for size, stride in steps)
+    return first, last + size
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type != "meta"
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether the spans of two tensors share memory."""
-    if not torch._C._is_alias_of(a, b) or not a.numel() or not b.numel():  # type: ignore[attr-defined]
+    """Whether the spans of a contiguous tensor and of another one share memory."""
+    if not a.numel() or not b.numel():
         return False
+    if not (_has_memory(a) and _has_memory(b)):
+        if not torch._C._is_alias_of(a, b):  # type: ignore[attr-defined]
+            return False
+    else:
+        # Two storages may stand for the same memory, as two tensors from one NumPy array do.
+        place, storage = a.data_ptr(), b.untyped_storage()
+        start = storage.data_ptr()
+        if place + a.nbytes <= start or start + storage.nbytes() <= place:
+            return False
     (start, stop), (first, last) = _used_bytes(a), _used_bytes(b)
     return start < last and first < stop
+
+
+def _place(tensor: Tensor) -> int:
+    """What the bytes of :func:`_used_bytes` count in: the one memory, or a storage."""
+    return 0 if _has_memory(tensor) else tensor.untyped_storage()._cdata
 
 
 def _check_out(
@@ -84,7 +103,7 @@ def _check_out(
 def _check_apart(op: str, out: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
     """Check that no output overlaps an input or another output, in one pass over sorted spans."""
     spans = sorted(
-        (tensor.untyped_storage()._cdata, *_used_bytes(tensor), i < len(out))
+        (_place(tensor), *_used_bytes(tensor), i < len(out))
         for i, tensor in enumerate([*out, *inputs])
         if tensor.numel()
     )
@@ -362,11 +381,13 @@ class Operator:
         arguments: The dispatcher signature between its parentheses.
         check: Called with the operator's name and dispatcher arguments; raises where they are
             refused.
+        written: Position of the first argument that is written; all after it are, too.
         shape: For accumulating operators, the shape of ``out`` from the arguments before ``alpha``.
     """
 
     arguments: str
     check: Callable[..., None]
+    written: int
     shape: Callable[..., Shape] | None = None
 
 
@@ -375,7 +396,7 @@ def _accumulating(arguments: str, shape: Callable[..., Shape]) -> Operator:
         *inputs, _, _, out = args
         _check_out(op, "out", out, shape(op, *inputs), result_dtype(inputs[0].dtype), inputs)
 
-    return Operator(f"{arguments}, float alpha, float beta, Tensor(a!) out", check, shape)
+    return Operator(f"{arguments}, float alpha, float beta, Tensor(a!) out", check, -1, shape)
 
 
 _CONV = (
@@ -400,10 +421,10 @@ OPERATORS: dict[str, Operator] = {
     "conv_expand_gram": _accumulating(_CONV, _conv_gram_shape),
     "conv_reduce_gram": _accumulating(_CONV, _conv_gram_shape),
     "conv_window_sum": _accumulating(_CONV, _window_sum_shape),
-    "damped_inverse": Operator(_DAMPED, _check_damped),
-    "damped_cholesky": Operator(_DAMPED, _check_damped),
-    "precondition": Operator(_SIDES, _check_precondition),
-    "cholesky_precondition": Operator(_SIDES, _check_precondition),
+    "damped_inverse": Operator(_DAMPED, _check_damped, 2),
+    "damped_cholesky": Operator(_DAMPED, _check_damped, 2),
+    "precondition": Operator(_SIDES, _check_precondition, 3),
+    "cholesky_precondition": Operator(_SIDES, _check_precondition, 3),
 }
 
 

@@ -210,7 +210,7 @@ def test_chosen_kernels() -> None:
 
     def chosen(shape: tuple[int, ...], *arguments: int, **options: int) -> str:
         geometry = ConvGeometry.normalize("test", len(shape) - 2, *arguments, **options)
-        return conv_kernels.expand_kernel(geometry, shape)
+        return conv_kernels.expand_kernel(geometry, shape, 4)
 
     for shape in ((8, 64, 56, 56), (32, 512, 7, 7), (1, 32, 14, 14)):
         assert chosen(shape, 3, padding=1) == "conv_offset_gram"

@@ -147,6 +147,50 @@ def test_edges_of_rows(kernel: str, width: int) -> None:
         check(kernel, x, exact=True, kernel_size=(3, 1), stride=(2, 3), bias=True)
 
 
+@pytest.mark.parametrize("kernel", conv_kernels.EXPAND_KERNELS)
+def test_one_tap_for_any_number_of_threads(kernel: str, set_threads: Callable[[int], None]) -> None:
+    """One cell a tile, so that whatever is written beside a tile's sums is in another task's."""
+    for channels, groups in ((3, 1), (5, 1), (6, 1), (7, 1), (13, 1), (22, 1), (46, 1), (35, 7)):
+        x = whole_numbers(24, channels, 40, 40, dtype=torch.float32)
+        options = {"kernel_size": 1, "groups": groups}
+        expected = run(kernel, x, **options).double()
+        defined(kernel, x.double(), expected, **options)
+        for threads in (1, 2, 3):
+            set_threads(threads)
+            for _ in range(3):
+                assert torch.equal(run(kernel, x, **options).double(), expected)
+
+
+@kernels
+@convolutions
+def test_nothing_to_sum(kernel: str, case: Convolution) -> None:
+    """No examples or no channels; and no pixels where a padding of zeros makes up for them."""
+    shapes = [(0, case.channels, *case.size), (2, 0, *case.size)]
+    if case.options.get("padding_mode", "zeros") == "zeros" and not case.transposed:
+        shapes.append((2, case.channels, *(0 for _ in case.size)))
+    for shape in shapes:
+        x = torch.empty(shape)
+        geometry = geometry_of(x, **case.options)
+        if min(geometry.output_size(shape[2:])) < 1:
+            continue
+        for bias in (False, True):
+            out = run(kernel, x, bias=bias, **case.options)
+            expected = defined(kernel, x, torch.empty_like(out), bias=bias, **case.options)
+            assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("kernel", ["conv_window_sum", "conv_reduce_gram"])
+@pytest.mark.parametrize("last", [False, True], ids=["channels-first", "channels-last"])
+@pytest.mark.parametrize(
+    "shape", [(2, 16, 224, 224), (1, 3, 300, 300), (1, 20, 1, 40_000)], ids=str
+)
+def test_long_sums(kernel: str, last: bool, shape: tuple[int, ...]) -> None:
+    """Of terms with a mean, whose roundings add up; added in chains, which round less."""
+    x = torch.randn(shape).relu()
+    x = x.contiguous(memory_format=torch.channels_last) if last else x
+    check(kernel, x, kernel_size=(min(3, shape[2]), 3), padding=(0, 1))
+
+
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "channels-last": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
     "channels-first-of-all": lambda x: x.movedim(1, 0).contiguous().movedim(0, 1),

@@ -29,8 +29,6 @@ from triton_kernels import (  # noqa: E402
 from kfac_fast.conv import ConvGeometry  # noqa: E402
 from kfac_fast.kernels import (  # noqa: E402
     conv_offset_gram,
-    conv_patch_gram,
-    conv_window_sum,
     launch,
 )
 from kfac_fast.schema import result_shape  # noqa: E402
@@ -157,12 +155,3 @@ def test_tables_are_copied_to_the_device_once() -> None:
     tiling = launch.block_tiling(64, 1, 2, 90)
     tasks = [conv_offset_gram._tasks(tables, batch, tiling, 1, 132) for batch in (8, 8, 16)]
     assert tasks[0] is tasks[1] and tasks[0] is not tasks[2]
-
-
-def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (conv_offset_gram, conv_patch_gram, conv_window_sum):
-        assert module.refuses(torch.zeros(2, 3, 4)) is None
-        assert "float64" in module.refuses(torch.zeros(2, 3, 4, dtype=torch.float64))
-    monkeypatch.setattr(launch, "device", lambda index: launch.Device(75, 40))
-    for module in (conv_offset_gram, conv_patch_gram, conv_window_sum):
-        assert "compute capability 8.0" in module.refuses(torch.zeros(2, 3, 4))

@@ -23,6 +23,7 @@ from triton_kernels import (  # noqa: E402
     interpreter,
 )
 
+from kfac_fast import backends, schema  # noqa: E402
 from kfac_fast.kernels import gram as kernels  # noqa: E402
 from kfac_fast.kernels import launch  # noqa: E402
 
@@ -144,10 +145,12 @@ def test_parts_fill_the_device() -> None:
     assert launch.choose_part([1024] * 13, 10**6, 65536, 132) == 1024  # no room for more
 
 
-def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("op", [op for op in schema.OPERATORS if op.endswith(("gram", "_sum"))])
+def test_refusals(monkeypatch: pytest.MonkeyPatch, op: str) -> None:
+    (implementation,) = (i for i in backends.TABLE[op, "cuda"] if i.name == "triton")
+
     def refusal(dtype: torch.dtype) -> str | None:
-        x = torch.zeros(2, 3, dtype=dtype)
-        return kernels.refuses(x, None, 1, False, 1.0, 0.0, torch.zeros(3, 3))
+        return implementation.refuses(torch.zeros(2, 3, 4, dtype=dtype))
 
     assert refusal(torch.bfloat16) is None
     assert "float64" in refusal(torch.float64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cases import CONVOLUTIONS, FLOATING, Convolution
@@ -197,3 +198,36 @@ def test_an_input_is_left_as_it_was() -> None:
         before = x.clone()
         op(x, bias=True, **options)
         assert torch.equal(bits(x), bits(before))
+
+
+def test_autograd_sees_that_out_has_changed() -> None:
+    """What it saved of ``out`` before is no longer there."""
+    x, square = torch.randn(2, 3, 5, 5), torch.eye(4)
+    calls = {
+        "gram": lambda out: ops.gram(x[0, 0], out=out),
+        "conv_expand_gram": lambda out: ops.conv_expand_gram(x, 1, out=out),
+        "damped_inverse": lambda out: ops.damped_inverse([square], 1.0, out=[out]),
+        "precondition": lambda out: ops.precondition([square], [square], [square], out=[out]),
+    }
+    for name, call in calls.items():
+        edge = {"gram": 5, "conv_expand_gram": 3}.get(name, 4)
+        out, weight = torch.zeros(edge, edge), torch.ones((), requires_grad=True)
+        product = (weight * out).sum()
+        call(out)
+        assert out._version > 0
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product.backward()
+    with torch.inference_mode():
+        assert ops.gram(x[0, 0]).shape == (5, 5)
+
+
+def test_what_is_refused_does_not_depend_on_earlier_calls() -> None:
+    """Although 1, 1.0 and True are equal."""
+    x = torch.randn(1, 2, 5, 5)
+    ops.conv_expand_gram(x, 3)
+    ops.conv_expand_gram(x, (3, 3), stride=(1, 1), padding=[1, 1])
+    for bad in ({"kernel_size": 3.0}, {"kernel_size": (3.0, 3.0)}, {"padding": (1.0, 1)}):
+        with pytest.raises(ValueError, match="must be"):
+            ops.conv_expand_gram(x, **{"kernel_size": 3, **bad})
+    with pytest.raises(ValueError, match="kernel_size must be an int or 2 ints"):
+        ops.conv_expand_gram(x, np.array([3, 3]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from oracle import assert_same, assert_within_budget, bits, positive_definite
@@ -296,6 +297,16 @@ def test_out_may_not_overlap_an_input() -> None:
     check_refusal(call)
     image = memory[:36].view(1, 1, 6, 6)
     check_refusal(conv(image, apart, kernel_size=2, out=memory[30:46].view(4, 4)))
+
+
+def test_out_may_not_overlap_an_input_of_another_storage() -> None:
+    array = np.zeros(40, dtype=np.float32)
+    x, out = torch.from_numpy(array)[:20].view(5, 4), torch.from_numpy(array)[10:26].view(4, 4)
+    check_refusal(gram(x, "out must be apart from the inputs' memory, got an overlap", out=out))
+    square = torch.from_numpy(array)[:16].view(4, 4)
+    apart = "out must be apart from all other memory, got an overlap"
+    for op in (ops.damped_inverse, ops.damped_cholesky):
+        check_refusal((op, ([square], 1.0), {"out": [out]}, ValueError, apart))
 
 
 def test_outputs_may_not_overlap_anything() -> None:

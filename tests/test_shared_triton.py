@@ -95,14 +95,3 @@ def test_what_is_added_at_once_fits_the_input() -> None:
     assert launch.adding_block(4096, 768, rows) == (64, 32)
     assert launch.adding_block(7, 768, rows) == (8, 256)
     assert launch.adding_block(4096, 3, columns) == (16, 4)
-
-
-def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refusal(dtype: torch.dtype) -> str | None:
-        x, out = torch.zeros(2, 3, dtype=dtype), torch.zeros(3, 3)
-        return kernels.refuses(x, None, None, -1, "mean", 1, False, 1.0, 0.0, out)
-
-    assert refusal(torch.bfloat16) is None
-    assert "float64" in refusal(torch.float64)
-    monkeypatch.setattr(launch, "device", lambda index: launch.Device(75, 40))
-    assert "compute capability 8.0" in refusal(torch.float32)

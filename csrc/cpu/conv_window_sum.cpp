@@ -62,12 +62,23 @@ void reduce_gram_of(const Tensor& x, const Convolution& convolution, int64_t gro
   const int64_t examples = x.size(0), columns = x.size(1) * convolution.taps();
   const SymmetricStore<T> store{static_cast<T>(alpha), static_cast<T>(beta),
                                 columns / groups + bias};
+  const SymmetricStore<T> rest{store.alpha, T{1}, store.edge};  // added to the first chunk's
   if (columns > 0) {
-    const auto means = make_scratch<T>(examples * columns);
+    // The means of some examples at a time: those of tiny images outweigh the input.
+    constexpr int64_t fewest = 256, most_bytes = 4 << 20;
+    const int64_t most = most_bytes / (columns * static_cast<int64_t>(sizeof(T)));
+    const int64_t chunk =
+        std::clamp<int64_t>(std::max(fewest, most), 1, std::max<int64_t>(examples, 1));
+    const auto means = make_scratch<T>(chunk * columns);
     const T scale = T{1} / static_cast<T>(convolution.outputs);
-    sum_windows<In, T>(image_of<In>(x), convolution, {means.get(), groups, false, scale, 0, 0});
-    const RowSource<T> rows(means.get(), 1, nullptr, {{examples, columns, 0}});
-    gram_of_rows(rows, columns, groups, store, bias, out);
+    ImageSource<In> source = image_of<In>(x);
+    for (int64_t first = 0; first == 0 || first < examples; first += chunk) {
+      source.examples = std::min(chunk, examples - first);
+      sum_windows<In, T>(source, convolution, {means.get(), groups, false, scale, 0, 0});
+      const RowSource<T> rows(means.get(), 1, nullptr, {{source.examples, columns, 0}});
+      gram_of_rows(rows, columns, groups, first == 0 ? store : rest, bias, out);
+      source.data += chunk * source.example_stride;
+    }
   }
   if (bias) store_count(store, examples, groups, out);
 }

@@ -157,7 +157,8 @@ class OffsetGram {
       }
     }
     cells_ = cells;
-    cell_size_ = std::min(edge(), layout_.strip_columns) * edge();
+    // The smallest products have as many rows as a power of two.
+    cell_size_ = std::min(edge(), round_up(layout_.strip_columns, product_.rows)) * edge();
     sums_size_ = cells_ * cell_size_ + (bias_ ? still_cells_ * edge() : 0);
   }
 
@@ -428,8 +429,8 @@ class OffsetGram {
   void gather(const T* sums, int64_t pair, int64_t from, int64_t to, T* target,
               int64_t stride) const {
     T values[96];
-    const int64_t* cell = &window_cells_[window_begin_[pair]];
-    const int64_t* last = &window_cells_[window_begin_[pair + 1]];
+    const int64_t* cell = window_cells_.data() + window_begin_[pair];
+    const int64_t* last = window_cells_.data() + window_begin_[pair + 1];
     for (; from < to; from += 96) {
       const int64_t width = std::min<int64_t>(96, to - from);
       std::fill_n(values, width, T{0});
