@@ -218,10 +218,10 @@ class OffsetGram {
   // Tiles of channels, a panel by a panel. Those on the diagonal cost about half and come last.
   void list_tiles() { tiles_ = layout_.tiles(edge()); }
 
-  // Few tiles are cut into chunks of examples, whose sums are added at the end: enough tasks for
-  // many threads, but no more memory than a third of the input takes. Those of a round are packed
-  // together, in no more memory than one and a quarter times the input and the result take. Both
-  // numbers depend on the shape alone.
+  // Few tiles are cut into chunks of examples, for enough tasks for many threads. Those of a round
+  // are packed together, one example at least, in no more memory than one and a quarter times the
+  // input and the result take; each has a set of sums, together a third of the input at most, which
+  // the next rounds add to. Both numbers depend on the shape alone.
   void choose_chunks() {
     constexpr int64_t enough_tasks = 16, always_allowed = 1 << 20;
     const int64_t examples = std::max<int64_t>(source_.examples, 1);
