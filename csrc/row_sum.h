@@ -35,7 +35,7 @@ class RowSum {
     std::fill_n(total, columns, T{0});
     std::fill_n(lost, columns, T{0});
     for (int64_t next; begin < end; begin = next) {
-      next = std::min(begin + longest, end);
+      next = std::min(begin + rows_a_chain_, end);
       std::fill_n(chain, columns, T{0});
       source.for_each_stretch(begin, next, [&](const In* rows, int64_t stride, int64_t count) {
         add(rows + first * column_stride_, stride, count, columns, chain);
@@ -57,10 +57,10 @@ class RowSum {
   }
 
  private:
-  // Columns apart are read along the rows, in longer stretches.
-  static constexpr int64_t longest = 32;
-
   const int64_t column_stride_;
+  // Columns apart are read along the rows, a vector of them at a time: chains as short of more
+  // rows.
+  const int64_t rows_a_chain_ = column_stride_ == 1 ? 32 : 1024;
   void (*rows_)(const In*, int64_t, int64_t, int64_t, T*);
   void (*columns_)(const In*, int64_t, int64_t, int64_t, int64_t, T*);
 };
