@@ -339,6 +339,7 @@ class Axis:
         last = first + self.stride * (self.outputs - 1)
         return tuple(self.pixel(f) for f in range(first, last + 1, self.stride))
 
+    @lru_cache(maxsize=256)  # noqa: B019 - an axis is a small value
     def sums(self) -> SumPlan:
         """Pixels that the same taps read equally often make a cell."""
         counts = [[0] * self.size for _ in range(self.taps)]
@@ -363,6 +364,7 @@ class Axis:
         low += -(low + ahead) % self.spread
         return range(low, min(self.outputs, (last - ahead) // self.stride + 1), self.spread)
 
+    @lru_cache(maxsize=256)  # noqa: B019 - an axis is a small value
     def offsets(self) -> OffsetPlan:
         """Pairs of taps at the same distance share their products; see ``docs/math.md``."""
         line: list[int] = []
@@ -373,20 +375,18 @@ class Axis:
             starts[phase] = len(line) - positions.start // step
             line.extend(map(self.pixel, positions))
         reads = [self._hits(tap) for tap in range(self.taps)]
-        places = []  # in the line, of what each tap would read at output position 0
-        for tap in range(self.taps):
-            framed = tap * self.dilation
-            places.append((starts[framed % self.stride], framed))
+        framed = [tap * self.dilation for tap in range(self.taps)]  # at output position 0
+        places = [(starts[position % self.stride], position) for position in framed]
         windows: list[tuple[int, int, int]] = []  # distance, first position, length
-        for (start, framed), left in zip(places, reads, strict=True):
-            for (other_start, other_framed), right in zip(places, reads, strict=True):
+        for (start, position), left in zip(places, reads, strict=True):
+            for (other_start, other_position), right in zip(places, reads, strict=True):
                 first = max(left.start, right.start)
                 both = range(first, min(left.stop, right.stop), self.spread)
                 if not both or (left.start - right.start) % self.spread:
                     windows.append((0, 0, 0))
                     continue
-                place = start + (self.stride * first + framed) // step
-                where = other_start + (self.stride * first + other_framed) // step
+                place = start + (self.stride * first + position) // step
+                where = other_start + (self.stride * first + other_position) // step
                 windows.append((where - place, place, len(both)))
         shifts, runs = _cells(windows)
         return OffsetPlan(tuple(line), shifts, runs)

@@ -227,6 +227,20 @@ def test_many_examples(kernel: str, dtype: torch.dtype, shape: tuple[int, ...]) 
     check(kernel, torch.randn(shape).to(dtype), kernel_size=3, padding=1, bias=True)
 
 
+@pytest.mark.parametrize(("alpha", "beta"), [(1.0, 0.0), (0.05, 0.95)])
+def test_more_means_than_are_held_at_once(alpha: float, beta: float) -> None:
+    """Those of tiny images are formed and multiplied some examples at a time."""
+    x = torch.randn(8000, 16, 2, 2)
+    options = {"kernel_size": 3, "padding": 1, "bias": True, "alpha": alpha, "beta": beta}
+    old = torch.randn(145, 145)
+    start = lower_only(old + old.mT) if beta else torch.full((145, 145), math.nan)
+    out = run("conv_reduce_gram", x, out=start.clone(), **options)
+    torch_result = defined("conv_reduce_gram", x, start.clone(), **options)
+    ref64 = defined("conv_reduce_gram", x.double(), start.double(), **options)
+    assert_within_budget(out, torch_result, ref64)
+    assert_symmetric(out)
+
+
 @kernels
 @dtypes
 @pytest.mark.parametrize(("alpha", "beta"), [(0.05, 0.95), (2.0, 1.0), (0.0, 0.5), (3.0, 0.0)])
