@@ -3,7 +3,6 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <type_traits>
@@ -15,7 +14,6 @@
 namespace kfac_fast {
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr const char* kOp = "conv_window_sum";
@@ -116,19 +114,7 @@ void conv_window_sum(const Tensor& x, const Tensor& plan, std::vector<int64_t> c
                      double beta, Tensor out) {
   if (out.numel() == 0) return;
   const Arguments arguments{x, plan, cells, taps, groups, bias, alpha, beta, out};
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return run<float>(arguments);
-    case ScalarType::Double:
-      return run<double>(arguments);
-    case ScalarType::BFloat16:
-      return run<__nv_bfloat16>(arguments);
-    case ScalarType::Half:
-      return run<__half>(arguments);
-    default:
-      STD_TORCH_CHECK(false, kOp, ": x must be float32, float64, bfloat16 or float16, got ",
-                      torch::headeronly::toString(x.scalar_type()));
-  }
+  for_dtype(kOp, x, [&]<typename In>() { run<In>(arguments); });
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kfac_fast_native, CUDA, m) {

@@ -2,7 +2,6 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <optional>
@@ -15,7 +14,6 @@
 namespace kfac_fast {
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 struct Arguments {
@@ -85,19 +83,7 @@ void gram(const Tensor& x, const std::optional<Tensor>& mask, int64_t groups, bo
           double alpha, double beta, Tensor out) {
   if (out.numel() == 0) return;
   const Arguments arguments{x, mask, groups, bias, alpha, beta, out};
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return run<float>(arguments);
-    case ScalarType::Double:
-      return run<double>(arguments);
-    case ScalarType::BFloat16:
-      return run<__nv_bfloat16>(arguments);
-    case ScalarType::Half:
-      return run<__half>(arguments);
-    default:
-      STD_TORCH_CHECK(false, "gram: x must be float32, float64, bfloat16 or float16, got ",
-                      torch::headeronly::toString(x.scalar_type()));
-  }
+  for_dtype("gram", x, [&]<typename In>() { run<In>(arguments); });
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kfac_fast_native, CUDA, m) { m.impl("gram", TORCH_BOX(&gram)); }

@@ -1,6 +1,8 @@
 #pragma once
 // What every launcher needs of CUDA and of torch's stable ABI.
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
@@ -42,6 +44,25 @@ T* allocate(const torch::stable::Tensor& like, int64_t count,
   keep.push_back(torch::stable::new_empty(like, {count * int64_t{sizeof(T)}},
                                           torch::headeronly::ScalarType::Byte));
   return static_cast<T*>(keep.back().mutable_data_ptr());
+}
+
+// Calls run.operator()<In>() for the dtype of x, whose elements are In.
+template <typename Run>
+void for_dtype(const char* op, const torch::stable::Tensor& x, const Run& run) {
+  using torch::headeronly::ScalarType;
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return run.template operator()<float>();
+    case ScalarType::Double:
+      return run.template operator()<double>();
+    case ScalarType::BFloat16:
+      return run.template operator()<__nv_bfloat16>();
+    case ScalarType::Half:
+      return run.template operator()<__half>();
+    default:
+      STD_TORCH_CHECK(false, op, ": x must be float32, float64, bfloat16 or float16, got ",
+                      torch::headeronly::toString(x.scalar_type()));
+  }
 }
 
 }  // namespace kfac_fast
