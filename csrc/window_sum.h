@@ -121,6 +121,9 @@ struct Channels {
   int64_t pixel_stride;  // along x
 };
 
+// Vectors of neighbouring channels that are summed together.
+constexpr int64_t channel_vectors = 4;
+
 #define KFAC_FAST_BODY "window_sum_body.h"
 #include "compile_for_instruction_sets.h"
 
@@ -180,9 +183,10 @@ class WindowSum {
 
   int64_t scratch_size() const {
     const int64_t lanes = functions_.lanes;
-    const int64_t vectors = plan_.outer_cells * (8 * plan_.cells + plan_.taps) +
-                            4 * static_cast<int64_t>(plan_.columns.size()) +
-                            round_up(plan_.outer_taps * plan_.taps, lanes);
+    const int64_t cells = 2 * channel_vectors * plan_.outer_cells * plan_.cells;  // and lost parts
+    const int64_t chains = channel_vectors * static_cast<int64_t>(plan_.columns.size());
+    const int64_t taps = round_up(plan_.outer_taps * plan_.taps, lanes);
+    const int64_t vectors = cells + plan_.outer_cells * plan_.taps + taps + chains;
     return lanes * (vectors + plan_.sums_a_plane());
   }
 

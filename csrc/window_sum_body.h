@@ -280,7 +280,7 @@ template <typename In, typename T>
 KFAC_FAST_TARGET void sum_pixels(const SumPlan& plan, const Channels<In>& channels, T alpha, T beta,
                                  T* scratch, T* target) {
   using Vector = typename VectorOf<T>::type;
-  constexpr int64_t LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T), TOGETHER = 4;
+  constexpr int64_t LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T), TOGETHER = channel_vectors;
   auto* cells = reinterpret_cast<Vector*>(scratch);
   auto* along_x = cells + 2 * TOGETHER * plan.outer_cells * plan.cells;
   auto* taps = along_x + plan.outer_cells * plan.taps;

@@ -122,9 +122,12 @@ class SharedSums {
     const T scale = a_.mean && terms > 0 ? T{1} / static_cast<T>(terms) : T{1};
     const int64_t features = a_.columns() / a_.groups;
     T* row = out_ + example * a_.groups * a_.width();
-    for (int64_t c = 0; c < columns; ++c) {
+    for (int64_t c = 0; c < columns;) {
       const int64_t group = (first + c) / features;
-      row[first + c + group * a_.bias] = scale * total[c];
+      T* target = row + first + group * a_.bias;
+      for (const int64_t end = std::min(columns, (group + 1) * features - first); c < end; ++c) {
+        target[c] = scale * total[c];
+      }
     }
     if (!a_.bias || first > 0) return;
     for (int64_t group = 0; group < a_.groups; ++group) {
