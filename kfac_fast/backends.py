@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -114,11 +114,10 @@ def _native_conv(op: str, device: str) -> Implementation:
     """The compiled extension's kernel of a convolution, which takes a plan of its geometry."""
     expand = op == "conv_expand_gram"
 
-    def run(*args: Any) -> None:
-        call = Convolution.of(*args)
-        x, geometry = call.x, call.geometry
-        kernel, numbers = _planned(op, geometry, tuple(x.shape), x.element_size(), x.device)
-        kernel(x, *numbers, geometry.groups, call.bias, call.alpha, call.beta, call.out)
+    def run(x: torch.Tensor, *args: Any) -> None:
+        geometry, target = schema.hashable(args[:-4]), args[-4:]
+        kernel, numbers = _planned(op, tuple(x.shape), x.element_size(), x.device, *geometry)
+        kernel(x, *numbers, *target)
 
     missing = _missing("conv_offset_gram" if expand else op, device)
     name = "cpp" if device == "cpu" else "cuda"
@@ -127,17 +126,18 @@ def _native_conv(op: str, device: str) -> Implementation:
 
 @lru_cache(maxsize=256)
 def _planned(
-    op: str, geometry: ConvGeometry, shape: tuple[int, ...], item: int, device: torch.device
+    op: str, shape: tuple[int, ...], item: int, device: torch.device, *geometry_arguments: Any
 ) -> tuple[Callable[..., None], tuple[Any, ...]]:
-    """The compiled kernel for an input of this shape, and the arguments that hold its plan."""
+    """The compiled kernel for an input of this shape, and its arguments for the geometry."""
+    geometry = ConvGeometry.from_arguments(*geometry_arguments)
     expand = op == "conv_expand_gram"
     kernel = conv_kernels.expand_kernel(geometry, shape, item) if expand else op
     overload = getattr(torch.ops.kfac_fast_native, kernel).default
     plan = conv_kernels.plan(kernel, geometry, shape[2:]).to(device)
     if op != "conv_window_sum":
-        return overload, (plan,)
+        return overload, (plan, geometry.groups)
     cells = [len(axis.sums().weights[0]) for axis in geometry.axes(shape[2:])]
-    return overload, (plan, cells, list(geometry.kernel_size))
+    return overload, (plan, cells, geometry.kernel_size, geometry.groups)
 
 
 def _kernels(name: str) -> Any:
@@ -347,25 +347,76 @@ def _describe(op: str, *args: Any) -> Iterator[str]:
         yield f"{op} on {device}: there is no {_forced.get()}"
 
 
-def _router(op: str) -> Callable[..., None]:
-    """The dispatcher's entry of an operator: check, choose, run."""
-    written = schema.OPERATORS[op].written
+def run(op: str, *args: Any) -> None:
+    """Choose an implementation and run it.
 
-    def route(*args: Any) -> None:
-        schema.check(op, *args)
-        explanation = _explanation.get()
-        if explanation is not None:
-            explanation.extend(_describe(op, *args))
-            return
-        select(op, *args).run(*args)
-        # Autograd must see that what it may have saved has changed.
-        for argument in args[written:]:
-            for out in argument if isinstance(argument, list) else (argument,):
-                if out is not None and not out.is_inference():
-                    torch.autograd.graph.increment_version(out)
+    Args:
+        op: Name of the operator.
+        *args: Its dispatcher arguments, which have passed :func:`kfac_fast.schema.check`.
+    """
+    explanation = _explanation.get()
+    if explanation is not None:
+        explanation.extend(_describe(op, *args))
+        return
+    select(op, *args).run(*args)
+    # Autograd must see that what it may have saved has changed.
+    for argument in args[schema.OPERATORS[op].written :]:
+        for out in argument if isinstance(argument, list) else (argument,):
+            if out is not None and not out.is_inference():
+                torch.autograd.graph.increment_version(out)
 
-    return route
+
+def _route(op: str, *args: Any) -> None:
+    schema.check(op, *args)
+    run(op, *args)
 
 
 for _op in schema.OPERATORS:
-    schema.LIBRARY.impl(_op, _router(_op), "CompositeExplicitAutograd")
+    schema.LIBRARY.impl(_op, partial(_route, _op), "CompositeExplicitAutograd")
+
+
+def call(op: str, *args: Any) -> None:
+    """Check the arguments of an operator and run it, by the dispatcher where that is needed.
+
+    The dispatcher turns every argument into its own kind of value and back, which takes longer than
+    a small kernel.
+
+    Args:
+        op: Name of the operator.
+        *args: Its dispatcher arguments.
+    """
+    if dispatched(args):
+        getattr(torch.ops.kfac_fast, op).default(*args)
+    else:
+        _route(op, *args)
+
+
+_TENSORS = {torch.Tensor, torch.nn.Parameter}
+_PLAIN = _TENSORS | {int, float, bool, str, tuple, type(None)}
+
+
+def dispatched(args: tuple[Any, ...]) -> bool:
+    """Whether something listens at the dispatcher to a call with these arguments.
+
+    That may be the compiler, a mode, a transform, a profiler, or a kind of tensor of its own.
+
+    Args:
+        args: An operator's arguments.
+
+    Returns:
+        False if the dispatcher would do no more than call the router.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    kinds = set(map(type, args))
+    if list in kinds:
+        entries = {type(entry) for value in args if type(value) is list for entry in value}
+        kinds = kinds - {list} if entries <= _TENSORS else kinds
+    return (
+        not kinds <= _PLAIN
+        or _device_type(args[0]) == "meta"
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._autograd._profiler_enabled()
+    )

@@ -143,16 +143,8 @@ class ConvGeometry:
         )
 
     def arguments(self) -> tuple[object, ...]:
-        """The geometry as plain lists and scalars, in the order of the operators' schemas."""
-        sizes = (list(self.kernel_size), list(self.stride), list(self.padding))
-        return (
-            *sizes,
-            self.padding_mode,
-            list(self.dilation),
-            self.groups,
-            self.transposed,
-            list(self.output_padding),
-        )
+        """The geometry as plain tuples and scalars, in the order of the operators' schemas."""
+        return tuple(getattr(self, field.name) for field in fields(self))
 
     @property
     def dimensions(self) -> int:
@@ -224,7 +216,7 @@ class ConvGeometry:
 
     @cached_property
     def _hash(self) -> int:
-        return hash(tuple(getattr(self, field.name) for field in fields(self)))
+        return hash(self.arguments())
 
     def __hash__(self) -> int:
         """The hash of all fields, kept: every call looks its plan up by the geometry."""

@@ -10,17 +10,13 @@ Results of float64 inputs are float64; of float32, bfloat16 and float16 inputs f
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kfac_fast import schema
-from kfac_fast.backends import public
-from kfac_fast.conv import ConvGeometry
-
-_OPS = torch.ops.kfac_fast
+from kfac_fast.backends import call, dispatched, public, run
 
 
 def _detached(x: Tensor) -> Tensor:
@@ -33,14 +29,15 @@ def _accumulate(
     """Run an accumulating operator, into a new tensor if ``out`` is None."""
     schema.check_types(op, alpha=alpha, beta=beta, out=out)
     if out is None:
-        if beta != 0:
-            raise ValueError(f"{op}: beta must be 0 without out, got {beta}")
-        x = inputs[0]
-        out = torch.empty(
-            schema.result_shape(op, *inputs), dtype=schema.result_dtype(x.dtype), device=x.device
-        )
-    getattr(_OPS, op).default(*inputs, alpha, beta, out)
+        out = _new_result(op, schema.result_shape(op, *inputs), inputs[0], beta)
+    call(op, *inputs, alpha, beta, out)
     return out
+
+
+def _new_result(op: str, shape: schema.Shape, x: Tensor, beta: float) -> Tensor:
+    if beta != 0:
+        raise ValueError(f"{op}: beta must be 0 without out, got {beta}")
+    return torch.empty(shape, dtype=schema.result_dtype(x.dtype), device=x.device)
 
 
 @public
@@ -149,29 +146,34 @@ def shared_gram(
     return _accumulate("shared_gram", inputs, alpha, beta, out)
 
 
-def _conv(op: str, x: Tensor, bias: bool, *geometry: Any) -> tuple[Any, ...]:
-    """Dispatcher arguments of a convolution operator before ``alpha``."""
-    if x.dim() < 3 or x.dim() > 5:
-        raise ValueError(
-            f"{op}: x must be [N, C, *spatial] with 1 to 3 spatial dimensions, got {x.dim()}-d"
-        )
-    values = [tuple(value) if isinstance(value, list) else value for value in geometry]
-    if torch.compiler.is_compiling() or not all(map(_plain, values)):
-        normal = ConvGeometry.normalize(op, x.dim() - 2, *geometry)
+def _conv(
+    op: str,
+    x: Tensor,
+    geometry: tuple[Any, ...],
+    bias: bool,
+    alpha: float,
+    beta: float,
+    out: Tensor | None,
+) -> Tensor:
+    """Run a convolution operator; what depends on shapes alone is found out once."""
+    schema.check_types(op, x=x)
+    geometry = schema.hashable(geometry)
+    if dispatched((x, bias, *geometry, alpha, beta, out)) or not all(map(_whole, geometry)):
+        arguments = schema.conv_arguments(op, x.dim(), bias, *geometry)
+        return _accumulate(op, (_detached(x), *arguments), alpha, beta, out)
+    schema.check_types(op, alpha=alpha, beta=beta, out=out)
+    shape, arguments = schema.kept_conv(op, x.shape, x.dtype, bias, *geometry)
+    if out is None:
+        out = _new_result(op, shape, x, beta)
     else:
-        normal = _kept_normalize(op, x.dim() - 2, *values)
-    return (_detached(x), *normal.arguments(), bias)
+        schema.check_result(op, out, shape, (x,))
+    run(op, _detached(x), *arguments, alpha, beta, out)
+    return out
 
 
-def _plain(value: Any) -> bool:
-    """Whether a value is what it looks like to a cache, which holds 1, 1.0 and True for equal."""
-    return type(value) in (int, str, bool) or (
-        type(value) is tuple and all(type(n) is int for n in value)
-    )
-
-
-# The compiler traces no caches.
-_kept_normalize = lru_cache(maxsize=1024, typed=True)(ConvGeometry.normalize)
+def _whole(value: Any) -> bool:
+    """Whether a cache that tells 1 from 1.0 tells the value from its equals: not inside tuples."""
+    return type(value) is not tuple or all(type(n) is int for n in value)
 
 
 @public
@@ -231,11 +233,8 @@ def conv_expand_gram(
 
     Source: Grosse & Martens (2016), section 3; Eschenhagen et al. (2023), section 3.2.
     """
-    schema.check_types("conv_expand_gram", x=x, groups=groups, transposed=transposed, bias=bias)
     conv = kernel_size, stride, padding, padding_mode, dilation, groups, transposed, output_padding
-    return _accumulate(
-        "conv_expand_gram", _conv("conv_expand_gram", x, bias, *conv), alpha, beta, out
-    )
+    return _conv("conv_expand_gram", x, conv, bias, alpha, beta, out)
 
 
 @public
@@ -294,11 +293,8 @@ def conv_reduce_gram(
 
     Source: Eschenhagen et al. (2023), section 3.3.
     """
-    schema.check_types("conv_reduce_gram", x=x, groups=groups, transposed=transposed, bias=bias)
     conv = kernel_size, stride, padding, padding_mode, dilation, groups, transposed, output_padding
-    return _accumulate(
-        "conv_reduce_gram", _conv("conv_reduce_gram", x, bias, *conv), alpha, beta, out
-    )
+    return _conv("conv_reduce_gram", x, conv, bias, alpha, beta, out)
 
 
 @public
@@ -353,11 +349,8 @@ def conv_window_sum(
 
     Source: Eschenhagen et al. (2023), section 3.3.
     """
-    schema.check_types("conv_window_sum", x=x, groups=groups, transposed=transposed, bias=bias)
     conv = kernel_size, stride, padding, padding_mode, dilation, groups, transposed, output_padding
-    return _accumulate(
-        "conv_window_sum", _conv("conv_window_sum", x, bias, *conv), alpha, beta, out
-    )
+    return _conv("conv_window_sum", x, conv, bias, alpha, beta, out)
 
 
 class DampedInverses(NamedTuple):
@@ -416,9 +409,7 @@ def _damped(
     total = schema.number_of_matrices(matrices)
     info = torch.empty(total, dtype=torch.int32, device=like.device)
     logdets = torch.empty(total, dtype=like.dtype, device=like.device) if logdet else None
-    getattr(_OPS, op).default(
-        matrices, _damping_tensors(op, damping, matrices), results, info, logdets
-    )
+    call(op, matrices, _damping_tensors(op, damping, matrices), results, info, logdets)
     return DampedInverses(results, info, logdets)
 
 
@@ -526,7 +517,7 @@ def _preconditioned(
     )
     like = grads[0] if grads else torch.empty(0)
     inner = torch.zeros((), dtype=like.dtype, device=like.device)
-    getattr(_OPS, op).default(grads, list(input_sides), list(gradient_sides), results, inner)
+    call(op, grads, list(input_sides), list(gradient_sides), results, inner)
     return Preconditioned(results, inner)
 
 

@@ -55,22 +55,21 @@ def _used_bytes(tensor: Tensor) -> tuple[int, int]:
 
 
 def _has_memory(tensor: Tensor) -> bool:
-    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type != "meta"
+    return type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:
     """Whether the spans of a contiguous tensor and of another one share memory."""
     if not a.numel() or not b.numel():
         return False
-    if not (_has_memory(a) and _has_memory(b)):
-        if not torch._C._is_alias_of(a, b):  # type: ignore[attr-defined]
-            return False
-    else:
+    if _has_memory(a) and _has_memory(b):
         # Two storages may stand for the same memory, as two tensors from one NumPy array do.
         place, storage = a.data_ptr(), b.untyped_storage()
         start = storage.data_ptr()
         if place + a.nbytes <= start or start + storage.nbytes() <= place:
             return False
+    elif not torch._C._is_alias_of(a, b):  # type: ignore[attr-defined]
+        return False
     (start, stop), (first, last) = _used_bytes(a), _used_bytes(b)
     return start < last and first < stop
 
@@ -261,23 +260,28 @@ def _twice(values: Sequence[int]) -> list[int]:
     return [value for value in values for _ in range(2)]
 
 
-def _conv_features(op: str, shape: Shape, geometry: ConvGeometry) -> int:
+def hashable(arguments: Sequence[Any]) -> tuple[Any, ...]:
+    """Dispatcher arguments to look a kept result up by: the dispatcher's lists as tuples."""
+    return tuple(tuple(value) if type(value) is list else value for value in arguments)
+
+
+def _conv_shape(op: str, shape: Shape, *arguments: Any) -> Shape:
+    *geometry_arguments, bias = arguments
+    geometry = ConvGeometry.from_arguments(*geometry_arguments)
     _check_conv(op, shape, geometry)
-    return geometry.features(shape[1])
+    return _stacked(geometry.groups, geometry.features(shape[1]) + bias)
 
 
 # What passed once passes again. Symbolic sizes, which fakes have, and the compiler's are not kept.
-_kept_conv_features = lru_cache(maxsize=1024)(_conv_features)
+_kept_conv_shape = lru_cache(maxsize=1024)(_conv_shape)
 
 
 def _conv_gram_shape(op: str, x: Tensor, *arguments: Any) -> Shape:
-    *geometry_arguments, bias = arguments
-    geometry = ConvGeometry.from_arguments(*geometry_arguments)
     if x.dtype not in FLOATING:
         raise _refused_dtype(op, "x", "float32, float64, bfloat16 or float16", x.dtype)
     kept = type(x) is Tensor and not torch.compiler.is_compiling()
-    features = (_kept_conv_features if kept else _conv_features)(op, tuple(x.shape), geometry)
-    return _stacked(geometry.groups, features + bias)
+    shape = _kept_conv_shape if kept else _conv_shape
+    return shape(op, tuple(x.shape), *hashable(arguments))
 
 
 def _window_sum_shape(op: str, x: Tensor, *arguments: Any) -> Shape:
@@ -391,10 +395,26 @@ class Operator:
     shape: Callable[..., Shape] | None = None
 
 
+def check_result(op: str, out: Tensor, shape: Shape, inputs: Sequence[Any]) -> None:
+    """Check the result of an accumulating operator whose other arguments have passed.
+
+    Args:
+        op: Name of the operator.
+        out: The result.
+        shape: What its shape must be.
+        inputs: The operator's arguments before ``alpha``, or the tensors among them.
+
+    Raises:
+        ValueError: If its shape, device, layout or memory is refused.
+        TypeError: If its dtype is refused.
+    """
+    _check_out(op, "out", out, shape, result_dtype(inputs[0].dtype), inputs)
+
+
 def _accumulating(arguments: str, shape: Callable[..., Shape]) -> Operator:
     def check(op: str, *args: Any) -> None:
         *inputs, _, _, out = args
-        _check_out(op, "out", out, shape(op, *inputs), result_dtype(inputs[0].dtype), inputs)
+        check_result(op, out, shape(op, *inputs), inputs)
 
     return Operator(f"{arguments}, float alpha, float beta, Tensor(a!) out", check, -1, shape)
 
@@ -455,6 +475,56 @@ def result_shape(op: str, *inputs: Any) -> Shape:
     if shape is None:
         raise ValueError(f"result_shape: op must be an accumulating operator, got {op!r}")
     return shape(op, *inputs)
+
+
+def conv_arguments(op: str, rank: int, bias: bool, *geometry: Any) -> tuple[Any, ...]:
+    """Dispatcher arguments of a convolution operator after ``x`` and before ``alpha``.
+
+    Args:
+        op: Name of the operator.
+        rank: Dimensions of ``x``.
+        bias: Whether a 1 is appended to every patch.
+        *geometry: The arguments of :meth:`ConvGeometry.normalize` from ``kernel_size`` on.
+
+    Returns:
+        The arguments.
+
+    Raises:
+        ValueError: If ``rank`` or a value is refused.
+        TypeError: If a value is of another type than its name asks for.
+    """
+    *_, groups, transposed, _ = geometry
+    check_types(op, groups=groups, transposed=transposed, bias=bias)
+    if rank < 3 or rank > 5:
+        raise ValueError(
+            f"{op}: x must be [N, C, *spatial] with 1 to 3 spatial dimensions, got {rank}-d"
+        )
+    return (*ConvGeometry.normalize(op, rank - 2, *geometry).arguments(), bias)
+
+
+@lru_cache(maxsize=1024, typed=True)
+def kept_conv(
+    op: str, shape: Shape, dtype: torch.dtype, bias: bool, *geometry: Any
+) -> tuple[Shape, tuple[Any, ...]]:
+    """Check all of a convolution operator's arguments but ``out``, once.
+
+    Args:
+        op: Name of the operator.
+        shape: Shape of ``x``.
+        dtype: Its dtype.
+        bias: As in :func:`conv_arguments`.
+        *geometry: As in :func:`conv_arguments`.
+
+    Returns:
+        The shape of ``out``, and :func:`conv_arguments`.
+
+    Raises:
+        ValueError: If a shape or a value is refused.
+        TypeError: If a dtype or a type is refused.
+    """
+    arguments = conv_arguments(op, len(shape), bias, *geometry)
+    x = torch.empty(shape, dtype=dtype, device="meta")
+    return result_shape(op, x, *arguments), arguments
 
 
 _TARGET = "int groups, bool bias, float alpha, float beta, Tensor(a!) out"

@@ -6,11 +6,12 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from oracle import bits, poisoned
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kfac_fast
 from kfac_fast import backends, ops, schema
@@ -200,3 +201,64 @@ def test_works_without_triton_and_without_the_extension() -> None:
 def test_importing_loads_no_triton() -> None:
     code = "import sys, kfac_fast; sys.exit('triton' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+class Listener(TorchDispatchMode):
+    """Writes down the names of the operators that the dispatcher calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard: list[str] = []
+
+    def __torch_dispatch__(  # noqa: D105
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.heard.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def every_kind_of_call() -> None:
+    images, matrix = torch.randn(2, 3, 5, 5), torch.eye(3)
+    kfac_fast.gram(images)
+    kfac_fast.conv_window_sum(images, 3)
+    kfac_fast.damped_inverse([matrix], 0.1)
+
+
+CALLED = {"kfac_fast::gram", "kfac_fast::conv_window_sum", "kfac_fast::damped_inverse"}
+
+
+def test_a_dispatch_mode_sees_the_operators() -> None:
+    with Listener() as listener:
+        every_kind_of_call()
+    assert set(listener.heard) >= CALLED
+
+
+def test_a_profiler_sees_the_operators() -> None:
+    with torch.profiler.profile() as profile:
+        every_kind_of_call()
+    assert {event.name for event in profile.events()} >= CALLED
+
+
+def test_a_tensor_of_its_own_kind_is_asked() -> None:
+    class Own(torch.Tensor):
+        heard: ClassVar[list[str]] = []
+
+        @classmethod
+        def __torch_function__(
+            cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            cls.heard.append(getattr(func, "__name__", ""))
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    x = torch.randn(2, 3, 5, 5)
+    result = kfac_fast.conv_window_sum(x.as_subclass(Own), 3)
+    assert any("conv_window_sum" in name for name in Own.heard)
+    assert torch.equal(result.as_subclass(torch.Tensor), kfac_fast.conv_window_sum(x, 3))
+
+
+def test_plain_calls_go_past_the_dispatcher() -> None:
+    x, out = torch.randn(4, 3), torch.empty(3, 3)
+    assert not backends.dispatched((x, None, 1, False, 1.0, 0.0, out))
+    assert not backends.dispatched(([x], [x], [torch.nn.Parameter(x)], out, None))
+    assert backends.dispatched((x.to("meta"), None, 1, False, 1.0, 0.0, out))
+    assert backends.dispatched(([x, 1], out))
