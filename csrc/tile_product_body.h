@@ -110,17 +110,18 @@ KFAC_FAST_TARGET inline void exchange(typename VectorOf<T>::type& upper,
   upper = first;
 }
 
-template <typename T, int D, typename Vectors>
-KFAC_FAST_TARGET inline void exchange_all(Vectors& rows) {
+// Transposes ROWS vectors: each stretch of ROWS lanes for itself, if there are fewer rows than lanes.
+template <typename T, int ROWS, int D = 1>
+KFAC_FAST_TARGET inline void transpose_lanes(typename VectorOf<T>::type (&rows)[ROWS]) {
   constexpr int LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
-  if constexpr (D < LANES) {
+  if constexpr (D < ROWS) {
 #pragma GCC unroll 16
-    for (int i = 0; i < LANES; ++i) {
+    for (int i = 0; i < ROWS; ++i) {
       if (!(i & D)) {
         exchange<T, D>(rows[i], rows[i + D], std::make_integer_sequence<int, LANES>{});
       }
     }
-    exchange_all<T, 2 * D>(rows);
+    transpose_lanes<T, ROWS, 2 * D>(rows);
   }
 }
 
@@ -135,7 +136,7 @@ KFAC_FAST_TARGET inline void store_transposed(const T* square, int64_t square_st
   for (int i = 0; i < LANES; ++i) {
     rows[i] = *reinterpret_cast<const Vector*>(square + i * square_stride);
   }
-  exchange_all<T, 1>(rows);
+  transpose_lanes<T>(rows);
   if (count == LANES) {
 #pragma GCC unroll 16
     for (int i = 0; i < LANES; ++i) {

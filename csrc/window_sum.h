@@ -20,6 +20,7 @@
 namespace kfac_fast {
 
 // The plan of an input with given strides; "outer" stands for the axes z and y together.
+template <typename T>
 struct SumPlan {
   struct Rows {  // neighbouring rows of one cell
     int64_t offset, stride, count, cell;
@@ -27,42 +28,54 @@ struct SumPlan {
   };
   struct Columns {  // neighbouring pixels of one cell
     int64_t begin, end, cell;
+    bool first;  // of its cell
+  };
+  struct Square {  // neighbouring blocks of pixels that the same columns read
+    int64_t block, blocks;
+    int64_t columns, columns_end;  // the columns that they belong to
   };
   struct Term {
-    int64_t cell, weight;
+    int64_t cell;
+    T weight;
+  };
+  struct Tap {  // the sum of its terms
+    std::span<const Term> terms;
+    bool plain;  // the cells of the terms follow each other, each counted once
   };
 
   int64_t width;         // pixels along x
-  int64_t padded_width;  // in whole vectors
+  int64_t block, blocks; // pixels that are loaded together, and how often
   int64_t cells, outer_cells;
   int64_t taps, outer_taps;
   std::vector<Rows> rows;
   std::vector<Columns> columns;
-  int64_t reach = 0;  // elements from the first of a plane to the end of its last padded row
+  std::vector<Square> squares;
+  int64_t reach = 0;  // elements from the first of a plane to the end of its last row's blocks
 
   SumPlan(const Axes<SumAxis>& axes, const std::array<int64_t, spatial_axes>& strides,
-          int64_t lanes)
+          int64_t pixels_a_block)
       : width(axes[2].size),
-        padded_width(round_up(width, lanes)),
+        block(pixels_a_block),
+        blocks(divide_up(width, block)),
         cells(axes[2].cells),
         outer_cells(axes[0].cells * axes[1].cells),
         taps(axes[2].taps),
         outer_taps(axes[0].taps * axes[1].taps) {
     list_rows(axes[0], axes[1], strides);
-    for (const SumAxis::Run& run : axes[2].runs) {
-      for (int64_t x = run.begin; x < run.end; x += chain) {
-        columns.push_back({x, std::min(x + chain, run.end), run.cell});
-      }
-    }
+    list_columns(axes[2]);
+    list_squares();
     list_terms(axes);
   }
 
-  int64_t sums_a_plane() const { return outer_cells * padded_width; }
-
-  std::span<const Term> terms_of(int64_t tap) const {
-    return {terms_.data() + begin_[tap], static_cast<size_t>(begin_[tap + 1] - begin_[tap])};
+  Tap tap(int64_t index) const {
+    const Term* begin = terms_.data() + begin_[index];
+    return {{begin, terms_.data() + begin_[index + 1]}, plain_[index]};
   }
-  std::span<const Term> outer_terms_of(int64_t tap) const { return terms_of(taps + tap); }
+  Tap outer_tap(int64_t index) const { return tap(taps + index); }
+
+  // Whether along x and across it the first tap reads the first two of three cells, the second
+  // all, and the third the last two: a 3 x 3 kernel over a frame of one pixel.
+  bool is_three_by_three = false;
 
  private:
   // Sums of this many terms at most, which are then added to the others': less rounding.
@@ -80,35 +93,84 @@ struct SumPlan {
             const int64_t count = std::min(chain, run_y.end - y);
             rows.push_back({offset, strides[1], count, cell, !seen[cell]});
             seen[cell] = true;
-            reach = std::max(reach, offset + (count - 1) * strides[1] + padded_width);
+            reach = std::max(reach, offset + (count - 1) * strides[1] + blocks * block);
           }
         }
       }
     }
   }
 
+  void list_columns(const SumAxis& axis) {
+    std::vector<bool> seen(cells);
+    for (const SumAxis::Run& run : axis.runs) {
+      for (int64_t x = run.begin; x < run.end; x += chain) {
+        columns.push_back({x, std::min(x + chain, run.end), run.cell, !seen[run.cell]});
+        seen[run.cell] = true;
+      }
+    }
+  }
+
+  void list_squares() {
+    const auto count = static_cast<int64_t>(columns.size());
+    for (int64_t i = 0, b = 0; b < blocks; ++b) {
+      const int64_t begin = b * block, end = begin + block;
+      while (i < count && columns[i].end <= begin) ++i;
+      int64_t stop = i;
+      while (stop < count && columns[stop].begin < end) ++stop;
+      if (stop == i) continue;
+      const bool inside = columns[i].begin <= begin && end <= columns[i].end;
+      const bool more = inside && columns[i].begin <= begin - block && !squares.empty() &&
+                        squares.back().columns == i && squares.back().columns_end == stop;
+      if (more) {
+        ++squares.back().blocks;
+      } else {
+        squares.push_back({b, 1, i, stop});
+      }
+    }
+  }
+
   void list_terms(const Axes<SumAxis>& axes) {
+    begin_.push_back(0);
     for (int64_t tap = 0; tap < taps; ++tap) {
-      begin_terms();
       for (int64_t cell = 0; cell < cells; ++cell) add_term(cell, axes[2].weight(tap, cell));
+      end_tap();
     }
     for (int64_t tap = 0; tap < outer_taps; ++tap) {
-      begin_terms();
       for (int64_t cell = 0; cell < outer_cells; ++cell) {
         add_term(cell, axes[0].weight(tap / axes[1].taps, cell / axes[1].cells) *
                            axes[1].weight(tap % axes[1].taps, cell % axes[1].cells));
       }
+      end_tap();
     }
-    begin_terms();
+    is_three_by_three = slides(0, cells, taps) && slides(taps, outer_cells, outer_taps);
   }
 
-  void begin_terms() { begin_.push_back(static_cast<int64_t>(terms_.size())); }
+  bool slides(int64_t first_tap, int64_t cell_count, int64_t tap_count) const {
+    if (cell_count != 3 || tap_count != 3) return false;
+    for (int64_t i = 0; i < 3; ++i) {
+      const auto [terms, plain] = tap(first_tap + i);
+      const size_t count = i == 1 ? 3 : 2;
+      if (!plain || terms.size() != count || terms.front().cell != i / 2) return false;
+    }
+    return true;
+  }
+
   void add_term(int64_t cell, int64_t weight) {
-    if (weight != 0) terms_.push_back({cell, weight});
+    if (weight != 0) terms_.push_back({cell, static_cast<T>(weight)});
+  }
+  void end_tap() {
+    bool plain = true;
+    for (size_t i = begin_.back(); i < terms_.size(); ++i) {
+      plain &= terms_[i].weight == 1 &&
+               terms_[i].cell == terms_[begin_.back()].cell + static_cast<int64_t>(i) - begin_.back();
+    }
+    plain_.push_back(plain);
+    begin_.push_back(static_cast<int64_t>(terms_.size()));
   }
 
-  std::vector<int64_t> begin_;
+  std::vector<int64_t> begin_;  // into terms_, of each tap along x and then of the outer ones
   std::vector<Term> terms_;
+  std::vector<bool> plain_;
 };
 
 // Some channels of one example and one group.
@@ -129,9 +191,9 @@ constexpr int64_t channel_vectors = 4;
 
 template <typename In, typename T>
 struct WindowSumFunctions {
-  using Function = void (*)(const SumPlan& plan, const Channels<In>& channels, T alpha, T beta,
+  using Function = void (*)(const SumPlan<T>& plan, const Channels<In>& channels, T alpha, T beta,
                             T* scratch, T* target);
-  int64_t lanes;
+  int64_t lanes, pixels_a_block;
   Function of_planes, of_pixels;
 };
 
@@ -140,13 +202,13 @@ WindowSumFunctions<In, T> window_sum_functions(InstructionSet set) {
   constexpr int64_t size = sizeof(T);
 #if defined(__x86_64__)
   if (set == InstructionSet::avx512) {
-    return {64 / size, avx512::sum_planes<In, T>, avx512::sum_pixels<In, T>};
+    return {64 / size, 32 / size, avx512::sum_planes<In, T>, avx512::sum_pixels<In, T>};
   }
   if (set == InstructionSet::avx2) {
-    return {32 / size, avx2::sum_planes<In, T>, avx2::sum_pixels<In, T>};
+    return {32 / size, 32 / size, avx2::sum_planes<In, T>, avx2::sum_pixels<In, T>};
   }
 #endif
-  return {16 / size, portable::sum_planes<In, T>, portable::sum_pixels<In, T>};
+  return {16 / size, 16 / size, portable::sum_planes<In, T>, portable::sum_pixels<In, T>};
 }
 
 // out[n][channel · taps + tap] <- beta · out + alpha · sum, after each group's sums one entry more,
@@ -168,10 +230,12 @@ class WindowSum {
             const WindowSumTarget<T>& target)
       : source_(source),
         functions_(window_sum_functions<In, T>(set)),
-        plan_(axes, source.strides, functions_.lanes),
+        plan_(axes, source.strides, functions_.pixels_a_block),
         target_(target),
+        // Where no entry for a bias comes between, groups are channels side by side.
+        groups_(target.bias ? target.groups : 1),
         end_(source.end({axes[0].size, axes[1].size, axes[2].size})),
-        channels_a_group_(source.channels / target.groups) {
+        channels_a_group_(source.channels / groups_) {
     constexpr int64_t pixels_a_task = 1 << 14;
     const int64_t pixels = std::max<int64_t>(axes[0].size * axes[1].size * axes[2].size, 1);
     const int64_t few = round_up(divide_up(pixels_a_task, pixels), functions_.lanes);
@@ -179,7 +243,7 @@ class WindowSum {
     tasks_a_group_ = std::max<int64_t>(divide_up(channels_a_group_, channels_a_task_), 1);
   }
 
-  int64_t tasks() const { return source_.examples * target_.groups * tasks_a_group_; }
+  int64_t tasks() const { return source_.examples * groups_ * tasks_a_group_; }
 
   int64_t scratch_size() const {
     const int64_t lanes = functions_.lanes;
@@ -187,20 +251,20 @@ class WindowSum {
     const int64_t chains = channel_vectors * static_cast<int64_t>(plan_.columns.size());
     const int64_t taps = round_up(plan_.outer_taps * plan_.taps, lanes);
     const int64_t vectors = cells + plan_.outer_cells * plan_.taps + taps + chains;
-    return lanes * (vectors + plan_.sums_a_plane());
+    return lanes * (vectors + plan_.outer_cells * plan_.blocks * plan_.block);
   }
 
   // Some channels of one example.
   void run(int64_t task, T* scratch) const {
-    const int64_t example = task / tasks_a_group_ / target_.groups;
-    const int64_t group = task / tasks_a_group_ % target_.groups;
+    const int64_t example = task / tasks_a_group_ / groups_;
+    const int64_t group = task / tasks_a_group_ % groups_;
     const int64_t first = task % tasks_a_group_ * channels_a_task_;
     const int64_t count = std::min(channels_a_task_, channels_a_group_ - first);
     const Channels<In> channels{source_.at(example, group * channels_a_group_ + first), end_, count,
                                 source_.channel_stride, source_.strides[2]};
     const int64_t taps = plan_.outer_taps * plan_.taps;
     const int64_t width = channels_a_group_ * taps + target_.bias;
-    T* row = target_.out + (example * target_.groups + group) * width;
+    T* row = target_.out + (example * groups_ + group) * width;
     const bool neighbours = source_.channel_stride == 1 && source_.strides[2] != 1;
     const auto sum = neighbours ? functions_.of_pixels : functions_.of_planes;
     sum(plan_, channels, target_.alpha, target_.beta, scratch, row + first * taps);
@@ -214,8 +278,9 @@ class WindowSum {
  private:
   const ImageSource<In>& source_;
   const WindowSumFunctions<In, T> functions_;
-  const SumPlan plan_;
+  const SumPlan<T> plan_;
   const WindowSumTarget<T> target_;
+  const int64_t groups_;
   const In* const end_;
   const int64_t channels_a_group_;
   int64_t channels_a_task_, tasks_a_group_;

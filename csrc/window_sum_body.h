@@ -1,59 +1,70 @@
 // Window sums in one pass over the pixels, for one instruction set; see
 // compile_for_instruction_sets.h.
 
-// The sums of rows by cells of PLANES planes, one vector of pixels along x of each. Not inlined:
-// its loop needs all registers.
-template <typename In, typename T, int PLANES>
-KFAC_FAST_TARGET __attribute__((noinline)) void sum_rows_of_planes(const SumPlan& plan,
-                                                                   const In* plane,
-                                                                   int64_t plane_stride, T* sums) {
-  using Vector = typename VectorOf<T>::type;
-  for (const SumPlan::Rows& rows : plan.rows) {
+// Pixels along x are loaded a block at a time. Where a block is shorter than a vector, a vector
+// holds the blocks of several planes, so that narrow planes waste fewer lanes.
+template <typename T>
+struct PixelBlock {
+  static constexpr int LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
+  static constexpr int BYTES = std::min(KFAC_FAST_VECTOR_BYTES, 32);
+  static constexpr int SIZE = BYTES / sizeof(T);
+  typedef T Vector __attribute__((vector_size(BYTES), aligned(alignof(T)), may_alias));
+
+  // Where plane p's sums of a block are among those of a vector of planes.
+  static constexpr int64_t place(int64_t p) { return p % SIZE * LANES + p / SIZE * SIZE; }
+};
+
+// sums[cell][block] = Σ of the cell's rows, of PLANES planes and BLOCKS blocks side by side. Not
+// inlined: its loop needs all registers.
+template <typename In, typename T, int PLANES, int BLOCKS>
+KFAC_FAST_TARGET __attribute__((noinline)) void sum_rows(const SumPlan<T>& plan, const In* plane,
+                                                         int64_t plane_stride, T* sums) {
+  using Block = PixelBlock<T>;
+  using Vector = typename Block::Vector;
+  constexpr int64_t distance = Block::SIZE * Block::LANES;
+  for (const typename SumPlan<T>::Rows& rows : plan.rows) {
     const In* row = plane + rows.offset;
-    Vector total[PLANES] = {};
+    Vector total[PLANES][BLOCKS] = {};
     for (int64_t r = 0; r < rows.count; ++r, row += rows.stride) {
 #pragma GCC unroll 8
-      for (int p = 0; p < PLANES; ++p) total[p] += load_vector<In, T>(row + p * plane_stride);
+      for (int p = 0; p < PLANES; ++p) {
+#pragma GCC unroll 8
+        for (int b = 0; b < BLOCKS; ++b) {
+          const In* pixels = row + p * plane_stride + b * Block::SIZE;
+          if constexpr (std::is_same_v<In, T>) {
+            total[p][b] += *reinterpret_cast<const Vector*>(pixels);
+          } else {
+            for (int i = 0; i < Block::SIZE; ++i) total[p][b][i] += static_cast<T>(pixels[i]);
+          }
+        }
+      }
     }
-    T* target = sums + rows.cell * plan.padded_width;
+    T* target = sums + rows.cell * plan.blocks * distance;
 #pragma GCC unroll 8
     for (int p = 0; p < PLANES; ++p) {
-      auto& sum = *reinterpret_cast<Vector*>(target + p * plan.sums_a_plane());
-      sum = rows.first ? total[p] : sum + total[p];
+#pragma GCC unroll 8
+      for (int b = 0; b < BLOCKS; ++b) {
+        auto& sum = *reinterpret_cast<Vector*>(target + p * Block::LANES + b * distance);
+        sum = rows.first ? total[p][b] : sum + total[p][b];
+      }
     }
   }
 }
 
-// The same of several vectors of one plane: long rows are best read from end to end.
-template <typename In, typename T, int VECTORS>
-KFAC_FAST_TARGET __attribute__((noinline)) void sum_long_rows(const SumPlan& plan, const In* plane,
-                                                              T* sums) {
-  using Vector = typename VectorOf<T>::type;
-  constexpr int LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
-  for (const SumPlan::Rows& rows : plan.rows) {
-    const In* row = plane + rows.offset;
-    Vector total[VECTORS] = {};
-    for (int64_t r = 0; r < rows.count; ++r, row += rows.stride) {
-#pragma GCC unroll 4
-      for (int v = 0; v < VECTORS; ++v) total[v] += load_vector<In, T>(row + v * LANES);
-    }
-    auto* target = reinterpret_cast<Vector*>(sums + rows.cell * plan.padded_width);
-#pragma GCC unroll 4
-    for (int v = 0; v < VECTORS; ++v) target[v] = rows.first ? total[v] : target[v] + total[v];
-  }
-}
-
-// The same of pixels at any distance, or where no whole vector may be read.
+// The same of one plane with pixels at any distance, or where no whole block may be read.
 template <typename In, typename T>
-KFAC_FAST_TARGET void sum_rows_one_by_one(const SumPlan& plan, const In* plane,
+KFAC_FAST_TARGET void sum_rows_one_by_one(const SumPlan<T>& plan, const In* plane,
                                           int64_t pixel_stride, T* sums) {
-  for (const SumPlan::Rows& rows : plan.rows) {
-    T* target = sums + rows.cell * plan.padded_width;
+  using Block = PixelBlock<T>;
+  constexpr int64_t distance = Block::SIZE * Block::LANES;
+  for (const typename SumPlan<T>::Rows& rows : plan.rows) {
+    T* target = sums + rows.cell * plan.blocks * distance;
     for (int64_t x = 0; x < plan.width; ++x) {
       const In* pixel = plane + rows.offset + x * pixel_stride;
       T total = 0;
       for (int64_t r = 0; r < rows.count; ++r) total += static_cast<T>(pixel[r * rows.stride]);
-      target[x] = rows.first ? total : target[x] + total;
+      T& sum = target[x / Block::SIZE * distance + x % Block::SIZE];
+      sum = rows.first ? total : sum + total;
     }
   }
 }
@@ -67,126 +78,183 @@ KFAC_FAST_TARGET inline void add_compensated(Vector& sum, Vector& lost, Vector m
   sum = total;
 }
 
+// The sum of a tap's cells, which lie `stride` apart.
+template <typename T>
+KFAC_FAST_TARGET inline typename VectorOf<T>::type sum_terms(
+    const typename SumPlan<T>::Tap& tap, const typename VectorOf<T>::type* cells, int64_t stride) {
+  typename VectorOf<T>::type total{};
+  if (tap.plain && !tap.terms.empty()) {
+    cells += tap.terms.front().cell * stride;
+    for (size_t i = 0; i < tap.terms.size(); ++i, cells += stride) total += *cells;
+  } else {
+    for (const auto& term : tap.terms) total += cells[term.cell * stride] * term.weight;
+  }
+  return total;
+}
+
+// The taps of a row of three cells; see SumPlan::is_three_by_three.
+template <typename Vector>
+KFAC_FAST_TARGET inline void slide(const Vector* cells, int64_t stride, Vector* taps) {
+  const Vector first = cells[0], middle = cells[stride], last = cells[2 * stride];
+  const Vector before = first + middle;
+  taps[0] = before;
+  taps[stride] = before + last;
+  taps[2 * stride] = middle + last;
+}
+
 // From sums by cells to taps, along x and then along z and y, for a vector of channels.
 template <typename T>
-KFAC_FAST_TARGET inline void sum_taps(const SumPlan& plan, T alpha,
+KFAC_FAST_TARGET inline void sum_taps(const SumPlan<T>& plan, T alpha,
                                       const typename VectorOf<T>::type* cells,
                                       typename VectorOf<T>::type* along_x,
                                       typename VectorOf<T>::type* taps) {
-  using Vector = typename VectorOf<T>::type;
-  for (int64_t outer = 0; outer < plan.outer_cells; ++outer, cells += plan.cells) {
-    for (int64_t tap = 0; tap < plan.taps; ++tap) {
-      Vector total{};
-      for (const SumPlan::Term& term : plan.terms_of(tap)) {
-        total += cells[term.cell] * static_cast<T>(term.weight);
-      }
-      along_x[outer * plan.taps + tap] = total * alpha;
+  if (plan.is_three_by_three) {
+    typename VectorOf<T>::type scaled[9];
+    for (int i = 0; i < 9; ++i) scaled[i] = cells[i] * alpha;
+    for (int i = 0; i < 3; ++i) slide(scaled + 3 * i, 1, along_x + 3 * i);
+    for (int i = 0; i < 3; ++i) slide(along_x + i, 3, taps + i);
+    return;
+  }
+  for (int64_t tap = 0; tap < plan.taps; ++tap) {
+    const auto terms = plan.tap(tap);
+    for (int64_t outer = 0; outer < plan.outer_cells; ++outer) {
+      along_x[outer * plan.taps + tap] = sum_terms<T>(terms, cells + outer * plan.cells, 1) * alpha;
     }
   }
   for (int64_t outer = 0; outer < plan.outer_taps; ++outer) {
+    const auto terms = plan.outer_tap(outer);
     for (int64_t tap = 0; tap < plan.taps; ++tap) {
-      Vector total{};
-      for (const SumPlan::Term& term : plan.outer_terms_of(outer)) {
-        total += along_x[term.cell * plan.taps + tap] * static_cast<T>(term.weight);
-      }
-      taps[outer * plan.taps + tap] = total;
+      taps[outer * plan.taps + tap] = sum_terms<T>(terms, along_x + tap, plan.taps);
     }
   }
 }
 
-// target[channel][tap] <- beta · target + taps[tap][channel]. Few taps are stored with whole
-// vectors: what comes after them is written later.
+// target[channel][tap] <- beta · target + taps[tap][channel]
 template <typename T>
 KFAC_FAST_TARGET inline void store_taps(const typename VectorOf<T>::type* taps, int64_t count,
                                         int64_t channels, T beta, T* target) {
   using Vector = typename VectorOf<T>::type;
-  constexpr int64_t LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
-  T turned[LANES * LANES];
+  using Block = PixelBlock<T>;
   const T* end = target + channels * count;
-  for (int64_t first = 0; first < count; first += LANES) {
-    const int64_t width = std::min(LANES, count - first);
-    store_transposed(reinterpret_cast<const T*>(taps + first), LANES, LANES, turned, LANES);
-    for (int64_t c = 0; c < channels; ++c) {
-      T* place = target + c * count + first;
-      const T* value = turned + c * LANES;
-      const bool free = count <= LANES ? end - place >= LANES : width == LANES;
-      if (beta == 0 && free) {
-        *reinterpret_cast<Vector*>(place) = *reinterpret_cast<const Vector*>(value);
+  int64_t first = 0;
+  // Blocks of taps. Few taps are stored as a whole block: what comes after them is written later.
+  while (first + 1 < count && (first == 0 || beta == 0 || first + Block::SIZE <= count)) {
+    // The last block goes over taps of the one before.
+    if (count > Block::SIZE) first = std::min(first, count - Block::SIZE);
+    Vector turned[Block::SIZE];
+#pragma GCC unroll 8
+    for (int i = 0; i < Block::SIZE; ++i) turned[i] = taps[first + i];
+    transpose_lanes<T>(turned);
+    T* place = target + first;
+#pragma GCC unroll 16
+    for (int c = 0; c < Block::LANES; ++c, place += count) {
+      if (c == channels) break;
+      const T* value = reinterpret_cast<const T*>(turned) + Block::place(c);
+      if (beta == 0 && end - place >= Block::SIZE) {
+        *reinterpret_cast<typename Block::Vector*>(place) =
+            *reinterpret_cast<const typename Block::Vector*>(value);
       } else {
+        const int64_t width = std::min<int64_t>(Block::SIZE, count - first);
         for (int64_t i = 0; i < width; ++i) {
           place[i] = beta == 0 ? value[i] : value[i] + beta * place[i];
         }
       }
     }
+    first += Block::SIZE;
+  }
+  for (; first < count; ++first) {
+    const T* value = reinterpret_cast<const T*>(taps + first);
+    for (int64_t c = 0; c < channels; ++c) {
+      T& place = target[c * count + first];
+      place = beta == 0 ? value[c] : value[c] + beta * place;
+    }
   }
 }
 
-// The rows of some planes summed by cells; false where no whole vectors may be read.
-template <typename In, typename T, int PLANES>
-KFAC_FAST_TARGET inline bool sum_planes_rows(const SumPlan& plan, const Channels<In>& channels,
-                                             const In* plane, T* sums) {
-  constexpr int64_t LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
-  if (channels.pixel_stride != 1 ||
-      plane + (PLANES - 1) * channels.stride + plan.reach > channels.end) {
-    return false;
-  }
-  int64_t x = 0;
-  for (; plan.padded_width - x >= 4 * LANES; x += 4 * LANES) {
-    for (int p = 0; p < PLANES; ++p) {
-      sum_long_rows<In, T, 4>(plan, plane + p * channels.stride + x,
-                              sums + p * plan.sums_a_plane() + x);
+// The rows of PLANES planes or, where the input ends before a whole block does, of one.
+template <typename In, typename T, int BLOCKS>
+KFAC_FAST_TARGET void sum_planes_rows(const SumPlan<T>& plan, const Channels<In>& channels,
+                                      const In* first, int64_t planes, T* sums) {
+  using Block = PixelBlock<T>;
+  constexpr int PLANES =
+      std::min(Block::SIZE, BLOCKS == 1 ? 8 : BLOCKS == 2 ? 8 : BLOCKS == 3 ? 2 : 1);
+  for (int64_t p = 0; p < planes;) {
+    const In* plane = first + p * channels.stride;
+    const int64_t room = channels.end - plane - plan.reach;
+    if (p + PLANES <= planes && (PLANES - 1) * channels.stride <= room) {
+      sum_rows<In, T, PLANES, BLOCKS>(plan, plane, channels.stride, sums + Block::place(p));
+      p += PLANES;
+    } else {
+      sum_rows<In, T, 1, BLOCKS>(plan, plane, channels.stride, sums + Block::place(p));
+      ++p;
     }
   }
-  for (; plan.padded_width - x >= 2 * LANES; x += 2 * LANES) {
-    for (int p = 0; p < PLANES; ++p) {
-      sum_long_rows<In, T, 2>(plan, plane + p * channels.stride + x,
-                              sums + p * plan.sums_a_plane() + x);
-    }
-  }
-  if (x < plan.padded_width) {
-    sum_rows_of_planes<In, T, PLANES>(plan, plane + x, channels.stride, sums + x);
-  }
-  return true;
 }
 
-// The cells of a vector of planes or fewer: their rows are summed along y first, a vector of
+template <typename In, typename T>
+KFAC_FAST_TARGET void sum_rows_of_planes(const SumPlan<T>& plan, const Channels<In>& channels,
+                                         const In* first, int64_t planes, T* sums) {
+  using Block = PixelBlock<T>;
+  using Sum = void (*)(const SumPlan<T>&, const Channels<In>&, const In*, int64_t, T*);
+  static constexpr Sum of_blocks[] = {
+      sum_planes_rows<In, T, 1>, sum_planes_rows<In, T, 2>, sum_planes_rows<In, T, 3>,
+      sum_planes_rows<In, T, 4>, sum_planes_rows<In, T, 5>, sum_planes_rows<In, T, 6>,
+      sum_planes_rows<In, T, 7>, sum_planes_rows<In, T, 8>};
+  int64_t whole = 0;  // planes of which whole blocks may be read
+  if (channels.pixel_stride == 1) {
+    while (whole < planes && first + whole * channels.stride + plan.reach <= channels.end) ++whole;
+  }
+  for (int64_t b = 0, together; b < plan.blocks; b += together) {
+    together = std::min<int64_t>(plan.blocks - b, std::size(of_blocks));
+    of_blocks[together - 1](plan, channels, first + b * Block::SIZE, whole,
+                            sums + b * Block::SIZE * Block::LANES);
+  }
+  for (int64_t p = whole; p < planes; ++p) {
+    sum_rows_one_by_one(plan, first + p * channels.stride, channels.pixel_stride,
+                        sums + Block::place(p));
+  }
+}
+
+// The cells of a vector of planes or fewer: their rows are summed along y first, a block of
 // neighbouring pixels at a time, and the few sums transposed.
 template <typename In, typename T>
-KFAC_FAST_TARGET void sum_cells_of_planes(const SumPlan& plan, const Channels<In>& channels,
+KFAC_FAST_TARGET void sum_cells_of_planes(const SumPlan<T>& plan, const Channels<In>& channels,
                                           const In* first, int64_t planes, T* rows,
                                           typename VectorOf<T>::type* cells) {
   using Vector = typename VectorOf<T>::type;
-  constexpr int64_t LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
-  constexpr int64_t TOGETHER = KFAC_FAST_VECTOR_BYTES == 16 ? 4 : 8;  // sums that registers hold
-  for (int64_t p = 0, next; p < planes; p = next) {
-    const In* plane = first + p * channels.stride;
-    T* sums = rows + p * plan.sums_a_plane();
-    next = p + TOGETHER;
-    if (next <= planes && sum_planes_rows<In, T, TOGETHER>(plan, channels, plane, sums)) continue;
-    next = p + 1;
-    if (!sum_planes_rows<In, T, 1>(plan, channels, plane, sums)) {
-      sum_rows_one_by_one(plan, plane, channels.pixel_stride, sums);
-    }
-  }
-  T turned[LANES * LANES];
+  using Block = PixelBlock<T>;
+  sum_rows_of_planes(plan, channels, first, planes, rows);
   Vector* lost = cells + plan.outer_cells * plan.cells;
-  std::fill_n(cells, 2 * plan.outer_cells * plan.cells, Vector{});
-  for (int64_t outer = 0; outer < plan.outer_cells; ++outer) {
-    auto columns = plan.columns.begin();
-    for (int64_t x = 0; x < plan.width; x += LANES) {
-      const int64_t width = std::min(LANES, plan.width - x);
-      store_transposed(rows + outer * plan.padded_width + x, plan.sums_a_plane(), LANES, turned,
-                       LANES);
-      for (; columns != plan.columns.end() && columns->begin < x + width; ++columns) {
-        const int64_t begin = std::max(columns->begin - x, int64_t{0});
-        const int64_t end = std::min(columns->end - x, width);
-        Vector total{};
-        for (int64_t i = begin; i < end; ++i) {
-          total += *reinterpret_cast<const Vector*>(turned + i * LANES);
+  const auto* sums = reinterpret_cast<const Vector*>(rows);
+  for (int64_t outer = 0; outer < plan.outer_cells; ++outer, sums += plan.blocks * Block::SIZE) {
+    Vector chain{};
+    for (const auto& square : plan.squares) {
+      const Vector* from = sums + square.block * Block::SIZE;
+      Vector turned[Block::SIZE];
+#pragma GCC unroll 8
+      for (int i = 0; i < Block::SIZE; ++i) turned[i] = from[i];
+      for (int64_t b = 1; b < square.blocks; ++b) {
+        from += Block::SIZE;
+#pragma GCC unroll 8
+        for (int i = 0; i < Block::SIZE; ++i) turned[i] += from[i];
+      }
+      transpose_lanes<T>(turned);
+      for (int64_t i = square.columns; i < square.columns_end; ++i) {
+        const auto& columns = plan.columns[i];
+        const int64_t start = square.block * Block::SIZE;
+        // Of several blocks all pixels are the columns', and are summed already.
+        const int64_t begin = std::max(columns.begin - start, int64_t{0});
+        const int64_t end = std::min<int64_t>(columns.end - start, Block::SIZE);
+        for (int64_t x = begin; x < end; ++x) chain += turned[x];
+        if (columns.end > start + square.blocks * Block::SIZE) break;  // it goes on in the next
+        const int64_t cell = outer * plan.cells + columns.cell;
+        if (columns.first) {
+          cells[cell] = chain;
+          lost[cell] = Vector{};
+        } else {
+          add_compensated(cells[cell], lost[cell], chain);
         }
-        const int64_t cell = outer * plan.cells + columns->cell;
-        add_compensated(cells[cell], lost[cell], total);
-        if (columns->end > x + width) break;  // the rest is in the next vector
+        chain = Vector{};
       }
     }
   }
@@ -194,7 +262,7 @@ KFAC_FAST_TARGET void sum_cells_of_planes(const SumPlan& plan, const Channels<In
 
 // Channels that lie far apart (channels first), a vector of them at a time.
 template <typename In, typename T>
-KFAC_FAST_TARGET void sum_planes(const SumPlan& plan, const Channels<In>& channels, T alpha, T beta,
+KFAC_FAST_TARGET void sum_planes(const SumPlan<T>& plan, const Channels<In>& channels, T alpha, T beta,
                                  T* scratch, T* target) {
   using Vector = typename VectorOf<T>::type;
   constexpr int64_t LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
@@ -215,7 +283,7 @@ KFAC_FAST_TARGET void sum_planes(const SumPlan& plan, const Channels<In>& channe
 // The pixels of VECTORS vectors of neighbouring channels summed by cells, along x first. `chains`
 // is room for the sums of some rows, which then are added to the cells: less rounding.
 template <typename In, typename T, int VECTORS>
-KFAC_FAST_TARGET void sum_cells_of_pixels(const SumPlan& plan, const In* data, int64_t pixel_stride,
+KFAC_FAST_TARGET void sum_cells_of_pixels(const SumPlan<T>& plan, const In* data, int64_t pixel_stride,
                                           typename VectorOf<T>::type* cells,
                                           typename VectorOf<T>::type* chains) {
   using Vector = typename VectorOf<T>::type;
@@ -223,12 +291,12 @@ KFAC_FAST_TARGET void sum_cells_of_pixels(const SumPlan& plan, const In* data, i
   const int64_t count = plan.outer_cells * plan.cells;
   Vector* lost = cells + VECTORS * count;
   std::fill_n(cells, 2 * VECTORS * count, Vector{});
-  for (const SumPlan::Rows& rows : plan.rows) {
+  for (const typename SumPlan<T>::Rows& rows : plan.rows) {
     const In* row = data + rows.offset;
     std::fill_n(chains, VECTORS * plan.columns.size(), Vector{});
     for (int64_t r = 0; r < rows.count; ++r, row += rows.stride) {
       Vector* chain = chains;
-      for (const SumPlan::Columns& columns : plan.columns) {
+      for (const typename SumPlan<T>::Columns& columns : plan.columns) {
         Vector total[VECTORS] = {};
         const In* pixel = row + columns.begin * pixel_stride;
         for (int64_t x = columns.begin; x < columns.end; ++x, pixel += pixel_stride) {
@@ -240,7 +308,7 @@ KFAC_FAST_TARGET void sum_cells_of_pixels(const SumPlan& plan, const In* data, i
       }
     }
     const Vector* chain = chains;
-    for (const SumPlan::Columns& columns : plan.columns) {
+    for (const typename SumPlan<T>::Columns& columns : plan.columns) {
       const int64_t cell = rows.cell * plan.cells + columns.cell;
       for (int v = 0; v < VECTORS; ++v) {
         add_compensated(cells[v * count + cell], lost[v * count + cell], *chain++);
@@ -251,13 +319,13 @@ KFAC_FAST_TARGET void sum_cells_of_pixels(const SumPlan& plan, const In* data, i
 
 // The cells of fewer channels than a vector holds.
 template <typename In, typename T>
-KFAC_FAST_TARGET void sum_cells_of_few(const SumPlan& plan, const Channels<In>& channels,
+KFAC_FAST_TARGET void sum_cells_of_few(const SumPlan<T>& plan, const Channels<In>& channels,
                                        const In* data, int64_t width, T* cells) {
   constexpr int LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
   T* lost = cells + plan.outer_cells * plan.cells * LANES;
   std::fill_n(cells, 2 * plan.outer_cells * plan.cells * LANES, T{0});
-  for (const SumPlan::Rows& rows : plan.rows) {
-    for (const SumPlan::Columns& columns : plan.columns) {
+  for (const typename SumPlan<T>::Rows& rows : plan.rows) {
+    for (const typename SumPlan<T>::Columns& columns : plan.columns) {
       const int64_t cell = (rows.cell * plan.cells + columns.cell) * LANES;
       for (int64_t i = 0; i < width; ++i) {
         T chain = 0;
@@ -277,7 +345,7 @@ KFAC_FAST_TARGET void sum_cells_of_few(const SumPlan& plan, const Channels<In>& 
 
 // Neighbouring channels (channels last), some vectors of them at a time.
 template <typename In, typename T>
-KFAC_FAST_TARGET void sum_pixels(const SumPlan& plan, const Channels<In>& channels, T alpha, T beta,
+KFAC_FAST_TARGET void sum_pixels(const SumPlan<T>& plan, const Channels<In>& channels, T alpha, T beta,
                                  T* scratch, T* target) {
   using Vector = typename VectorOf<T>::type;
   constexpr int64_t LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T), TOGETHER = channel_vectors;
