@@ -18,11 +18,14 @@ class RowSum {
   RowSum(InstructionSet set, int64_t column_stride) : column_stride_(column_stride) {
     rows_ = portable::add_rows<In, T, squared>;
     columns_ = portable::add_columns<In, T, squared>;
+    end_chain_ = portable::end_chain<T>;
 #if defined(__x86_64__)
     if (set == InstructionSet::avx512) {
       rows_ = avx512::add_rows<In, T, squared>, columns_ = avx512::add_columns<In, T, squared>;
+      end_chain_ = avx512::end_chain<T>;
     } else if (set == InstructionSet::avx2) {
       rows_ = avx2::add_rows<In, T, squared>, columns_ = avx2::add_columns<In, T, squared>;
+      end_chain_ = avx2::end_chain<T>;
     }
 #endif
   }
@@ -34,17 +37,13 @@ class RowSum {
                   int64_t columns, T* total, T* chain, T* lost) const {
     std::fill_n(total, columns, T{0});
     std::fill_n(lost, columns, T{0});
+    std::fill_n(chain, columns, T{0});
     for (int64_t next; begin < end; begin = next) {
       next = std::min(begin + rows_a_chain_, end);
-      std::fill_n(chain, columns, T{0});
       source.for_each_stretch(begin, next, [&](const In* rows, int64_t stride, int64_t count) {
         add(rows + first * column_stride_, stride, count, columns, chain);
       });
-      for (int64_t c = 0; c < columns; ++c) {
-        const T more = chain[c] - lost[c], sum = total[c] + more;
-        lost[c] = (sum - total[c]) - more;
-        total[c] = sum;
-      }
+      end_chain_(chain, columns, total, lost);
     }
   }
 
@@ -63,6 +62,7 @@ class RowSum {
   const int64_t rows_a_chain_ = column_stride_ == 1 ? 32 : 1024;
   void (*rows_)(const In*, int64_t, int64_t, int64_t, T*);
   void (*columns_)(const In*, int64_t, int64_t, int64_t, int64_t, T*);
+  void (*end_chain_)(T*, int64_t, T*, T*);
 };
 
 }  // namespace kfac_fast

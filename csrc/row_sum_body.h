@@ -49,3 +49,21 @@ KFAC_FAST_TARGET void add_columns(const In* rows, int64_t row_stride, int64_t co
     total[c] += sum;
   }
 }
+
+// total += chain, chain <- 0.
+template <typename T>
+KFAC_FAST_TARGET void end_chain(T* chain, int64_t columns, T* total, T* lost) {
+  using Vector = typename VectorOf<T>::type;
+  constexpr int64_t LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
+  int64_t c = 0;
+  for (; c + LANES <= columns; c += LANES) {
+    auto& more = *reinterpret_cast<Vector*>(chain + c);
+    add_compensated(*reinterpret_cast<Vector*>(total + c), *reinterpret_cast<Vector*>(lost + c),
+                    more);
+    more = Vector{};
+  }
+  for (; c < columns; ++c) {
+    add_compensated(total[c], lost[c], chain[c]);
+    chain[c] = 0;
+  }
+}

@@ -31,6 +31,31 @@ struct TileSums {
 #include "compile_for_instruction_sets.h"
 
 template <typename T>
+struct MultiplySymmetric {
+  int64_t rows, lanes;
+  void (*of_vectors[3])(const T*, int64_t, const T*, int64_t, int64_t, T, T, T*, T*, int64_t);
+};
+
+#define KFAC_FAST_MULTIPLY(set) \
+  {set::multiply_symmetric<T, 1>, set::multiply_symmetric<T, 2>, set::multiply_symmetric<T, 3>}
+
+template <typename T>
+const MultiplySymmetric<T>& multiply_symmetric(InstructionSet set) {
+  constexpr int64_t size = sizeof(T);
+  static constexpr MultiplySymmetric<T> on_portable{8 / size, 16 / size,
+                                                    KFAC_FAST_MULTIPLY(portable)};
+#if defined(__x86_64__)
+  static constexpr MultiplySymmetric<T> on_avx2{16 / size, 32 / size, KFAC_FAST_MULTIPLY(avx2)};
+  static constexpr MultiplySymmetric<T> on_avx512{32 / size, 64 / size, KFAC_FAST_MULTIPLY(avx512)};
+  if (set == InstructionSet::avx512) return on_avx512;
+  if (set == InstructionSet::avx2) return on_avx2;
+#endif
+  return on_portable;
+}
+
+#undef KFAC_FAST_MULTIPLY
+
+template <typename T>
 struct SymmetricStore {
   T alpha;
   T beta;        // 0: the matrix is not read
@@ -48,13 +73,28 @@ struct SymmetricStore {
     if (set == InstructionSet::avx512) store = avx512::store_symmetric<T>;
     if (set == InstructionSet::avx2) store = avx2::store_symmetric<T>;
 #endif
-    // A matrix that no cache holds is not read into one to be written, if its rows are aligned.
-    constexpr int64_t large = 8 << 20, line = 64;
-    const int64_t row_bytes = edge * static_cast<int64_t>(sizeof(T));
-    const bool aligned = row_bytes % line == 0 && reinterpret_cast<uintptr_t>(target) % line == 0 &&
+    const bool aligned = reinterpret_cast<uintptr_t>(target) % line == 0 &&
                          reinterpret_cast<uintptr_t>(mirror) % line == 0;
-    const bool past_caches = beta == 0 && aligned && edge * row_bytes >= large;
-    store(sums, rows, columns, diagonal, alpha, beta, target, mirror, edge, past_caches);
+    store(sums, rows, columns, diagonal, alpha, beta, target, mirror, edge,
+          aligned && past_caches());
+  }
+
+  // Stores the products of left's rows x columns with right's, below the diagonal, without keeping
+  // their sums: best for few k. False, and nothing done, where that is not possible.
+  bool multiply(const Panels<T>& left, int64_t rows, const Panels<T>& right, int64_t columns,
+                T* matrix, int64_t row, int64_t column) const {
+    const MultiplySymmetric<T>& multiply = multiply_symmetric<T>(set);
+    // Half lines are not stored past the caches.
+    if (rows % multiply.rows != 0 || columns % multiply.lanes != 0 || past_caches()) return false;
+    for (int64_t c = 0; c < columns; c += right.width) {
+      const int64_t vectors = std::min(right.width, columns - c) / multiply.lanes;
+      for (int64_t r = 0; r < rows; r += multiply.rows) {
+        multiply.of_vectors[vectors - 1](
+            left.at(r), left.row_stride, right.at(c), right.row_stride, right.depth, alpha, beta,
+            matrix + (row + r) * edge + column + c, matrix + (column + c) * edge + row + r, edge);
+      }
+    }
+    return true;
   }
 
   // The same of any number of columns.
@@ -70,6 +110,16 @@ struct SymmetricStore {
       (*this)(sums.at(above + square, c), rows - above - square, width, false, matrix,
               row + above + square, column + c);
     }
+  }
+
+ private:
+  static constexpr int64_t line = 64;  // bytes
+
+  // A matrix that no cache holds is not read into one to be written, if its rows are aligned.
+  bool past_caches() const {
+    constexpr int64_t large = 8 << 20;
+    const int64_t row_bytes = edge * static_cast<int64_t>(sizeof(T));
+    return beta == 0 && row_bytes % line == 0 && edge * row_bytes >= large;
   }
 };
 

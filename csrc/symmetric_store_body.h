@@ -94,3 +94,49 @@ KFAC_FAST_TARGET void store_symmetric(const TileSums<T>& sums, int64_t rows, int
   if (past_caches) __builtin_ia32_sfence();  // before this thread says that it is done
 #endif
 }
+
+// The products of two panels, stored as they leave the registers; see SymmetricStore::multiply.
+// Each tile has half as many rows as a vector has lanes, so that transposing the halves of its
+// vectors gives the rows of the mirror image. Their lines are asked for before the long loop.
+template <typename T, int VECTORS>
+KFAC_FAST_TARGET void multiply_symmetric(const T* left, int64_t left_stride, const T* right,
+                                         int64_t right_stride, int64_t depth, T alpha, T beta,
+                                         T* target, T* mirror, int64_t edge) {
+  using Vector = typename VectorOf<T>::type;
+  constexpr int LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T), ROWS = LANES / 2;
+  typedef T Half __attribute__((vector_size(KFAC_FAST_VECTOR_BYTES / 2), aligned(alignof(T)),
+                                may_alias));
+  for (int r = 0; r < ROWS; ++r) {
+    for (int v = 0; v < VECTORS; ++v) __builtin_prefetch(target + r * edge + v * LANES, 1);
+  }
+  for (int c = 0; c < VECTORS * LANES; ++c) __builtin_prefetch(mirror + c * edge, 1);
+  Vector total[VECTORS][ROWS] = {};
+  for (int64_t k = 0; k < depth; ++k, left += left_stride, right += right_stride) {
+    Vector columns[VECTORS];
+#pragma GCC unroll 3
+    for (int v = 0; v < VECTORS; ++v) columns[v] = load_vector<T, T>(right + v * LANES);
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 3
+      for (int v = 0; v < VECTORS; ++v) total[v][r] += columns[v] * left[r];
+    }
+  }
+#pragma GCC unroll 3
+  for (int v = 0; v < VECTORS; ++v) {
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) {
+      auto& place = *reinterpret_cast<Vector*>(target + r * edge + v * LANES);
+      total[v][r] *= alpha;
+      if (beta != 0) total[v][r] += place * beta;
+      place = total[v][r];
+    }
+    transpose_lanes<T>(total[v]);
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS; ++i) {
+      T* row = mirror + (v * LANES + i) * edge;
+      const Half* halves = reinterpret_cast<const Half*>(&total[v][i]);
+      *reinterpret_cast<Half*>(row) = halves[0];
+      *reinterpret_cast<Half*>(row + ROWS * edge) = halves[1];
+    }
+  }
+}

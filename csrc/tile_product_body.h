@@ -19,6 +19,15 @@ KFAC_FAST_TARGET inline typename VectorOf<T>::type load_vector(const In* from) {
   }
 }
 
+// Adds to a sum what the last addition to it rounded off (Kahan), too.
+template <typename Value>
+KFAC_FAST_TARGET inline void add_compensated(Value& sum, Value& lost, Value more) {
+  more -= lost;
+  const Value total = sum + more;
+  lost = (total - sum) - more;
+  sum = total;
+}
+
 // sum[r][c] (+)= Σ_k left[k][r] · right[k][c]. The sums stay in registers for the whole depth; a
 // step k loads VECTORS vectors and ROWS scalars and multiplies all pairs. A multiply-add takes four
 // cycles and two start in each, so narrow tiles keep SPLIT sets of sums to have eight under way.

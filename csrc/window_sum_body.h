@@ -69,15 +69,6 @@ KFAC_FAST_TARGET void sum_rows_one_by_one(const SumPlan<T>& plan, const In* plan
   }
 }
 
-// Adds to a sum what the last addition to it rounded off (Kahan), too.
-template <typename Vector>
-KFAC_FAST_TARGET inline void add_compensated(Vector& sum, Vector& lost, Vector more) {
-  more -= lost;
-  const Vector total = sum + more;
-  lost = (total - sum) - more;
-  sum = total;
-}
-
 // The sum of a tap's cells, which lie `stride` apart.
 template <typename T>
 KFAC_FAST_TARGET inline typename VectorOf<T>::type sum_terms(

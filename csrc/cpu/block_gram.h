@@ -50,13 +50,19 @@ class BlockGram {
       by_rows();
     } else {
       if (tile_count() < enough_tasks) cut(large_tile / 2);
-      by_tiles();
+      if (blocks_.count() <= blocks_a_round()) {
+        at_once();
+      } else {
+        by_tiles();
+      }
     }
   }
 
  private:
   // 36 KB of sums, which meet each panel of a block while it is near; larger ones were not faster.
   static constexpr int64_t large_tile = 4 * max_tile_edge / sizeof(T);
+
+  static constexpr int64_t panels_a_task = 8;
 
   void cut(int64_t edge) {
     tile_edge_ = layout_.strip_columns <= layout_.panel_width ? layout_.panel_width : edge;
@@ -67,7 +73,9 @@ class BlockGram {
   // With one more row for the column sums, the products with the bias, of tiles on the diagonal.
   int64_t tile_size() const { return (tile_edge_ + 1) * tile_edge_; }
   double operations() const {
-    return static_cast<double>(rows_) * layout_.columns * layout_.strip_columns;
+    constexpr int64_t rows_a_store = 8;  // storing an entry takes the time of so many multiply-adds
+    const double entries = static_cast<double>(layout_.columns) * layout_.strip_columns;
+    return entries * static_cast<double>(rows_ + rows_a_store);
   }
 
   void by_rows() {
@@ -98,6 +106,33 @@ class BlockGram {
     });
   }
 
+  // All blocks are packed, then each tile is multiplied and stored.
+  void at_once() {
+    const int64_t block_size = blocks_.packed_size();
+    const int64_t parts = divide_up(layout_.panels(), panels_a_task);
+    const int64_t packs = blocks_.count() * parts;
+    const auto packed = make_scratch<T>(blocks_.count() * block_size);
+    std::vector<Block<T>> blocks(blocks_.count());
+    for_each_task(packs, worker_count(packs, operations()), [&](int64_t task, int64_t) {
+      pack(task / parts, task % parts, &packed[task / parts * block_size], blocks[task / parts]);
+    });
+    const int64_t workers = worker_count(tile_count(), operations());
+    const auto sums = make_scratch<T>(workers * tile_size());
+    for_each_independent_task(tile_count(), workers, [&](int64_t t, int64_t worker) {
+      if (blocks.size() == 1 && multiply_and_store(tiles_[t], blocks[0])) return;
+      T* sum = &sums[worker * tile_size()];
+      for (const Block<T>& block : blocks) multiply(tiles_[t], block, sum, &block != &blocks[0]);
+      store(tiles_[t], {sum, tile_edge_, 1, 0});
+    });
+  }
+
+  void pack(int64_t index, int64_t part, T* packed, Block<T>& block) const {
+    const int64_t first = part * panels_a_task;
+    const int64_t last = std::min(first + panels_a_task, layout_.panels());
+    const Block<T> done = blocks_.pack(index, first, last, packed);
+    if (part == 0) block = done;
+  }
+
   // All threads pack the blocks of a round and share out its tiles. No barrier ends a round: tasks
   // are drawn in the order
   //
@@ -107,36 +142,31 @@ class BlockGram {
   // that the system takes away for a while then delays its own task, not all the others.
   void by_tiles() {
     constexpr int64_t buffers = 3;  // one to pack, one to multiply, one with late tasks
-    constexpr int64_t panels_a_task = 8;
     const int64_t block_size = blocks_.packed_size();
     const int64_t together = blocks_a_round();
     const int64_t rounds = divide_up(blocks_.count(), together);
     const int64_t parts = divide_up(layout_.panels(), panels_a_task);
     const int64_t packs = together * parts;
     const int64_t workers = worker_count(std::max(packs, tile_count()), operations());
-    const bool one_round = rounds == 1;  // then a worker's sums are stored before its next tile
 
     const auto packed = make_scratch<T>(std::min(rounds, buffers) * together * block_size);
-    const auto sums = make_scratch<T>((one_round ? workers : tile_count()) * tile_size());
+    const auto sums = make_scratch<T>(tile_count() * tile_size());
     std::vector<Block<T>> blocks(std::min(rounds, buffers) * together);
     std::vector<Progress> packs_done(rounds), tiles_done(rounds), rounds_done(tile_count());
 
-    const auto pack = [&](int64_t round, int64_t task) {
+    const auto pack_round = [&](int64_t round, int64_t task) {
       if (round >= buffers) tiles_done[round - buffers].wait_for(tile_count());
       const int64_t index = round * together + task / parts;
       const int64_t slot = round % buffers * together + task / parts;
-      const int64_t first = task % parts * panels_a_task;
-      const int64_t last = std::min(first + panels_a_task, layout_.panels());
       if (index < blocks_.count()) {
-        const Block<T> block = blocks_.pack(index, first, last, &packed[slot * block_size]);
-        if (first == 0) blocks[slot] = block;
+        pack(index, task % parts, &packed[slot * block_size], blocks[slot]);
       }
       packs_done[round].advance();
     };
-    const auto multiply_round = [&](int64_t round, int64_t t, int64_t worker) {
+    const auto multiply_round = [&](int64_t round, int64_t t) {
       packs_done[round].wait_for(packs);
       rounds_done[t].wait_for(round);
-      T* sum = &sums[(one_round ? worker : t) * tile_size()];
+      T* sum = &sums[t * tile_size()];
       const int64_t count = std::min(together, blocks_.count() - round * together);
       for (int64_t b = 0; b < count; ++b) {
         const Block<T>& block = blocks[round % buffers * together + b];
@@ -147,13 +177,13 @@ class BlockGram {
       tiles_done[round].advance();
     };
     const int64_t step_tasks = packs + tile_count();
-    for_each_task((rounds + 1) * step_tasks, workers, [&](int64_t task, int64_t worker) {
+    for_each_task((rounds + 1) * step_tasks, workers, [&](int64_t task, int64_t) {
       const int64_t step = task / step_tasks;
       const int64_t part = task % step_tasks;
       if (part < packs) {
-        if (step < rounds) pack(step, part);
+        if (step < rounds) pack_round(step, part);
       } else if (step > 0) {
-        multiply_round(step - 1, part - packs, worker);
+        multiply_round(step - 1, part - packs);
       }
     });
   }
@@ -178,6 +208,15 @@ class BlockGram {
     if (bias_ && tile.on_diagonal()) {
       sum_panels(product_, right, columns, sum + tile_edge_ * tile_edge_, accumulate);
     }
+  }
+
+  // Both at once; false where that is not possible.
+  bool multiply_and_store(const Tile& tile, const Block<T>& block) const {
+    if (tile.on_diagonal()) return false;
+    const Panels<T> strip = block.strip(tile.strip);
+    const int64_t rows = std::min(tile_edge_, layout_.width(tile.strip) - tile.row);
+    return store_.multiply(strip.from(tile.row), rows, strip.from(tile.column), tile_edge_,
+                           out_ + tile.strip * store_.edge * store_.edge, tile.row, tile.column);
   }
 
   void store(const Tile& tile, const TileSums<T>& sums) const {

@@ -36,7 +36,7 @@ void sum_windows(const ImageSource<In>& source, const Convolution& convolution,
   const double work = (pixels + 200) * source.examples * source.channels;
   const int64_t workers = worker_count(sum.tasks(), work);
   const auto scratch = make_scratch<T>(workers * sum.scratch_size());
-  for_each_task(sum.tasks(), workers, [&](int64_t task, int64_t worker) {
+  for_each_independent_task(sum.tasks(), workers, [&](int64_t task, int64_t worker) {
     sum.run(task, &scratch[worker * sum.scratch_size()]);
   });
 }

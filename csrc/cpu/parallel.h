@@ -7,6 +7,7 @@
 #include <atomic>
 #include <cstdint>
 #include <thread>
+#include <vector>
 
 namespace kfac_fast {
 
@@ -44,6 +45,32 @@ void for_each_task(int64_t tasks, int64_t workers, const Run& run) {
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker) {
       for (int64_t task = next++; task < tasks; task = next++) run(task, worker);
+    }
+  });
+}
+
+// The same for tasks that do not wait for each other, in no order: each worker begins with a stretch
+// of its own, so that it reads on where it has read before, and then helps the others.
+template <typename Run>
+void for_each_independent_task(int64_t tasks, int64_t workers, const Run& run) {
+  if (workers == 1) return for_each_task(tasks, workers, run);
+  struct alignas(64) Stretch {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  std::vector<Stretch> stretches(workers);
+  for (int64_t i = 0; i < workers; ++i) {
+    stretches[i].next = tasks * i / workers;
+    stretches[i].end = tasks * (i + 1) / workers;
+  }
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) {
+      for (int64_t i = 0; i < workers; ++i) {
+        Stretch& stretch = stretches[(worker + i) % workers];
+        for (int64_t task = stretch.next++; task < stretch.end; task = stretch.next++) {
+          run(task, worker);
+        }
+      }
     }
   });
 }

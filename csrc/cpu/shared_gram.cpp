@@ -84,7 +84,7 @@ class SharedSums {
     const int64_t tasks = a_.examples() * parts;
     const int64_t workers = worker_count(tasks, 2.0 * a_.x.numel());
     const auto scratch = make_scratch<T>(workers * 3 * columns);
-    for_each_task(tasks, workers, [&](int64_t task, int64_t worker) {
+    for_each_independent_task(tasks, workers, [&](int64_t task, int64_t worker) {
       const int64_t example = task / parts, first = task % parts * columns;
       const int64_t count = std::min(columns, a_.columns() - first);
       T* total = &scratch[worker * 3 * columns];
