@@ -104,8 +104,8 @@ KFAC_FAST_TARGET void multiply_symmetric(const T* left, int64_t left_stride, con
                                          T* target, T* mirror, int64_t edge) {
   using Vector = typename VectorOf<T>::type;
   constexpr int LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T), ROWS = LANES / 2;
-  typedef T Half __attribute__((vector_size(KFAC_FAST_VECTOR_BYTES / 2), aligned(alignof(T)),
-                                may_alias));
+  typedef T Half
+      __attribute__((vector_size(KFAC_FAST_VECTOR_BYTES / 2), aligned(alignof(T)), may_alias));
   for (int r = 0; r < ROWS; ++r) {
     for (int v = 0; v < VECTORS; ++v) __builtin_prefetch(target + r * edge + v * LANES, 1);
   }

@@ -119,7 +119,8 @@ KFAC_FAST_TARGET inline void exchange(typename VectorOf<T>::type& upper,
   upper = first;
 }
 
-// Transposes ROWS vectors: each stretch of ROWS lanes for itself, if there are fewer rows than lanes.
+// Transposes ROWS vectors: each stretch of ROWS lanes for itself, if there are fewer rows than
+// lanes.
 template <typename T, int ROWS, int D = 1>
 KFAC_FAST_TARGET inline void transpose_lanes(typename VectorOf<T>::type (&rows)[ROWS]) {
   constexpr int LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);

@@ -43,8 +43,8 @@ struct SumPlan {
     bool plain;  // the cells of the terms follow each other, each counted once
   };
 
-  int64_t width;         // pixels along x
-  int64_t block, blocks; // pixels that are loaded together, and how often
+  int64_t width;          // pixels along x
+  int64_t block, blocks;  // pixels that are loaded together, and how often
   int64_t cells, outer_cells;
   int64_t taps, outer_taps;
   std::vector<Rows> rows;
@@ -161,8 +161,9 @@ struct SumPlan {
   void end_tap() {
     bool plain = true;
     for (size_t i = begin_.back(); i < terms_.size(); ++i) {
-      plain &= terms_[i].weight == 1 &&
-               terms_[i].cell == terms_[begin_.back()].cell + static_cast<int64_t>(i) - begin_.back();
+      plain &=
+          terms_[i].weight == 1 &&
+          terms_[i].cell == terms_[begin_.back()].cell + static_cast<int64_t>(i) - begin_.back();
     }
     plain_.push_back(plain);
     begin_.push_back(static_cast<int64_t>(terms_.size()));

@@ -167,8 +167,10 @@ template <typename In, typename T, int BLOCKS>
 KFAC_FAST_TARGET void sum_planes_rows(const SumPlan<T>& plan, const Channels<In>& channels,
                                       const In* first, int64_t planes, T* sums) {
   using Block = PixelBlock<T>;
-  constexpr int PLANES =
-      std::min(Block::SIZE, BLOCKS == 1 ? 8 : BLOCKS == 2 ? 8 : BLOCKS == 3 ? 2 : 1);
+  constexpr int PLANES = std::min(Block::SIZE, BLOCKS == 1   ? 8
+                                               : BLOCKS == 2 ? 8
+                                               : BLOCKS == 3 ? 2
+                                                             : 1);
   for (int64_t p = 0; p < planes;) {
     const In* plane = first + p * channels.stride;
     const int64_t room = channels.end - plane - plan.reach;
@@ -187,10 +189,10 @@ KFAC_FAST_TARGET void sum_rows_of_planes(const SumPlan<T>& plan, const Channels<
                                          const In* first, int64_t planes, T* sums) {
   using Block = PixelBlock<T>;
   using Sum = void (*)(const SumPlan<T>&, const Channels<In>&, const In*, int64_t, T*);
-  static constexpr Sum of_blocks[] = {
-      sum_planes_rows<In, T, 1>, sum_planes_rows<In, T, 2>, sum_planes_rows<In, T, 3>,
-      sum_planes_rows<In, T, 4>, sum_planes_rows<In, T, 5>, sum_planes_rows<In, T, 6>,
-      sum_planes_rows<In, T, 7>, sum_planes_rows<In, T, 8>};
+  static constexpr Sum of_blocks[] = {sum_planes_rows<In, T, 1>, sum_planes_rows<In, T, 2>,
+                                      sum_planes_rows<In, T, 3>, sum_planes_rows<In, T, 4>,
+                                      sum_planes_rows<In, T, 5>, sum_planes_rows<In, T, 6>,
+                                      sum_planes_rows<In, T, 7>, sum_planes_rows<In, T, 8>};
   int64_t whole = 0;  // planes of which whole blocks may be read
   if (channels.pixel_stride == 1) {
     while (whole < planes && first + whole * channels.stride + plan.reach <= channels.end) ++whole;
@@ -253,8 +255,8 @@ KFAC_FAST_TARGET void sum_cells_of_planes(const SumPlan<T>& plan, const Channels
 
 // Channels that lie far apart (channels first), a vector of them at a time.
 template <typename In, typename T>
-KFAC_FAST_TARGET void sum_planes(const SumPlan<T>& plan, const Channels<In>& channels, T alpha, T beta,
-                                 T* scratch, T* target) {
+KFAC_FAST_TARGET void sum_planes(const SumPlan<T>& plan, const Channels<In>& channels, T alpha,
+                                 T beta, T* scratch, T* target) {
   using Vector = typename VectorOf<T>::type;
   constexpr int64_t LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
   auto* cells = reinterpret_cast<Vector*>(scratch);
@@ -274,8 +276,8 @@ KFAC_FAST_TARGET void sum_planes(const SumPlan<T>& plan, const Channels<In>& cha
 // The pixels of VECTORS vectors of neighbouring channels summed by cells, along x first. `chains`
 // is room for the sums of some rows, which then are added to the cells: less rounding.
 template <typename In, typename T, int VECTORS>
-KFAC_FAST_TARGET void sum_cells_of_pixels(const SumPlan<T>& plan, const In* data, int64_t pixel_stride,
-                                          typename VectorOf<T>::type* cells,
+KFAC_FAST_TARGET void sum_cells_of_pixels(const SumPlan<T>& plan, const In* data,
+                                          int64_t pixel_stride, typename VectorOf<T>::type* cells,
                                           typename VectorOf<T>::type* chains) {
   using Vector = typename VectorOf<T>::type;
   constexpr int LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
@@ -336,8 +338,8 @@ KFAC_FAST_TARGET void sum_cells_of_few(const SumPlan<T>& plan, const Channels<In
 
 // Neighbouring channels (channels last), some vectors of them at a time.
 template <typename In, typename T>
-KFAC_FAST_TARGET void sum_pixels(const SumPlan<T>& plan, const Channels<In>& channels, T alpha, T beta,
-                                 T* scratch, T* target) {
+KFAC_FAST_TARGET void sum_pixels(const SumPlan<T>& plan, const Channels<In>& channels, T alpha,
+                                 T beta, T* scratch, T* target) {
   using Vector = typename VectorOf<T>::type;
   constexpr int64_t LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T), TOGETHER = channel_vectors;
   auto* cells = reinterpret_cast<Vector*>(scratch);

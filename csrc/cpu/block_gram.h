@@ -5,11 +5,12 @@
 //
 // Rows are taken in blocks that fit in cache. A block is packed into panels (tile_product.h) and
 // multiplied into the tiles of the lower triangle; finished tiles are scaled, blended with `out`
-// and mirrored in one pass (symmetric_store.h). There are two ways to share the work:
+// and mirrored in one pass (symmetric_store.h). There are three ways to share the work:
 //
 //   by_rows   few columns: each task packs and multiplies its own rows into its own set of tiles,
 //             which stays in its core's cache; the sets are added at the end
-//   by_tiles  many columns, or few rows: all threads pack some blocks, then share out the tiles
+//   at_once   few rows: all threads pack them, then share out the tiles
+//   by_tiles  otherwise: all threads pack some blocks, share out the tiles, pack the next blocks
 //
 // Which way and in how many tasks depends on the shape alone: the result does not depend on the
 // number of threads, not by a bit.

@@ -49,8 +49,8 @@ void for_each_task(int64_t tasks, int64_t workers, const Run& run) {
   });
 }
 
-// The same for tasks that do not wait for each other, in no order: each worker begins with a stretch
-// of its own, so that it reads on where it has read before, and then helps the others.
+// The same for tasks that do not wait for each other, in no order: each worker begins with a
+// stretch of its own, so that it reads on where it has read before, and then helps the others.
 template <typename Run>
 void for_each_independent_task(int64_t tasks, int64_t workers, const Run& run) {
   if (workers == 1) return for_each_task(tasks, workers, run);
