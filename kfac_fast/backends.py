@@ -115,7 +115,7 @@ def _native_conv(op: str, device: str) -> Implementation:
     expand = op == "conv_expand_gram"
 
     def run(x: torch.Tensor, *args: Any) -> None:
-        geometry, target = schema.hashable(args[:-4]), args[-4:]
+        geometry, target = args[:-4], args[-4:]
         kernel, numbers = _planned(op, tuple(x.shape), x.element_size(), x.device, *geometry)
         kernel(x, *numbers, *target)
 
@@ -302,7 +302,7 @@ def select(op: str, *args: Any) -> Implementation:
 
 def _device_type(first: torch.Tensor | list[torch.Tensor]) -> str:
     if isinstance(first, torch.Tensor):
-        return first.device.type
+        return "cpu" if first.is_cpu else first.device.type
     return first[0].device.type if first else "cpu"
 
 
@@ -371,8 +371,13 @@ def _route(op: str, *args: Any) -> None:
     run(op, *args)
 
 
+def _dispatch(op: str, *args: Any) -> None:
+    """What the dispatcher calls; it makes lists of a geometry's tuples."""
+    _route(op, *(schema.hashable(args) if op.startswith("conv_") else args))
+
+
 for _op in schema.OPERATORS:
-    schema.LIBRARY.impl(_op, partial(_route, _op), "CompositeExplicitAutograd")
+    schema.LIBRARY.impl(_op, partial(_dispatch, _op), "CompositeExplicitAutograd")
 
 
 def call(op: str, *args: Any) -> None:
@@ -392,7 +397,7 @@ def call(op: str, *args: Any) -> None:
 
 
 _TENSORS = {torch.Tensor, torch.nn.Parameter}
-_PLAIN = _TENSORS | {int, float, bool, str, tuple, type(None)}
+_PLAIN = _TENSORS | {int, float, bool, str, tuple, list, type(None)}
 
 
 def dispatched(args: tuple[Any, ...]) -> bool:
@@ -408,14 +413,18 @@ def dispatched(args: tuple[Any, ...]) -> bool:
     """
     if torch.compiler.is_compiling():
         return True
-    kinds = set(map(type, args))
-    if list in kinds:
-        entries = {type(entry) for value in args if type(value) is list for entry in value}
-        kinds = kinds - {list} if entries <= _TENSORS else kinds
+    for value in args:
+        kind = type(value)
+        if kind is list and value:
+            if value[0].is_meta or not _TENSORS.issuperset(map(type, value)):
+                return True
+        elif kind is torch.Tensor:
+            if value.is_meta:
+                return True
+        elif kind not in _PLAIN:
+            return True
     return (
-        not kinds <= _PLAIN
-        or _device_type(args[0]) == "meta"
-        or torch._C._len_torch_dispatch_stack() > 0
+        torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._autograd._profiler_enabled()

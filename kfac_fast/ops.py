@@ -158,7 +158,7 @@ def _conv(
     """Run a convolution operator; what depends on shapes alone is found out once."""
     schema.check_types(op, x=x)
     geometry = schema.hashable(geometry)
-    if dispatched((x, bias, *geometry, alpha, beta, out)) or not all(map(_whole, geometry)):
+    if dispatched((x, out)) or not _plain(geometry):
         arguments = schema.conv_arguments(op, x.dim(), bias, *geometry)
         return _accumulate(op, (_detached(x), *arguments), alpha, beta, out)
     schema.check_types(op, alpha=alpha, beta=beta, out=out)
@@ -171,9 +171,17 @@ def _conv(
     return out
 
 
-def _whole(value: Any) -> bool:
-    """Whether a cache that tells 1 from 1.0 tells the value from its equals: not inside tuples."""
-    return type(value) is not tuple or all(type(n) is int for n in value)
+def _plain(geometry: tuple[Any, ...]) -> bool:
+    """Whether a cache knows these from their equals: it tells 1 from 1.0, but not inside tuples."""
+    for value in geometry:
+        kind = type(value)
+        if kind is tuple:
+            for number in value:
+                if type(number) is not int:
+                    return False
+        elif kind not in (int, str, bool):
+            return False
+    return True
 
 
 @public

@@ -262,3 +262,4 @@ def test_plain_calls_go_past_the_dispatcher() -> None:
     assert not backends.dispatched(([x], [x], [torch.nn.Parameter(x)], out, None))
     assert backends.dispatched((x.to("meta"), None, 1, False, 1.0, 0.0, out))
     assert backends.dispatched(([x, 1], out))
+    assert backends.dispatched(([x.to("meta")], out))
