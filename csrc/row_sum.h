@@ -57,9 +57,9 @@ class RowSum {
 
  private:
   const int64_t column_stride_;
-  // Columns apart are read along the rows, a vector of them at a time: chains as short of more
-  // rows.
-  const int64_t rows_a_chain_ = column_stride_ == 1 ? 32 : 1024;
+  // Of every four rows, or of a vector of rows where columns are apart, the sum is one term of a
+  // chain.
+  const int64_t rows_a_chain_ = column_stride_ == 1 ? 64 : 1024;
   void (*rows_)(const In*, int64_t, int64_t, int64_t, T*);
   void (*columns_)(const In*, int64_t, int64_t, int64_t, int64_t, T*);
   void (*end_chain_)(T*, int64_t, T*, T*);

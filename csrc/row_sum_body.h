@@ -6,19 +6,45 @@ KFAC_FAST_TARGET inline Value term(Value value) {
   return value;
 }
 
-// total[c] += Σ_r rows[r][c], or the squares, columns side by side: one row after the other, from
-// end to end, which was faster than four rows at a time.
+// total[c] += row[c], or as well those of three rows more, `distance` apart.
+template <typename In, typename T, bool SQUARED, bool FOUR>
+KFAC_FAST_TARGET inline void add_row(const In* row, int64_t distance, int64_t columns, T* total) {
+  using Vector = typename VectorOf<T>::type;
+  constexpr int64_t LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
+  int64_t c = 0;
+  for (; c + LANES <= columns; c += LANES) {
+    Vector sum = term<SQUARED>(load_vector<In, T>(row + c));
+    if constexpr (FOUR) {
+      sum += term<SQUARED>(load_vector<In, T>(row + distance + c));
+      sum += term<SQUARED>(load_vector<In, T>(row + 2 * distance + c)) +
+             term<SQUARED>(load_vector<In, T>(row + 3 * distance + c));
+    }
+    *reinterpret_cast<Vector*>(total + c) += sum;
+  }
+  for (; c < columns; ++c) {  // in the same order
+    T sum = term<SQUARED>(static_cast<T>(row[c]));
+    if constexpr (FOUR) {
+      sum += term<SQUARED>(static_cast<T>(row[distance + c]));
+      sum += term<SQUARED>(static_cast<T>(row[2 * distance + c])) +
+             term<SQUARED>(static_cast<T>(row[3 * distance + c]));
+    }
+    total[c] += sum;
+  }
+}
+
+// total[c] += Σ_r rows[r][c], or the squares, columns side by side. Four rows at a time share the
+// loads and stores of the totals; they are a quarter of all rows apart, so that memory is read in
+// four long streams: four rows side by side were slower than one.
 template <typename In, typename T, bool SQUARED>
 KFAC_FAST_TARGET void add_rows(const In* rows, int64_t row_stride, int64_t count, int64_t columns,
                                T* total) {
-  using Vector = typename VectorOf<T>::type;
-  constexpr int64_t LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
-  for (; count > 0; --count, rows += row_stride) {
-    int64_t c = 0;
-    for (; c + LANES <= columns; c += LANES) {
-      *reinterpret_cast<Vector*>(total + c) += term<SQUARED>(load_vector<In, T>(rows + c));
-    }
-    for (; c < columns; ++c) total[c] += term<SQUARED>(static_cast<T>(rows[c]));
+  const int64_t quarter = count / 4;
+  for (int64_t r = 0; r < quarter; ++r, rows += row_stride) {
+    add_row<In, T, SQUARED, true>(rows, quarter * row_stride, columns, total);
+  }
+  rows += 3 * quarter * row_stride;
+  for (int64_t r = 4 * quarter; r < count; ++r, rows += row_stride) {
+    add_row<In, T, SQUARED, false>(rows, 0, columns, total);
   }
 }
 
