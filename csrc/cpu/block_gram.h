@@ -17,6 +17,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <tuple>
 #include <vector>
 
 #include "gram_layout.h"
@@ -107,23 +108,37 @@ class BlockGram {
     });
   }
 
-  // All blocks are packed, then each tile is multiplied and stored.
+  // All blocks are packed, then each tile is multiplied and stored. It is one parallel loop,
+  // because threads may take long to wake.
   void at_once() {
     const int64_t block_size = blocks_.packed_size();
     const int64_t parts = divide_up(layout_.panels(), panels_a_task);
     const int64_t packs = blocks_.count() * parts;
-    const auto packed = make_scratch<T>(blocks_.count() * block_size);
-    std::vector<Block<T>> blocks(blocks_.count());
-    for_each_task(packs, worker_count(packs, operations()), [&](int64_t task, int64_t) {
-      pack(task / parts, task % parts, &packed[task / parts * block_size], blocks[task / parts]);
-    });
     const int64_t workers = worker_count(tile_count(), operations());
+    const auto packed = make_scratch<T>(blocks_.count() * block_size);
     const auto sums = make_scratch<T>(workers * tile_size());
-    for_each_independent_task(tile_count(), workers, [&](int64_t t, int64_t worker) {
-      if (blocks.size() == 1 && multiply_and_store(tiles_[t], blocks[0])) return;
-      T* sum = &sums[worker * tile_size()];
-      for (const Block<T>& block : blocks) multiply(tiles_[t], block, sum, &block != &blocks[0]);
-      store(tiles_[t], {sum, tile_edge_, 1, 0});
+    std::vector<Block<T>> blocks(blocks_.count());
+    // Row by row: then a thread's tiles lie together, and no prefetched line is another's.
+    std::vector<Tile> rowwise = tiles_;
+    std::sort(rowwise.begin(), rowwise.end(), [](const Tile& a, const Tile& b) {
+      return std::tie(a.strip, a.row, a.column) < std::tie(b.strip, b.row, b.column);
+    });
+    std::atomic<int64_t> next_pack{0};
+    Progress packs_done;
+    Stretches tiles(tile_count(), workers);
+    for_each_worker(workers, [&](int64_t worker) {
+      for (int64_t task = next_pack++; task < packs; task = next_pack++) {
+        const int64_t index = task / parts;
+        pack(index, task % parts, &packed[index * block_size], blocks[index]);
+        packs_done.advance();
+      }
+      packs_done.wait_for(packs);
+      tiles.work(worker, [&](int64_t t) {
+        if (blocks.size() == 1 && multiply_and_store(rowwise[t], blocks[0])) return;
+        T* sum = &sums[worker * tile_size()];
+        for (const Block<T>& block : blocks) multiply(rowwise[t], block, sum, &block != &blocks[0]);
+        store(rowwise[t], {sum, tile_edge_, 1, 0});
+      });
     });
   }
 

@@ -33,45 +33,60 @@ class Progress {
   std::atomic<int64_t> done_{0};
 };
 
+// Calls run(worker) for every worker, at the same time if there are as many threads.
+template <typename Run>
+void for_each_worker(int64_t workers, const Run& run) {
+  if (workers == 1) return run(0);
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) run(worker);
+  });
+}
+
 // Calls run(task, worker) once for every task. The workers draw tasks in order from one counter, so
 // a core that is slowed down does fewer of them; two calls at the same time differ in `worker`.
 template <typename Run>
 void for_each_task(int64_t tasks, int64_t workers, const Run& run) {
-  if (workers == 1) {
-    for (int64_t task = 0; task < tasks; ++task) run(task, 0);
-    return;
-  }
   std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t worker = begin; worker < end; ++worker) {
-      for (int64_t task = next++; task < tasks; task = next++) run(task, worker);
-    }
+  for_each_worker(workers, [&](int64_t worker) {
+    for (int64_t task = next++; task < tasks; task = next++) run(task, worker);
   });
 }
 
-// The same for tasks that do not wait for each other, in no order: each worker begins with a
-// stretch of its own, so that it reads on where it has read before, and then helps the others.
-template <typename Run>
-void for_each_independent_task(int64_t tasks, int64_t workers, const Run& run) {
-  if (workers == 1) return for_each_task(tasks, workers, run);
+// Tasks that do not wait for each other. Each worker begins with a stretch of its own, so that in
+// every call it reads and writes where it did in the last, and then helps the others.
+class Stretches {
+ public:
+  Stretches(int64_t tasks, int64_t workers) : stretches_(workers) {
+    for (int64_t i = 0; i < workers; ++i) {
+      stretches_[i].next = tasks * i / workers;
+      stretches_[i].end = tasks * (i + 1) / workers;
+    }
+  }
+
+  // Calls run(task) for every task that this worker gets.
+  template <typename Run>
+  void work(int64_t worker, const Run& run) {
+    const auto workers = static_cast<int64_t>(stretches_.size());
+    for (int64_t i = 0; i < workers; ++i) {
+      Stretch& stretch = stretches_[(worker + i) % workers];
+      for (int64_t task = stretch.next++; task < stretch.end; task = stretch.next++) run(task);
+    }
+  }
+
+ private:
   struct alignas(64) Stretch {
     std::atomic<int64_t> next;
     int64_t end;
   };
-  std::vector<Stretch> stretches(workers);
-  for (int64_t i = 0; i < workers; ++i) {
-    stretches[i].next = tasks * i / workers;
-    stretches[i].end = tasks * (i + 1) / workers;
-  }
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t worker = begin; worker < end; ++worker) {
-      for (int64_t i = 0; i < workers; ++i) {
-        Stretch& stretch = stretches[(worker + i) % workers];
-        for (int64_t task = stretch.next++; task < stretch.end; task = stretch.next++) {
-          run(task, worker);
-        }
-      }
-    }
+  std::vector<Stretch> stretches_;
+};
+
+// Calls run(task, worker) once for every task, by stretches.
+template <typename Run>
+void for_each_independent_task(int64_t tasks, int64_t workers, const Run& run) {
+  Stretches stretches(tasks, workers);
+  for_each_worker(workers, [&](int64_t worker) {
+    stretches.work(worker, [&](int64_t task) { run(task, worker); });
   });
 }
 
