@@ -108,11 +108,19 @@ class SharedSums {
                       T* total) const {
     std::fill_n(total, columns, T{0});
     int64_t terms = 0;
-    for (int64_t i = segments.begin[segment]; i < segments.begin[segment + 1]; ++i) {
+    const int64_t stride = a_.x.stride(0), end = segments.begin[segment + 1];
+    const auto counts = [&](int64_t row) { return !a_.mask || *a_.mask_at(row); };
+    for (int64_t i = segments.begin[segment], next; i < end; i = next) {
+      // Rows of a segment mostly follow each other.
       const int64_t row = segments.rows[i];
-      if (a_.mask && !*a_.mask_at(row)) continue;
-      sum_.add(data_ + row * a_.x.stride(0) + first * a_.column_stride(), 0, 1, columns, total);
-      ++terms;
+      next = i + 1;
+      if (!counts(row)) continue;
+      while (next < end && segments.rows[next] == row + next - i && counts(segments.rows[next])) {
+        ++next;
+      }
+      const In* rows = data_ + row * stride + first * a_.column_stride();
+      sum_.add(rows, stride, next - i, columns, total);
+      terms += next - i;
     }
     return terms;
   }
