@@ -225,6 +225,10 @@ for _op in ("gram", "shared_gram"):
 for _op, _run in _TRITON_CONV.items():
     TABLE[_op, "cpu"] = (_native_conv(_op, "cpu"), _reference(_op), _triton(_op, "cpu", _run))
     TABLE[_op, "cuda"] = (_triton(_op, "cuda", _run), _reference(_op))
+TABLE["damped_inverse", "cpu"] = (
+    _native("damped_inverse", "cpu"),
+    _reference("damped_inverse"),
+)
 TABLE["gram", "cuda"] = (_triton("gram", "cuda"), _native("gram", "cuda"), _reference("gram"))
 TABLE["shared_gram", "cuda"] = (_triton("shared_gram", "cuda"), _reference("shared_gram"))
 TABLE["conv_window_sum", "cuda"] = (
