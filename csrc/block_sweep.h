@@ -25,6 +25,7 @@
 #include <limits>
 
 #include "gram_layout.h"
+#include "in_order.h"
 #include "instruction_set.h"
 #include "scratch.h"
 #include "tile_product.h"
@@ -45,14 +46,6 @@ SquareSweep<T> square_sweep(InstructionSet set) {
 #endif
   return portable::sweep_square<T>;
 }
-
-// Runs loops one after the other, in place of threads that share them.
-struct InOrder {
-  template <typename Run>
-  void operator()(int64_t tasks, double, const Run& run) const {
-    for (int64_t task = 0; task < tasks; ++task) run(task);
-  }
-};
 
 // Sweeps matrices of up to `size` rows, which must be a multiple of a vector's lanes.
 template <typename T>

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import filterfalse
+from operator import attrgetter
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -40,13 +42,16 @@ class Implementation:
         refuses: Takes the dispatcher arguments; a sentence why it cannot serve them, or None. None
             if it serves all.
         way: Takes the dispatcher arguments; names the algorithm. None if there is only one.
+        checks: ``run`` checks its arguments; where it refuses them it returns False and has written
+            nothing.
     """
 
     name: str
-    run: Callable[..., None]
+    run: Callable[..., bool | None]
     missing: str | None = None
     refuses: Callable[..., str | None] | None = None
     way: Callable[..., str] | None = None
+    checks: bool = False
 
     def reason_against(self, *args: Any) -> str | None:
         """A sentence why it does not serve these dispatcher arguments, or None."""
@@ -81,6 +86,24 @@ def _native(op: str, device: str) -> Implementation:
     """The compiled extension's kernel for ``device``."""
     overload = getattr(torch.ops.kfac_fast_native, op).default
     return Implementation("cpp" if device == "cpu" else "cuda", overload, _missing(op, device))
+
+
+_requires_grad = attrgetter("requires_grad")
+
+
+def _native_list(op: str) -> Implementation:
+    """The compiled extension's kernel on lists, which checks faster than Python could."""
+    overload = getattr(torch.ops.kfac_fast_native, op).default
+    written = schema.OPERATORS[op].written
+
+    def run(*args: Any) -> bool:
+        # Which tensors require gradients is not known there.
+        if True in map(_requires_grad, args[written]):
+            return False
+        accepted: bool = overload(*args)
+        return accepted
+
+    return Implementation("cpp", run, _missing(op, "cpu"), checks=True)
 
 
 class Convolution(NamedTuple):
@@ -225,10 +248,8 @@ for _op in ("gram", "shared_gram"):
 for _op, _run in _TRITON_CONV.items():
     TABLE[_op, "cpu"] = (_native_conv(_op, "cpu"), _reference(_op), _triton(_op, "cpu", _run))
     TABLE[_op, "cuda"] = (_triton(_op, "cuda", _run), _reference(_op))
-TABLE["damped_inverse", "cpu"] = (
-    _native("damped_inverse", "cpu"),
-    _reference("damped_inverse"),
-)
+for _op in ("damped_inverse", "precondition"):
+    TABLE[_op, "cpu"] = (_native_list(_op), _reference(_op))
 TABLE["gram", "cuda"] = (_triton("gram", "cuda"), _native("gram", "cuda"), _reference("gram"))
 TABLE["shared_gram", "cuda"] = (_triton("shared_gram", "cuda"), _reference("shared_gram"))
 TABLE["conv_window_sum", "cuda"] = (
@@ -362,17 +383,33 @@ def run(op: str, *args: Any) -> None:
     if explanation is not None:
         explanation.extend(_describe(op, *args))
         return
-    select(op, *args).run(*args)
-    # Autograd must see that what it may have saved has changed.
+    if select(op, *args).run(*args) is False:
+        raise RuntimeError(f"{op}: the kernel refuses arguments that have passed the check")
+    _increment_versions(op, args)
+
+
+def _increment_versions(op: str, args: tuple[Any, ...]) -> None:
+    """Let autograd see that what it may have saved has changed."""
     for argument in args[schema.OPERATORS[op].written :]:
-        for out in argument if isinstance(argument, list) else (argument,):
-            if out is not None and not out.is_inference():
-                torch.autograd.graph.increment_version(out)
+        written = argument if isinstance(argument, list) else [argument]
+        tensors = [out for out in written if out is not None]
+        torch.autograd.graph.increment_version(filterfalse(torch.Tensor.is_inference, tensors))
 
 
 def _route(op: str, *args: Any) -> None:
+    if _explanation.get() is None:
+        chosen = next(_willing(op, args), None)
+        if chosen is not None and chosen.checks and chosen.run(*args):
+            _increment_versions(op, args)
+            return
     schema.check(op, *args)
     run(op, *args)
+
+
+def _willing(op: str, args: tuple[Any, ...]) -> Iterator[Implementation]:
+    for implementation in _candidates(op, _device_type(args[0])):
+        if implementation.reason_against(*args) is None:
+            yield implementation
 
 
 def _dispatch(op: str, *args: Any) -> None:

@@ -382,22 +382,20 @@ Damping = float | Tensor | Sequence[float | Tensor]
 
 
 def _damping_tensors(op: str, damping: Damping, matrices: Sequence[Tensor]) -> list[Tensor]:
-    """One damping tensor for each entry of ``matrices``; numbers are checked, tensors not read."""
+    """One damping tensor for all or for each entry of ``matrices``; only numbers are checked."""
     many = isinstance(damping, Sequence) or (isinstance(damping, Tensor) and damping.dim() > 0)
-    values: list[Any] = list(damping) if many else [damping] * len(matrices)  # type: ignore[arg-type]
-    if len(values) != len(matrices):
+    values: list[Any] = list(damping) if many else [damping]  # type: ignore[arg-type]
+    if many and len(values) != len(matrices):
         raise ValueError(f"{op}: damping must be one value or {len(matrices)}, got {len(values)}")
     for value in values:
         if not isinstance(value, int | float | Tensor):
             raise TypeError(f"{op}: damping must be numbers or tensors, got {value!r}")
         if isinstance(value, int | float) and not value >= 0:
             raise ValueError(f"{op}: damping must not be negative, got {value}")
-    return [
-        value.detach().to(matrix.device, matrix.dtype)
-        if isinstance(value, Tensor)
-        else torch.full((), value, dtype=matrix.dtype, device=matrix.device)
-        for value, matrix in zip(values, matrices, strict=True)
-    ]
+    like = matrices[0] if matrices else torch.empty(0)
+    if any(isinstance(value, Tensor) for value in values):
+        return [torch.as_tensor(value).detach().to(like.device, like.dtype) for value in values]
+    return list(torch.tensor(values, dtype=like.dtype, device=like.device).unbind())
 
 
 def _damped(
@@ -407,7 +405,7 @@ def _damped(
     logdet: bool,
     out: Sequence[Tensor] | None,
 ) -> DampedInverses:
-    matrices = [_detached(matrix) for matrix in matrices]
+    matrices = [m.detach() if m.requires_grad else m for m in matrices]
     results = (
         [torch.empty(m.shape, dtype=m.dtype, device=m.device) for m in matrices]
         if out is None
@@ -517,7 +515,7 @@ def _preconditioned(
     gradient_sides: Sequence[Tensor],
     out: Sequence[Tensor] | None,
 ) -> Preconditioned:
-    grads = [_detached(grad) for grad in grads]
+    grads = [g.detach() if g.requires_grad else g for g in grads]
     results = (
         [torch.empty(g.shape, dtype=g.dtype, device=g.device) for g in grads]
         if out is None

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kfac_fast.conv import ConvGeometry
+from kfac_fast.schema import of_each
 
 LARGEST_BATCHED = 128
 """Matrices of up to this size are stacked into batched calls."""
@@ -169,6 +170,7 @@ def _damped_factors(
     finish: Callable[[Tensor], Tensor],
 ) -> None:
     """Write ``finish`` of each Cholesky factor of ``M + damping I``, NaN where there is none."""
+    damping = of_each(damping, matrices)
     counts = [math.prod(matrix.shape[:-2]) for matrix in matrices]
     infos = info.split(counts)
     logdets = logdet.split(counts) if logdet is not None else ()

@@ -312,7 +312,12 @@ def _check_length(op: str, argument: str, values: Sequence[Tensor], expected: in
 
 def number_of_matrices(matrices: Sequence[Tensor]) -> int:
     """How many square matrices a list of stacked batches ``[*, n, n]`` holds."""
-    return sum(math.prod(matrix.shape[:-2]) for matrix in matrices)
+    return sum(1 if m.dim() == 2 else math.prod(m.shape[:-2]) for m in matrices)
+
+
+def of_each(damping: Sequence[Tensor], matrices: Sequence[Tensor]) -> Sequence[Tensor]:
+    """One damping for each entry of ``matrices``; a single one is that of all."""
+    return [damping[0]] * len(matrices) if len(damping) == 1 else damping
 
 
 def _check_damped(
@@ -323,13 +328,14 @@ def _check_damped(
     info: Tensor,
     logdet: Tensor | None,
 ) -> None:
-    _check_length(op, "damping", damping, len(matrices))
+    if len(damping) != 1:
+        _check_length(op, "damping", damping, len(matrices))
     _check_length(op, "out", out, len(matrices))
     if not matrices:
         return
     like = matrices[0]
     _check_squares(op, "matrices", matrices, like)
-    for i, (matrix, shift) in enumerate(zip(matrices, damping, strict=True)):
+    for i, (matrix, shift) in enumerate(zip(matrices, of_each(damping, matrices), strict=True)):
         batch = tuple(matrix.shape[:-2])
         if shift.dim() != 0 and tuple(shift.shape) != batch:
             raise _refused(op, f"damping[{i}]", f"a scalar or of shape {batch}", tuple(shift.shape))
@@ -530,12 +536,16 @@ def kept_conv(
 _TARGET = "int groups, bool bias, float alpha, float beta, Tensor(a!) out"
 _PLANNED = f"Tensor x, Tensor plan, {_TARGET}"
 NATIVE: dict[str, str] = {
-    **{op: row.arguments for op, row in OPERATORS.items() if not op.startswith("conv_")},
-    "conv_offset_gram": _PLANNED,
-    "conv_patch_gram": _PLANNED,
-    "conv_reduce_gram": _PLANNED,
+    "gram": f"({OPERATORS['gram'].arguments}) -> ()",
+    "shared_gram": f"({OPERATORS['shared_gram'].arguments}) -> ()",
+    "conv_offset_gram": f"({_PLANNED}) -> ()",
+    "conv_patch_gram": f"({_PLANNED}) -> ()",
+    "conv_reduce_gram": f"({_PLANNED}) -> ()",
     # The number of cells and of taps of each axis, which the host needs on a GPU.
-    "conv_window_sum": f"Tensor x, Tensor plan, int[] cells, int[] taps, {_TARGET}",
+    "conv_window_sum": f"(Tensor x, Tensor plan, int[] cells, int[] taps, {_TARGET}) -> ()",
+    # Long lists are checked by the kernels, which refuse by False.
+    "damped_inverse": f"({_DAMPED}) -> bool",
+    "precondition": f"({_SIDES}) -> bool",
 }
 
 
@@ -543,8 +553,8 @@ def _define(
     namespace: str, signatures: dict[str, str], fakes: dict[str, Callable[..., None]]
 ) -> torch.library.Library:
     library = torch.library.Library(namespace, "DEF")
-    for op, arguments in signatures.items():
-        library.define(f"{op}({arguments}) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
+    for op, signature in signatures.items():
+        library.define(op + signature, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"{namespace}::{op}", fakes[op], lib=library)
     return library
 
@@ -555,7 +565,7 @@ def _fake(op: str) -> Callable[..., None]:
 
 LIBRARY = _define(
     "kfac_fast",
-    {op: row.arguments for op, row in OPERATORS.items()},
+    {op: f"({row.arguments}) -> ()" for op, row in OPERATORS.items()},
     {op: _fake(op) for op in OPERATORS},
 )
 # The router has checked what it hands on.

@@ -2,14 +2,13 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <numeric>
 #include <optional>
 #include <vector>
 
 #include "block_sweep.h"
-#include "parallel.h"
-#include "scratch.h"
+#include "list_loop.h"
 #include "symmetric_store.h"
+#include "tensor_lists.h"
 #include "tensors.h"
 
 namespace kfac_fast {
@@ -40,10 +39,9 @@ std::vector<Matrix<T>> matrices_of(const std::vector<Tensor>& matrices,
     const int64_t batch_dims = x.dim() - 2, size = x.size(batch_dims);
     int64_t count = 1;
     for (int64_t d = 0; d < batch_dims; ++d) count *= x.size(d);
-    STD_TORCH_CHECK(out[i].is_contiguous() && out[i].numel() == count * size * size,
-                    "damped_inverse: out must be contiguous and of the matrices' shapes");
     const T* data = static_cast<const T*>(x.const_data_ptr());
-    const T* shift = static_cast<const T*>(damping[i].const_data_ptr());
+    const Tensor& damped_by = damping[damping.size() == 1 ? 0 : i];
+    const T* shift = static_cast<const T*>(damped_by.const_data_ptr());
     T* result = static_cast<T*>(out[i].mutable_data_ptr());
     for (int64_t n = 0; n < count; ++n) {
       int64_t offset = 0, shift_offset = 0, index = n;
@@ -51,7 +49,7 @@ std::vector<Matrix<T>> matrices_of(const std::vector<Tensor>& matrices,
         const int64_t place = index % x.size(d);
         index /= x.size(d);
         offset += place * x.stride(d);
-        if (damping[i].dim() > 0) shift_offset += place * damping[i].stride(d);
+        if (damped_by.dim() > 0) shift_offset += place * damped_by.stride(d);
       }
       const auto entry = static_cast<int64_t>(all.size());
       all.push_back({data + offset, size, x.stride(batch_dims), x.stride(batch_dims + 1),
@@ -132,67 +130,57 @@ template <typename T>
 void invert_all(const std::vector<Tensor>& list, const std::vector<Tensor>& damping,
                 const std::vector<Tensor>& out, const Tensor& info,
                 const std::optional<Tensor>& logdet) {
-  std::vector<Matrix<T>> matrices = matrices_of<T>(list, damping, out, info, logdet);
-  // The largest first: then no thread begins a long one when the others are done.
-  std::stable_sort(matrices.begin(), matrices.end(),
-                   [](const Matrix<T>& a, const Matrix<T>& b) { return a.size > b.size; });
-  const auto work = [](const Matrix<T>& m) {
-    const double n = static_cast<double>(m.size) + 24;  // short loops take longer
-    return n * n * n / 2;
-  };
-  double total = 0;
-  for (const Matrix<T>& m : matrices) total += work(m);
+  const std::vector<Matrix<T>> matrices = matrices_of<T>(list, damping, out, info, logdet);
   const InstructionSet set = instruction_set_in_use();
-  const int64_t threads = torch::stable::get_num_threads();
-  size_t first = 0;
-  // All threads share a matrix that would keep one of them busy longer than the rest the others.
-  for (; first < matrices.size() && threads > 1; ++first) {
-    const Matrix<T>& m = matrices[first];
-    if (m.size < 512 || work(m) * static_cast<double>(threads) <= total) break;
-    total -= work(m);
-    const Inverter<T> invert(set, m.size);
-    const auto scratch = make_scratch<T>(invert.scratch_size());
-    invert(m, scratch.get(), [&](int64_t tasks, double products, const auto& run) {
-      for_each_task(tasks, worker_count(tasks, products), [&](int64_t t, int64_t) { run(t); });
-    });
+  std::vector<Job> jobs;
+  jobs.reserve(matrices.size());
+  for (const Matrix<T>& m : matrices) {
+    const double n = static_cast<double>(m.size) + 24;  // short loops take longer
+    jobs.push_back({n * n * n / 2, Inverter<T>(set, m.size).scratch_size()});
   }
-  if (first == matrices.size()) return;
-  // Some small ones are one task.
-  constexpr double work_a_task = 1e5;
-  std::vector<size_t> begin{first};
-  double gathered = 0;
-  for (size_t i = first; i < matrices.size(); ++i) {
-    gathered += work(matrices[i]);
-    if (gathered >= work_a_task || i + 1 == matrices.size()) {
-      begin.push_back(i + 1);
-      gathered = 0;
-    }
-  }
-  const auto tasks = static_cast<int64_t>(begin.size()) - 1;
-  const int64_t workers = worker_count(tasks, total);
-  int64_t scratch_size = 0;
-  for (size_t i = first; i < matrices.size(); ++i) {
-    scratch_size = std::max(scratch_size, Inverter<T>(set, matrices[i].size).scratch_size());
-  }
-  scratch_size = round_up(scratch_size, 16);
-  const auto scratch = make_scratch<T>(workers * scratch_size);
-  for_each_task(tasks, workers, [&](int64_t task, int64_t worker) {
-    for (size_t i = begin[task]; i < begin[task + 1]; ++i) {
-      const Inverter<T> invert(set, matrices[i].size);
-      invert(matrices[i], &scratch[worker * scratch_size], InOrder{});
-    }
+  for_each_job<T>(jobs, [&](int64_t job, T* scratch, const auto& share) {
+    const Inverter<T> invert(set, matrices[job].size);
+    invert(matrices[job], scratch, share);
   });
 }
 
-void damped_inverse(std::vector<Tensor> matrices, std::vector<Tensor> damping,
+bool acceptable(const std::vector<Tensor>& matrices, const std::vector<Tensor>& damping,
+                const std::vector<Tensor>& out, const Tensor& info,
+                const std::optional<Tensor>& logdet) {
+  const size_t count = matrices.size();
+  if (out.size() != count || (damping.size() != 1 && damping.size() != count)) return false;
+  if (count == 0) return false;
+  const ScalarType type = matrices[0].scalar_type();
+  if (type != ScalarType::Float && type != ScalarType::Double) return false;
+  ListCheck check(type);
+  int64_t total = 0;
+  for (size_t i = 0; i < count; ++i) {
+    const int64_t dims = matrices[i].dim();
+    if (dims < 2 || matrices[i].size(dims - 1) != matrices[i].size(dims - 2)) return false;
+    if (!check.reads(matrices[i]) || !check.writes(out[i])) return false;
+    if (!same_shape(matrices[i], out[i], dims)) return false;
+    const Tensor& shift = damping[damping.size() == 1 ? 0 : i];
+    if (shift.dim() != 0 && !same_shape(shift, matrices[i], dims - 2)) return false;
+    if (i < damping.size() && !check.reads(shift)) return false;
+    int64_t batch = 1;
+    for (int64_t d = 0; d < dims - 2; ++d) batch *= matrices[i].size(d);
+    total += batch;
+  }
+  if (info.scalar_type() != ScalarType::Int || !is_vector(info, total)) return false;
+  if (logdet && (logdet->scalar_type() != type || !is_vector(*logdet, total))) return false;
+  return check.apart();
+}
+
+bool damped_inverse(std::vector<Tensor> matrices, std::vector<Tensor> damping,
                     std::vector<Tensor> out, const Tensor& info,
                     const std::optional<Tensor>& logdet) {
-  if (matrices.empty()) return;
+  if (!acceptable(matrices, damping, out, info, logdet)) return false;
   if (matrices[0].scalar_type() == ScalarType::Double) {
     invert_all<double>(matrices, damping, out, info, logdet);
   } else {
     invert_all<float>(matrices, damping, out, info, logdet);
   }
+  return true;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kfac_fast_native, CPU, m) {

@@ -1,0 +1,74 @@
+#pragma once
+// A loop over jobs of very different sizes, for operators on lists.
+
+#include <algorithm>
+#include <cstdint>
+#include <numeric>
+#include <vector>
+
+#include "gram_layout.h"
+#include "in_order.h"
+#include "parallel.h"
+#include "scratch.h"
+
+namespace kfac_fast {
+
+// A loop that all threads share, in place of InOrder.
+struct InParallel {
+  template <typename Run>
+  void operator()(int64_t passes, double products, const Run& run) const {
+    for_each_task(passes, worker_count(passes, products),
+                  [&](int64_t pass, int64_t) { run(pass); });
+  }
+};
+
+// A job's multiply-adds and its numbers of scratch memory.
+struct Job {
+  double work;
+  int64_t scratch;
+};
+
+// Calls run(job, scratch, share) for every job, the largest first, so that no thread begins a long
+// one when the others are done. All threads share those that would keep one of them busy longer
+// than the rest the others; some small ones together are one task.
+template <typename T, typename Run>
+void for_each_job(const std::vector<Job>& jobs, const Run& run) {
+  constexpr double work_to_share = 5e7, work_a_task = 1e5;
+  std::vector<int64_t> order(jobs.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int64_t a, int64_t b) { return jobs[a].work > jobs[b].work; });
+  double left = 0;
+  for (const Job& job : jobs) left += job.work;
+  const auto threads = static_cast<double>(torch::stable::get_num_threads());
+  size_t first = 0;
+  for (; first < order.size() && threads > 1; ++first) {
+    const Job& job = jobs[order[first]];
+    if (job.work < work_to_share || job.work * threads <= left) break;
+    left -= job.work;
+    const auto scratch = make_scratch<T>(job.scratch);
+    run(order[first], scratch.get(), InParallel{});
+  }
+  std::vector<size_t> begin{first};
+  int64_t scratch_size = 0;
+  double gathered = 0;
+  for (size_t i = first; i < order.size(); ++i) {
+    scratch_size = std::max(scratch_size, jobs[order[i]].scratch);
+    gathered += jobs[order[i]].work;
+    if (gathered >= work_a_task || i + 1 == order.size()) {
+      begin.push_back(i + 1);
+      gathered = 0;
+    }
+  }
+  scratch_size = round_up(scratch_size, 64 / static_cast<int64_t>(sizeof(T)));
+  const auto tasks = static_cast<int64_t>(begin.size()) - 1;
+  const int64_t workers = worker_count(tasks, left);
+  const auto scratch = make_scratch<T>(workers * scratch_size);
+  for_each_task(tasks, workers, [&](int64_t task, int64_t worker) {
+    for (size_t i = begin[task]; i < begin[task + 1]; ++i) {
+      run(order[i], &scratch[worker * scratch_size], InOrder{});
+    }
+  });
+}
+
+}  // namespace kfac_fast
