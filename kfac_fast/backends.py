@@ -378,6 +378,9 @@ def run(op: str, *args: Any) -> None:
     Args:
         op: Name of the operator.
         *args: Its dispatcher arguments, which have passed :func:`kfac_fast.schema.check`.
+
+    Raises:
+        RuntimeError: If a kernel that checks its arguments refuses them nevertheless.
     """
     explanation = _explanation.get()
     if explanation is not None:
@@ -444,23 +447,25 @@ _PLAIN = _TENSORS | {int, float, bool, str, tuple, list, type(None)}
 def dispatched(args: tuple[Any, ...]) -> bool:
     """Whether something listens at the dispatcher to a call with these arguments.
 
-    That may be the compiler, a mode, a transform, a profiler, or a kind of tensor of its own.
+    That may be the compiler, a tracer, a mode, a transform, a profiler, or a kind of tensor of its
+    own. A kernel that somebody registers for an operator in place of the router is not looked for.
 
     Args:
         args: An operator's arguments.
 
     Returns:
-        False if the dispatcher would do no more than call the router.
+        False if the router may be called directly.
     """
     if torch.compiler.is_compiling():
         return True
     for value in args:
         kind = type(value)
         if kind is list and value:
-            if value[0].is_meta or not _TENSORS.issuperset(map(type, value)):
+            if not _TENSORS.issuperset(map(type, value)) or value[0].is_meta:
                 return True
-        elif kind is torch.Tensor:
-            if value.is_meta:
+        elif kind in _TENSORS:
+            # Views that are negated, or zero without memory, when the dispatcher sees them.
+            if value.is_meta or value.is_neg() or value._is_zerotensor():
                 return True
         elif kind not in _PLAIN:
             return True
@@ -469,4 +474,5 @@ def dispatched(args: tuple[Any, ...]) -> bool:
         or torch._C._len_torch_function_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._autograd._profiler_enabled()
+        or torch._C._get_tracing_state() is not None
     )

@@ -158,7 +158,7 @@ def _conv(
     """Run a convolution operator; what depends on shapes alone is found out once."""
     schema.check_types(op, x=x)
     geometry = schema.hashable(geometry)
-    if dispatched((x, out)) or not _plain(geometry):
+    if dispatched((x, out)) or not _plain((*geometry, bias)):
         arguments = schema.conv_arguments(op, x.dim(), bias, *geometry)
         return _accumulate(op, (_detached(x), *arguments), alpha, beta, out)
     schema.check_types(op, alpha=alpha, beta=beta, out=out)

@@ -28,8 +28,8 @@ def _accumulate_symmetric(out: Tensor, product: Tensor, alpha: float, beta: floa
     """``out <- beta out + alpha product``: reads lower triangles only, writes a mirrored result."""
     product = product.reshape(out.shape)
     if alpha != 1:
-        product = alpha * product
-    torch.tril(product if beta == 0 else torch.add(product, out, alpha=beta), out=out)
+        product = float(alpha) * product
+    torch.tril(product if beta == 0 else torch.add(product, out, alpha=float(beta)), out=out)
     out += out.tril(-1).mT
 
 
@@ -147,7 +147,7 @@ def conv_window_sum(x: Tensor, *arguments: Any) -> None:
     """Patches summed over positions; see :func:`kfac_fast.ops.conv_window_sum`."""
     geometry, bias, alpha, beta, out = _split(arguments)
     sums = alpha * _window_sums(x, geometry, bias, out.dtype).reshape(out.shape)
-    out.copy_(sums if beta == 0 else torch.add(sums, out, alpha=beta))
+    out.copy_(sums if beta == 0 else torch.add(sums, out, alpha=float(beta)))
 
 
 # Lists of matrices of mixed sizes

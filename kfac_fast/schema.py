@@ -568,5 +568,19 @@ LIBRARY = _define(
     {op: f"({row.arguments}) -> ()" for op, row in OPERATORS.items()},
     {op: _fake(op) for op in OPERATORS},
 )
+
+
+def _accepting(*args: Any) -> bool:
+    return True
+
+
+def _no_result(*args: Any) -> None:
+    return None
+
+
 # The router has checked what it hands on.
-NATIVE_LIBRARY = _define("kfac_fast_native", NATIVE, dict.fromkeys(NATIVE, lambda *args: None))
+NATIVE_LIBRARY = _define(
+    "kfac_fast_native",
+    NATIVE,
+    {op: _accepting if text.endswith("bool") else _no_result for op, text in NATIVE.items()},
+)

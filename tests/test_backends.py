@@ -263,3 +263,43 @@ def test_plain_calls_go_past_the_dispatcher() -> None:
     assert backends.dispatched((x.to("meta"), None, 1, False, 1.0, 0.0, out))
     assert backends.dispatched(([x, 1], out))
     assert backends.dispatched(([x.to("meta")], out))
+
+
+def test_lazy_tensors_are_dispatched() -> None:
+    negated = torch.randn(4, 3, dtype=torch.complex64).conj().imag
+    assert negated.is_neg()
+    assert backends.dispatched((negated,))
+    assert backends.dispatched((torch._efficientzerotensor((2, 3)),))
+    meta = torch.nn.Parameter(torch.empty(2, 3, 5, 5, device="meta"))
+    assert kfac_fast.conv_window_sum(meta, 3).shape == (2, 27)
+
+
+def test_a_trace_keeps_the_operator() -> None:
+    def sums(x: torch.Tensor) -> torch.Tensor:
+        return kfac_fast.conv_window_sum(x, 3, out=torch.empty(2, 27))
+
+    traced = torch.jit.trace(sums, (torch.randn(2, 3, 64, 64),), check_trace=False)
+    smaller = torch.ones(2, 3, 4, 4)
+    assert torch.equal(traced(smaller), sums(smaller))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda eye: kfac_fast.damped_inverse([eye], 0.1, out=[None]),
+        lambda eye: kfac_fast.precondition([eye], [1], [eye]),
+        lambda eye: kfac_fast.conv_window_sum(eye.expand(1, 1, 3, 3), 3, out=[1]),
+        lambda eye: kfac_fast.conv_window_sum(eye.expand(1, 1, 3, 3), 3, bias=[True]),
+    ],
+)
+def test_what_is_no_tensor_is_a_type_error(call: Callable[[torch.Tensor], Any]) -> None:
+    with pytest.raises((TypeError, RuntimeError), match=r"must be|Expected a value|expected"):
+        call(torch.eye(3))
+
+
+def test_numbers_may_be_bools() -> None:
+    x = torch.ones(2, 3)
+    with kfac_fast.use("reference"):
+        assert torch.equal(
+            kfac_fast.gram(x, beta=True, out=torch.ones(3, 3)), torch.full((3, 3), 3.0)
+        )

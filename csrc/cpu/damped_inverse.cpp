@@ -149,7 +149,6 @@ bool acceptable(const std::vector<Tensor>& matrices, const std::vector<Tensor>& 
                 const std::optional<Tensor>& logdet) {
   const size_t count = matrices.size();
   if (out.size() != count || (damping.size() != 1 && damping.size() != count)) return false;
-  if (count == 0) return false;
   const ScalarType type = matrices[0].scalar_type();
   if (type != ScalarType::Float && type != ScalarType::Double) return false;
   ListCheck check(type);
@@ -174,6 +173,7 @@ bool acceptable(const std::vector<Tensor>& matrices, const std::vector<Tensor>& 
 bool damped_inverse(std::vector<Tensor> matrices, std::vector<Tensor> damping,
                     std::vector<Tensor> out, const Tensor& info,
                     const std::optional<Tensor>& logdet) {
+  if (matrices.empty()) return out.empty();
   if (!acceptable(matrices, damping, out, info, logdet)) return false;
   if (matrices[0].scalar_type() == ScalarType::Double) {
     invert_all<double>(matrices, damping, out, info, logdet);

@@ -187,10 +187,8 @@ bool acceptable(const std::vector<Tensor>& grads, const std::vector<Tensor>& rig
                 const std::vector<Tensor>& lefts, const std::vector<Tensor>& out,
                 const Tensor& inner) {
   const size_t count = grads.size();
-  if (count == 0 || rights.size() != count || lefts.size() != count || out.size() != count) {
-    return false;
-  }
-  const ScalarType type = grads[0].scalar_type();
+  if (rights.size() != count || lefts.size() != count || out.size() != count) return false;
+  const ScalarType type = inner.scalar_type();
   if (type != ScalarType::Float && type != ScalarType::Double) return false;
   ListCheck check(type);
   for (size_t i = 0; i < count; ++i) {
@@ -207,7 +205,7 @@ bool precondition(std::vector<Tensor> grads, std::vector<Tensor> input_sides,
                   std::vector<Tensor> gradient_sides, std::vector<Tensor> out,
                   const Tensor& inner) {
   if (!acceptable(grads, input_sides, gradient_sides, out, inner)) return false;
-  if (grads[0].scalar_type() == ScalarType::Double) {
+  if (inner.scalar_type() == ScalarType::Double) {
     precondition_all<double>(grads, input_sides, gradient_sides, out, inner);
   } else {
     precondition_all<float>(grads, input_sides, gradient_sides, out, inner);
