@@ -8,18 +8,21 @@
 //   A[P][P]^-1 A[P][j]                     |   -A[P][P]^-1
 //
 // and after every block was swept, -A^-1. What a sweep finds in its block is the Schur complement
-// of the blocks before, so the pivots are the squares of the Cholesky factor's diagonal: their
-// product is the determinant, and the first that is not positive tells which leading minor is not.
+// of the blocks before, L L^T. A product with its inverse would lose the digits that its condition
+// number takes from it, twice over, so what is subtracted comes from L as in a Cholesky
+// factorisation: with
 //
-// Only the lower triangle is kept. A sweep costs one product of the panels
+//   U[k][i] = A[P_k][i],   V = L^-1 U,   W = L^-T V
 //
-//   U[k][i] = A[P_k][i],   W[k][i] = -(A[P][P]^-1 U)[k][i]
+// which are zero for i in P, A[i][j] loses (V^T V)[i][j] and A[P_k][i] becomes W[k][i]. Pivots, the
+// squares of L's diagonal, are those of the whole matrix' Cholesky factor: their product is the
+// determinant, and the first that is not positive tells which leading minor is not.
 //
-// which are zero for i in P: A += W^T U. The block itself is inverted by sweeps of smaller blocks,
-// and a block as wide as a vector in registers.
+// Signs: the matrix is kept as -A, in its lower triangle, so that products are added; L^-1 as
+// Y = -L^-1, which comes in pairs. L^-1 itself is found by the same steps with blocks as wide as a
+// vector, each of which eliminates itself from the rows below it only.
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -36,194 +39,227 @@ namespace kfac_fast {
 #include "compile_for_instruction_sets.h"
 
 template <typename T>
-using SquareSweep = int64_t (*)(T* square, int64_t stride, T* pivots);
+using SquareInverse = int64_t (*)(T* square, int64_t stride, T* pivots);
 
 template <typename T>
-SquareSweep<T> square_sweep(InstructionSet set) {
+SquareInverse<T> square_inverse(InstructionSet set) {
 #if defined(__x86_64__)
-  if (set == InstructionSet::avx512) return avx512::sweep_square<T>;
-  if (set == InstructionSet::avx2) return avx2::sweep_square<T>;
+  if (set == InstructionSet::avx512) return avx512::invert_square<T>;
+  if (set == InstructionSet::avx2) return avx2::invert_square<T>;
 #endif
-  return portable::sweep_square<T>;
+  return portable::invert_square<T>;
 }
 
-// Sweeps matrices of up to `size` rows, which must be a multiple of a vector's lanes.
+// For matrices of `size` rows, which must be a multiple of a vector's lanes.
 template <typename T>
 class BlockSweep {
  public:
   BlockSweep(InstructionSet set, int64_t size)
       : product_(tile_product<T>(set)),
-        sweep_square_(square_sweep<T>(set)),
+        invert_square_(square_inverse<T>(set)),
         store_square_(square_store<T>(set)),
         lanes_(product_.lanes),
-        width_(product_.panel_width()) {
-    for (; size > lanes_; size = levels_[depth_++].block) levels_[depth_] = level(size);
-  }
+        width_(product_.panel_width()),
+        size_(size),
+        // Blocks that are small beside the matrix cost little on top of the n^3 / 2 multiply-adds
+        // of its updates; larger ones leave tiles longer in registers.
+        block_(std::max(lanes_, size <= 128    ? lanes_
+                                : size <= 640  ? int64_t{32}
+                                : size <= 1536 ? int64_t{64}
+                                               : int64_t{128})),
+        panel_size_(block_ * width_ + lanes_) {}
 
-  // Rows of a matrix lie this far apart: an odd number of lines, so that those under each other do
-  // not displace each other from the caches.
-  int64_t row_stride(int64_t size) const { return size + (size / lanes_ % 2 == 0 ? lanes_ : 0); }
+  // Rows of a matrix lie this far apart: an odd number of vectors, so that those under each other
+  // do not displace each other from the caches.
+  int64_t row_stride() const { return row_stride(size_); }
 
   // Numbers of scratch memory.
   int64_t scratch_size() const {
-    int64_t size = lanes_;
-    for (int64_t i = 0; i < depth_; ++i) size += levels_[i].scratch;
-    return size;
+    const int64_t panels = divide_up(size_, width_) + divide_up(block_, width_);
+    return 2 * panels * panel_size_ + 2 * block_ * row_stride(block_) + 2 * lanes_ * lanes_;
   }
 
-  // A <- -A^-1, in and below the blocks on the diagonal. Returns the first pivot that is not
-  // positive and finite, or `size`; adds the logarithms of those before to `logdet`. `share` runs
-  // loops whose passes may go to several threads: share(passes, multiply-adds, run).
+  // a <- A^-1 where a = -A, in and below the diagonal. Returns the first pivot that is not positive
+  // and finite, or `size`; adds the logarithms of those before to `logdet`. `share` runs loops
+  // whose passes may go to several threads; see InOrder.
   template <typename Share>
-  int64_t operator()(T* a, int64_t size, T* scratch, double& logdet, const Share& share) const {
-    return sweep(0, a, row_stride(size), size, scratch, logdet, share);
+  int64_t operator()(T* a, T* scratch, double& logdet, const Share& share) const {
+    const int64_t stride = row_stride(), block_stride = row_stride(block_);
+    T* y = scratch;
+    T* y_turned = y + block_ * block_stride;
+    T* u = y_turned + block_ * block_stride;
+    T* v = u + divide_up(size_, width_) * panel_size_;
+    T* rest = v + divide_up(size_, width_) * panel_size_;
+    for (int64_t first = 0; first < size_; first += block_) {
+      const int64_t count = std::min(block_, size_ - first);
+      T* corner = a + first * stride + first;
+      for (int64_t r = 0; r < count; ++r) {
+        std::copy_n(corner + r * stride, count, y + r * block_stride);
+      }
+      const int64_t done = invert_factor(y, block_stride, count, rest, logdet);
+      if (done < count) return first + done;
+      turn(y, block_stride, count, y_turned, block_stride);
+      const auto panels = static_cast<double>(count) * static_cast<double>(size_);
+      share(divide_up(size_, width_), panels * count, [&](int64_t panel) {
+        const int64_t column = panel * width_;
+        const int64_t columns = std::min(width_, size_ - column);
+        T* u_panel = u + panel * panel_size_;
+        T* v_panel = v + panel * panel_size_;
+        read_panel(a, stride, first, count, column, columns, u_panel);
+        multiply_upper(y_turned, block_stride, count, u_panel, columns, v_panel);
+        multiply_lower(y, block_stride, count, v_panel, columns, u_panel);
+        write_panel(u_panel, first, count, column, columns, a, stride);
+      });
+      const Panels<T> factor{y, count, block_stride, width_, width_};
+      multiply_panels(product_, factor, count, factor, count, true, corner, stride, false);
+      update(a, stride, {v, count, width_, width_, panel_size_}, share);
+    }
+    return size_;
   }
 
  private:
-  struct Level {
-    int64_t size = 0, block = 0;
-    int64_t panel_size = 0;  // of a panel of U or W
-    int64_t scratch = 0;
-  };
+  int64_t row_stride(int64_t size) const { return size + (size / lanes_ % 2 == 0 ? lanes_ : 0); }
 
-  // Blocks that are small beside the matrix cost little on top of the n^3 / 2 multiply-adds of its
-  // updates; larger ones leave tiles longer in registers.
-  int64_t block_of(int64_t size) const {
-    const int64_t fitting = size <= 128 ? 0 : size <= 640 ? 32 : size <= 1536 ? 64 : 128;
-    return std::max(fitting, lanes_);
-  }
-
-  Level level(int64_t size) const {
-    Level level{size, block_of(size), 0, 0};
-    level.panel_size = level.block * width_ + lanes_;
-    const int64_t panels = divide_up(size, width_);
-    level.scratch = 2 * panels * level.panel_size + level.block * row_stride(level.block);
-    return level;
-  }
-
-  template <typename Share>
-  int64_t sweep(int64_t depth, T* a, int64_t stride, int64_t size, T* scratch, double& logdet,
-                const Share& share) const {
-    if (size <= lanes_) return sweep_vector(a, stride, scratch, logdet);
-    const Level& level = levels_[depth];
-    T* u = scratch;
-    T* w = u + divide_up(level.size, width_) * level.panel_size;
-    T* block = w + divide_up(level.size, width_) * level.panel_size;
-    T* rest = scratch + level.scratch;
-    for (int64_t first = 0; first < size; first += level.block) {
-      const int64_t count = std::min(level.block, size - first);
-      const int64_t block_stride = row_stride(count);
-      T* corner = a + first * stride + first;
-      copy_rows(corner, stride, count, block, block_stride);
-      const int64_t done = sweep(depth + 1, block, block_stride, count, rest, logdet, InOrder{});
-      if (done < count) return first + done;
-      mirror(block, block_stride, count);
-      const Panels<T> left{block, count, block_stride, block_stride, block_stride};
-      const Panels<T> right{u, count, width_, width_, level.panel_size};
-      const double products = static_cast<double>(count) * size;
-      share(divide_up(size, width_), products * count, [&](int64_t panel) {
-        const int64_t column = panel * width_;
+  // y <- -L^-1 where y = -L L^T in and below the diagonal, above which it becomes zero. Returns as
+  // operator().
+  int64_t invert_factor(T* y, int64_t stride, int64_t size, T* scratch, double& logdet) const {
+    T* square_turned = scratch;
+    T* pivots = square_turned + lanes_ * lanes_;
+    T* u = pivots + lanes_ * lanes_;
+    T* v = u + divide_up(size, width_) * panel_size_;
+    for (int64_t first = 0; first < size; first += lanes_) {
+      T* square = y + first * stride + first;
+      const int64_t done = invert_square_(square, stride, pivots);
+      for (int64_t k = 0; k < done; ++k) logdet += std::log(static_cast<double>(pivots[k]));
+      if (done < lanes_) return first + done;
+      if (size == lanes_) return size;
+      turn(square, stride, lanes_, square_turned, lanes_);
+      for (int64_t column = 0; column < size; column += width_) {
         const int64_t columns = std::min(width_, size - column);
-        T* w_panel = w + panel * level.panel_size;
-        read_panel(a, stride, first, count, column, columns, u + panel * level.panel_size);
-        multiply_panels(product_, left, count, right.from(column), columns, false, w_panel, width_,
-                        false);
-        write_panel(w_panel, first, count, column, columns, a, stride);
-      });
-      copy_rows(block, block_stride, count, corner, stride);
-      update(a, stride, size, {w, count, width_, width_, level.panel_size}, right, share);
+        T* u_panel = u + column / width_ * panel_size_;
+        T* v_panel = v + column / width_ * panel_size_;
+        read_panel(y, stride, first, lanes_, column, columns, u_panel);
+        multiply_upper(square_turned, lanes_, lanes_, u_panel, columns, v_panel);
+        // The block's own columns meet an identity, whose product is the square.
+        if (column <= first && first < column + columns) {
+          copy_vectors(square, stride, lanes_, v_panel + first - column, width_);
+        }
+        if (column < first) {  // what lies beyond the diagonal is made zero below
+          const int64_t vectors = std::min(columns, first - column);
+          for (int64_t i = 0; i < vectors; i += lanes_) {
+            copy_vectors(v_panel + i, width_, lanes_, y + first * stride + column + i, stride);
+          }
+        }
+      }
+      for (int64_t r = first; r < first + lanes_; ++r) {
+        std::fill(y + r * stride + first + lanes_, y + r * stride + size, T{0});
+      }
+      for (int64_t r = first + lanes_; r < size; ++r)
+        std::fill_n(y + r * stride + first, lanes_, T{0});
+      const Panels<T> panels{v, lanes_, width_, width_, panel_size_};
+      for (int64_t c = 0; c < size; c += width_) {
+        for (int64_t r = std::max(c / product_.rows * product_.rows, first + lanes_); r < size;
+             r += product_.rows) {
+          const auto tile =
+              product_.covering(product_.rows, std::min({width_, size - c, r + product_.rows - c}));
+          tile(panels.at(r), width_, panels.at(c), width_, lanes_, y + r * stride + c, stride,
+               true);
+        }
+      }
     }
     return size;
   }
 
-  // A += W^T U in and below the diagonal, by tiles that leave the panels in the caches.
+  // sums[k][i] = Σ_{j <= k} left[j][k] right[j][i]
+  void multiply_upper(const T* left, int64_t stride, int64_t count, const T* right, int64_t columns,
+                      T* sums) const {
+    for (int64_t r = 0; r < count; r += product_.rows) {
+      product_.covering(product_.rows, columns)(left + r, stride, right, width_, r + product_.rows,
+                                                sums + r * width_, width_, false);
+    }
+  }
+
+  // sums[k][i] = Σ_{j >= k} left[j][k] right[j][i]
+  void multiply_lower(const T* left, int64_t stride, int64_t count, const T* right, int64_t columns,
+                      T* sums) const {
+    for (int64_t r = 0; r < count; r += product_.rows) {
+      product_.covering(product_.rows, columns)(left + r * stride + r, stride, right + r * width_,
+                                                width_, count - r, sums + r * width_, width_,
+                                                false);
+    }
+  }
+
+  // a += V^T V in and below the diagonal, by tiles that leave the panels in the caches.
   template <typename Share>
-  void update(T* a, int64_t stride, int64_t size, const Panels<T>& w, const Panels<T>& u,
-              const Share& share) const {
+  void update(T* a, int64_t stride, const Panels<T>& v, const Share& share) const {
     const int64_t edge = 4 * width_;
-    const int64_t side = divide_up(size, edge);
-    const double products = static_cast<double>(u.depth) * size * size / 2;
+    const int64_t side = divide_up(size_, edge);
+    const auto products = static_cast<double>(v.depth) * static_cast<double>(size_ * size_ / 2);
     share(side * (side + 1) / 2, products, [&](int64_t tile) {
       int64_t r = side - 1;  // the longest rows first
       while (tile > r) tile -= r-- + 1;
       const int64_t row = r * edge, column = tile * edge;
-      multiply_panels(product_, w.from(row), std::min(edge, size - row), u.from(column),
-                      std::min(edge, size - column), row == column, a + row * stride + column,
+      multiply_panels(product_, v.from(row), std::min(edge, size_ - row), v.from(column),
+                      std::min(edge, size_ - column), row == column, a + row * stride + column,
                       stride, true);
     });
   }
 
-  int64_t sweep_vector(T* a, int64_t stride, T* pivots, double& logdet) const {
-    mirror(a, stride, lanes_);
-    const int64_t done = sweep_square_(a, stride, pivots);
-    for (int64_t k = 0; k < done; ++k) logdet += std::log(static_cast<double>(pivots[k]));
-    return done;
-  }
-
-  static void copy_rows(const T* from, int64_t from_stride, int64_t size, T* to,
-                        int64_t to_stride) {
-    for (int64_t r = 0; r < size; ++r)
-      std::copy_n(from + r * from_stride, size, to + r * to_stride);
-  }
-
-  static void mirror(T* a, int64_t stride, int64_t size) {
-    for (int64_t r = 1; r < size; ++r) {
-      for (int64_t c = 0; c < r; ++c) a[c * stride + r] = a[r * stride + c];
+  // turned[c][r] = a[r][c]
+  void turn(const T* a, int64_t stride, int64_t size, T* turned, int64_t turned_stride) const {
+    for (int64_t r = 0; r < size; r += lanes_) {
+      for (int64_t c = 0; c < size; c += lanes_) {
+        store_square_(a + r * stride + c, stride, lanes_, turned + c * turned_stride + r,
+                      turned_stride);
+      }
     }
   }
 
-  // u[k][i] = A[first + k][column + i], zero inside of the block.
+  // One vector of each row.
+  void copy_vectors(const T* from, int64_t from_stride, int64_t rows, T* to,
+                    int64_t to_stride) const {
+    for (int64_t r = 0; r < rows; ++r)
+      std::copy_n(from + r * from_stride, lanes_, to + r * to_stride);
+  }
+
+  // u[k][i] = a[first + k][column + i], zero inside of the block.
   void read_panel(const T* a, int64_t stride, int64_t first, int64_t count, int64_t column,
                   int64_t columns, T* u) const {
     for (int64_t i = column; i < column + columns; i += lanes_) {
       T* target = u + i - column;
-      for (int64_t k = 0; k < count; k += lanes_) {
-        if (i >= first + count) {
+      if (i < first) {
+        copy_vectors(a + first * stride + i, stride, count, target, width_);
+      } else if (i < first + count) {
+        for (int64_t k = 0; k < count; ++k) std::fill_n(target + k * width_, lanes_, T{0});
+      } else {
+        for (int64_t k = 0; k < count; k += lanes_) {
           store_square_(a + i * stride + first + k, stride, lanes_, target + k * width_, width_);
-          continue;
-        }
-        for (int64_t r = k; r < k + lanes_; ++r) {
-          if (i < first) {
-            std::copy_n(a + (first + r) * stride + i, lanes_, target + r * width_);
-          } else {
-            std::fill_n(target + r * width_, lanes_, T{0});
-          }
         }
       }
     }
   }
 
-  // A[first + k][column + i] = -w[k][i] outside of the block.
+  // a[first + k][column + i] = w[k][i] outside of the block.
   void write_panel(const T* w, int64_t first, int64_t count, int64_t column, int64_t columns, T* a,
                    int64_t stride) const {
     for (int64_t i = column; i < column + columns; i += lanes_) {
       const T* source = w + i - column;
-      for (int64_t k = 0; k < count; k += lanes_) {
-        if (i >= first + count) {
-          T* target = a + i * stride + first + k;
-          store_square_(source + k * width_, width_, lanes_, target, stride);
-          for (int64_t r = 0; r < lanes_; ++r) negate(target + r * stride);
-        } else if (i < first) {
-          for (int64_t r = k; r < k + lanes_; ++r) {
-            T* target = a + (first + r) * stride + i;
-            std::copy_n(source + r * width_, lanes_, target);
-            negate(target);
-          }
+      if (i < first) {
+        copy_vectors(source, width_, count, a + first * stride + i, stride);
+      } else if (i >= first + count) {
+        for (int64_t k = 0; k < count; k += lanes_) {
+          store_square_(source + k * width_, width_, lanes_, a + i * stride + first + k, stride);
         }
       }
     }
   }
 
-  void negate(T* values) const {
-    for (int64_t c = 0; c < lanes_; ++c) values[c] = -values[c];
-  }
-
   const TileProduct<T>& product_;
-  const SquareSweep<T> sweep_square_;
+  const SquareInverse<T> invert_square_;
   const SquareStore<T> store_square_;
   const int64_t lanes_, width_;
-  std::array<Level, 4> levels_;
-  int64_t depth_ = 0;
+  const int64_t size_, block_;
+  const int64_t panel_size_;  // of U, V or W
 };
 
 }  // namespace kfac_fast

@@ -1,34 +1,43 @@
-// The sweep of one vector's width of pivots for one instruction set; see block_sweep.h.
+// One vector's width of pivots for one instruction set; see block_sweep.h.
 
-// Sweeps a whole square of LANES x LANES, which is symmetric and `stride` apart from row to row.
-// Returns the first pivot that is not positive and finite, or LANES; `pivots` receives those
-// before.
+// square <- -L^-1, zero above the diagonal, where square = -L L^T and only its lower triangle is
+// read. Returns the first pivot that is not positive and finite, or LANES; `pivots` receives those
+// before, the squares of L's diagonal.
+//
+// Row k is divided by the root of its pivot and then eliminates itself from the rows below, as it
+// does from the identity, whose entries take the places of those that became zero.
 template <typename T>
-KFAC_FAST_TARGET int64_t sweep_square(T* square, int64_t stride, T* pivots) {
+KFAC_FAST_TARGET int64_t invert_square(T* square, int64_t stride, T* pivots) {
   using Vector = typename VectorOf<T>::type;
   constexpr int LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
+  T line[LANES];  // scalars of it are multiplied from memory
   Vector rows[LANES];
-#pragma GCC unroll 16
-  for (int i = 0; i < LANES; ++i) rows[i] = *reinterpret_cast<const Vector*>(square + i * stride);
-#pragma GCC unroll 16
-  for (int k = 0; k < LANES; ++k) {
-    T line[LANES];  // scalars of it are multiplied from memory
-    *reinterpret_cast<Vector*>(line) = rows[k];
-    const T pivot = line[k];
-    if (!(pivot > 0 && pivot <= std::numeric_limits<T>::max())) return k;
-    pivots[k] = pivot;
-    const T inverse = 1 / pivot;
-    Vector scaled = rows[k] * inverse;
-    scaled[k] = -inverse;
-#pragma GCC unroll 16
-    for (int i = 0; i < LANES; ++i) {
-      if (i == k) continue;
-      rows[i][k] = 0;
-      rows[i] -= scaled * line[i];
-    }
-    rows[k] = scaled;
+  for (int i = 1; i < LANES; ++i) {
+    for (int j = 0; j < i; ++j) square[j * stride + i] = square[i * stride + j];
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < LANES; ++i) *reinterpret_cast<Vector*>(square + i * stride) = rows[i];
+  for (int i = 0; i < LANES; ++i) {
+    rows[i] = -*reinterpret_cast<const Vector*>(square + i * stride);
+  }
+#pragma GCC unroll 16
+  for (int k = 0; k < LANES; ++k) {
+    const T pivot = rows[k][k];
+    if (!(pivot > 0 && pivot <= std::numeric_limits<T>::max())) return k;
+    pivots[k] = pivot;
+    const T scale = 1 / std::sqrt(pivot);
+    rows[k] *= scale;
+    *reinterpret_cast<Vector*>(line) = rows[k];
+    rows[k][k] = scale;
+#pragma GCC unroll 16
+    for (int i = k + 1; i < LANES; ++i) {
+      rows[i][k] = 0;
+      rows[i] -= rows[k] * line[i];
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; ++i) {
+    *reinterpret_cast<Vector*>(square + i * stride) = -rows[i];
+    for (int j = i + 1; j < LANES; ++j) square[i * stride + j] = 0;
+  }
   return LANES;
 }

@@ -248,7 +248,7 @@ for _op in ("gram", "shared_gram"):
 for _op, _run in _TRITON_CONV.items():
     TABLE[_op, "cpu"] = (_native_conv(_op, "cpu"), _reference(_op), _triton(_op, "cpu", _run))
     TABLE[_op, "cuda"] = (_triton(_op, "cuda", _run), _reference(_op))
-for _op in ("damped_inverse", "precondition"):
+for _op in schema.CHECKING:
     TABLE[_op, "cpu"] = (_native_list(_op), _reference(_op))
 TABLE["gram", "cuda"] = (_triton("gram", "cuda"), _native("gram", "cuda"), _reference("gram"))
 TABLE["shared_gram", "cuda"] = (_triton("shared_gram", "cuda"), _reference("shared_gram"))

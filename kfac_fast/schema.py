@@ -543,14 +543,14 @@ NATIVE: dict[str, str] = {
     "conv_reduce_gram": f"({_PLANNED}) -> ()",
     # The number of cells and of taps of each axis, which the host needs on a GPU.
     "conv_window_sum": f"(Tensor x, Tensor plan, int[] cells, int[] taps, {_TARGET}) -> ()",
-    # Long lists are checked by the kernels, which refuse by False.
+    # Long lists are checked by the kernels, which refuse by False; see CHECKING.
     "damped_inverse": f"({_DAMPED}) -> bool",
     "precondition": f"({_SIDES}) -> bool",
 }
 
 
 def _define(
-    namespace: str, signatures: dict[str, str], fakes: dict[str, Callable[..., None]]
+    namespace: str, signatures: dict[str, str], fakes: dict[str, Callable[..., Any]]
 ) -> torch.library.Library:
     library = torch.library.Library(namespace, "DEF")
     for op, signature in signatures.items():
@@ -570,6 +570,9 @@ LIBRARY = _define(
 )
 
 
+CHECKING = ("damped_inverse", "precondition")
+
+
 def _accepting(*args: Any) -> bool:
     return True
 
@@ -582,5 +585,5 @@ def _no_result(*args: Any) -> None:
 NATIVE_LIBRARY = _define(
     "kfac_fast_native",
     NATIVE,
-    {op: _accepting if text.endswith("bool") else _no_result for op, text in NATIVE.items()},
+    dict.fromkeys(NATIVE, _no_result) | dict.fromkeys(CHECKING, _accepting),
 )

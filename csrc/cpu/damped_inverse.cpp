@@ -67,7 +67,7 @@ class Inverter {
       : lanes_(tile_product<T>(set).lanes),
         size_(round_up(size, lanes_)),
         sweep_(set, size_),
-        stride_(sweep_.row_stride(size_)) {}
+        stride_(sweep_.row_stride()) {}
 
   int64_t scratch_size() const { return size_ * stride_ + sweep_.scratch_size(); }
 
@@ -80,7 +80,7 @@ class Inverter {
     }
     load(m, scratch);
     double logdet = 0;
-    const int64_t done = sweep_(scratch, size_, scratch + size_ * stride_, logdet, share);
+    const int64_t done = sweep_(scratch, scratch + size_ * stride_, logdet, share);
     const bool failed = done < size_;
     *m.info = failed ? static_cast<int32_t>(done + 1) : 0;
     constexpr T nan = std::numeric_limits<T>::quiet_NaN();
@@ -89,7 +89,7 @@ class Inverter {
       std::fill_n(m.out, m.size * m.size, nan);
       return;
     }
-    const SymmetricStore<T> store{T{-1}, T{0}, m.size};
+    const SymmetricStore<T> store{T{1}, T{0}, m.size};
     const int64_t strips = divide_up(m.size, strip);
     share(strips, static_cast<double>(m.size) * m.size, [&](int64_t i) {
       const int64_t row = i * strip;
@@ -103,21 +103,21 @@ class Inverter {
  private:
   static constexpr int64_t strip = max_tile_edge;
 
-  // The lower triangle, damped; what fills up the last vector is a part of the identity.
+  // The lower triangle, damped and negated; the last vector is filled up with a negated identity.
   void load(const Matrix<T>& m, T* a) const {
     for (int64_t r = 0; r < size_; ++r, a += stride_) {
       std::fill_n(a, size_, T{0});
       if (r >= m.size) {
-        a[r] = 1;
+        a[r] = -1;
         continue;
       }
       const T* row = m.data + r * m.row_stride;
       if (m.column_stride == 1) {
-        std::copy_n(row, r + 1, a);
+        for (int64_t c = 0; c <= r; ++c) a[c] = -row[c];
       } else {
-        for (int64_t c = 0; c <= r; ++c) a[c] = row[c * m.column_stride];
+        for (int64_t c = 0; c <= r; ++c) a[c] = -row[c * m.column_stride];
       }
-      a[r] += m.damping;
+      a[r] -= m.damping;
     }
   }
 
