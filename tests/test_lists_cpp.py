@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
+import numpy as np
 import pytest
 import torch
 from guard_page import before_a_guard_page
@@ -12,7 +14,7 @@ from oracle import assert_symmetric, assert_within_budget, bits, lower_only, poi
 from torch import Tensor
 
 import kfac_fast
-from kfac_fast import backends, ops, reference
+from kfac_fast import backends, ops
 
 pytestmark = pytest.mark.usefixtures("one_thread", "instruction_set", "seed")
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -41,46 +43,75 @@ def run(
         return ops.damped_inverse(matrices, damping, logdet=True)
 
 
-def check(matrices: Sequence[Tensor], damping: float = 1e-3) -> None:
-    result, torch_result = run(matrices, damping), run(matrices, damping, by_reference=True)
-    exact = run([m.double() for m in matrices], damping, by_reference=True)
+def exact_inverses(matrices: Sequence[Tensor], damping: float) -> list[Tensor]:
+    """In float64, or for float64 matrices in extended precision, by a step of Newton's method."""
+    damped = [m.double() + damping * torch.eye(m.shape[-1]).double() for m in matrices]
+    inverses = [torch.linalg.inv(m) for m in damped]
+    if matrices[0].dtype == torch.float32:
+        return inverses
+    refined = []
+    for matrix, inverse in zip(damped, inverses, strict=True):
+        a, x = (t.numpy().astype(np.longdouble) for t in (matrix, inverse))
+        refined.append(torch.from_numpy((x + x @ (np.eye(len(a)) - a @ x)).astype(np.float64)))
+    return refined
+
+
+def assert_as_accurate(matrices: Sequence[Tensor], damping: float = 1e-3) -> None:
+    """Check that errors, root mean square over the matrices, are at most twice PyTorch's.
+
+    One matrix may come out better or worse by chance.
+    """
+    result, theirs = run(matrices, damping), run(matrices, damping, by_reference=True)
+    exact = exact_inverses(matrices, damping)
+
+    def error(inverses: Sequence[Tensor]) -> Tensor:
+        pairs = zip(inverses, exact, strict=True)
+        errors = torch.stack([(x.double() - e).norm() / e.norm() for x, e in pairs])
+        return errors.square().mean().sqrt()
+
+    eps = torch.finfo(matrices[0].dtype).eps
     assert not result.info.any()
-    for out, theirs, ref64 in zip(
-        result.matrices, torch_result.matrices, exact.matrices, strict=True
-    ):
-        assert_within_budget(out, theirs, ref64)
-        assert_symmetric(out)
-    assert result.logdet is not None and exact.logdet is not None
-    assert torch.allclose(result.logdet.double(), exact.logdet, rtol=1e-5, atol=1e-4)
+    assert error(result.matrices) <= 2 * error(theirs.matrices) + 4 * eps
+    for inverse in result.matrices:
+        assert_symmetric(inverse)
+    logdets = torch.stack([-torch.logdet(inverse) for inverse in exact])
+
+    def logdet_error(found: Tensor | None) -> Tensor:
+        assert found is not None
+        return (found.double() - logdets).square().mean().sqrt()
+
+    allowed = 2 * logdet_error(theirs.logdet) + 4 * eps * logdets.abs().max()
+    assert logdet_error(result.logdet) <= allowed
 
 
 @dtypes
-def test_every_size(dtype: torch.dtype) -> None:
-    check([covariance(size, dtype) for size in SIZES])
+@pytest.mark.parametrize("size", SIZES)
+def test_every_size(size: int, dtype: torch.dtype) -> None:
+    assert_as_accurate([covariance(size, dtype) for _ in range(8)])
 
 
-def test_several_levels_of_blocks(instruction_set: str) -> None:
-    check([covariance(size) for size in (LARGE if instruction_set != "portable" else LARGE[:1])])
+def test_blocks_wider_than_a_vector(instruction_set: str) -> None:
+    for size in LARGE if instruction_set != "portable" else LARGE[:1]:
+        assert_as_accurate([covariance(size)])
 
 
-@pytest.mark.parametrize("size", [64, 256])
+@pytest.mark.parametrize("size", [16, 32, 64, 256])
 @pytest.mark.parametrize("decades", [4, 6])
-def test_ill_conditioned_matrices_are_inverted_as_well_as_by_cholesky(
-    size: int, decades: int
-) -> None:
-    matrix = covariance(size, decades=decades)
-    exact = torch.linalg.inv(matrix.double() + 1e-7 * torch.eye(size))
-    errors = [
-        (run([matrix], 1e-7, by_reference=way).matrices[0].double() - exact).norm()
-        for way in (False, True)
-    ]
-    assert errors[0] <= 2 * errors[1]
+def test_ill_conditioned_matrices(size: int, decades: int) -> None:
+    assert_as_accurate([covariance(size, decades=decades) for _ in range(20)], damping=1e-7)
 
 
 @dtypes
 def test_stacks_and_strides(dtype: torch.dtype) -> None:
     stack = torch.stack([covariance(19, dtype) for _ in range(6)]).view(2, 3, 19, 19)
-    check([stack, spread(stack), stack.transpose(0, 1), stack.mT, stack[0, 0], stack[:0]])
+    layouts = [stack, spread(stack), stack.transpose(0, 1), stack.mT, stack[0, 0], stack[:0]]
+    for layout, inverse in zip(layouts, run(layouts).matrices, strict=True):
+        plain = layout.reshape(-1, 19, 19)
+        assert inverse.shape == layout.shape
+        assert torch.equal(
+            inverse.reshape(-1, 19, 19),
+            torch.stack([*run([plain]).matrices[0]]) if len(plain) else plain,
+        )
 
 
 def test_only_lower_triangles_are_read() -> None:
@@ -138,15 +169,21 @@ def test_same_bits_for_any_number_of_threads(set_threads: Callable[[int], None])
 
 def test_nothing_past_the_ends_is_read_or_written() -> None:
     for size in (3, 16, 21, 100):
-        matrix = before_a_guard_page(covariance(size))
-        out = before_a_guard_page(torch.zeros(size, size))
-        ops.damped_inverse([matrix], 1e-3, out=[out])
-        assert torch.equal(out, run([matrix]).matrices[0])
-        grad = before_a_guard_page(torch.randn(size, 2 * size))
-        right = before_a_guard_page(torch.randn(2 * size, 2 * size))
-        step = before_a_guard_page(torch.zeros(size, 2 * size))
-        ops.precondition([grad], [right], [matrix], out=[step])
-        assert torch.equal(step, ops.precondition([grad], [right], [matrix]).grads[0])
+        tensors = (
+            covariance(size),
+            torch.zeros(size, size),
+            torch.randn(size, 2 * size),
+            torch.randn(2 * size, 2 * size),
+            torch.zeros(size, 2 * size),
+        )
+        with ExitStack() as guarded:
+            matrix, out, grad, right, step = (
+                guarded.enter_context(before_a_guard_page(tensor)) for tensor in tensors
+            )
+            ops.damped_inverse([matrix], 1e-3, out=[out])
+            assert torch.equal(out, run([matrix]).matrices[0])
+            ops.precondition([grad], [right], [matrix], out=[step])
+            assert torch.equal(step, ops.precondition([grad], [right], [matrix]).grads[0])
 
 
 SHAPES = ((1, 1), (1, 9), (9, 1), (3, 5), (16, 16), (17, 47), (49, 33), (64, 100), (150, 20))
@@ -156,10 +193,8 @@ SHAPES = ((1, 1), (1, 9), (9, 1), (3, 5), (16, 16), (17, 47), (49, 33), (64, 100
 def test_precondition(dtype: torch.dtype) -> None:
     shapes = [*SHAPES, (2, 3, 5, 4), (0, 3, 3), (3, 0)]
     grads = [torch.randn(shape, dtype=dtype) for shape in shapes]
-    rights = [torch.randn(*shape[:-1], shape[-1], dtype=dtype) for shape in shapes]
-    rights = [
-        torch.randn(*shape[:-2], shape[-1], shape[-1], dtype=dtype) for shape in shapes
-    ]  # not symmetric, so that a transposed one shows
+    # Not symmetric, so that a transposed one shows.
+    rights = [torch.randn(*shape[:-2], shape[-1], shape[-1], dtype=dtype) for shape in shapes]
     lefts = [torch.randn(*shape[:-1], shape[-2], dtype=dtype) for shape in shapes]
     for layout in (lambda x: x, spread, lambda x: x.mT.contiguous().mT):
         arguments = [[layout(x) for x in tensors] for tensors in (grads, rights, lefts)]
@@ -217,4 +252,3 @@ def test_an_output_that_requires_gradients_is_refused() -> None:
 def test_the_kernels_serve_the_cpu() -> None:
     for op in ("damped_inverse", "precondition"):
         assert [i.name for i in backends.TABLE[op, "cpu"]] == ["cpp", "reference"]
-    assert reference.damped_inverse is not None
