@@ -8,7 +8,7 @@ import baselines
 import pytest
 import torch
 from measure import Case, poisoned
-from shapes import NETWORKS, Layer
+from shapes import INVERSES, NETWORKS, Layer
 from torch import Tensor
 
 DAMPING = 1e-3
@@ -28,14 +28,23 @@ def _covariance(size: int, device: str) -> Tensor:
     return torch.diag(torch.logspace(0, -2, size, device=device)) + (product + product.T) / 2
 
 
-@pytest.mark.parametrize("shape", NETWORKS)
+def _sizes(shape: str) -> list[int]:
+    if shape in INVERSES:
+        count, size = INVERSES[shape]
+        return count * [size]
+    return [size for layer in _layers(shape) for size in (layer.inputs, layer.outputs)]
+
+
+@pytest.mark.parametrize("shape", [*INVERSES, *NETWORKS])
 def bench_damped_inverse(shape: str, compare: Callable[[Case], None], device: str) -> None:
-    sizes = [size for layer in _layers(shape) for size in (layer.inputs, layer.outputs)]
+    sizes = _sizes(shape)
     matrices = [_covariance(size, device) for size in sizes]
     out = [poisoned(size, size, device=device) for size in sizes]
     ways = baselines.damped_inverse(matrices, DAMPING)
     flops = sum(size**3 for size in sizes)
-    compare(Case("damped_inverse", shape, (matrices, DAMPING), {}, out, ways, flops))
+    beside = {name: ways[name] for name in ("cholesky, one by one", "cholesky, grouped by size")}
+    arguments = (matrices, DAMPING)
+    compare(Case("damped_inverse", shape, arguments, {}, out, ways, flops, beside=beside))
 
 
 @pytest.mark.parametrize("shape", NETWORKS)
@@ -49,4 +58,5 @@ def bench_precondition(shape: str, compare: Callable[[Case], None], device: str)
     flops = sum(2 * v.numel() * (sum(v.shape) + 1) for v in grads)
     arguments = (grads, input_sides, gradient_sides)
     ways = baselines.precondition(*arguments)
-    compare(Case("precondition", shape, arguments, {}, out, ways, flops))
+    beside = {"mm, one by one": ways["mm, one by one"]}
+    compare(Case("precondition", shape, arguments, {}, out, ways, flops, beside=beside))

@@ -131,7 +131,7 @@ FAMILIES: dict[str, Sequence[str]] = {
 
 # The last two stages of ResNet-18 are left out: their inverses of sizes 2304 and 4608 alone would
 # take most of the run.
-NETWORKS = {
+NETWORKS: dict[str, Sequence[Layer]] = {
     "resnet18-to-layer2": [
         Layer(64, 147, 1),
         Layer(64, 576, 4),
@@ -154,4 +154,23 @@ NETWORKS = {
         Layer(32, 33, 30),
         Layer(64, 65, 20),
     ],
+    "gpt-384": [
+        Layer(1152, 385, 6),
+        Layer(384, 385, 6),
+        Layer(1536, 385, 6),
+        Layer(384, 1537, 6),
+    ],
+}
+
+# How many matrices of which size.
+INVERSES = {
+    "400x16": (400, 16),
+    "256x32": (256, 32),
+    "128x64": (128, 64),
+    "64x128": (64, 128),
+    "32x256": (32, 256),
+    "8x512": (8, 512),
+    "2x1024": (2, 1024),
+    "1x2304": (1, 2304),
+    "1x4608": (1, 4608),
 }

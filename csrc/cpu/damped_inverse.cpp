@@ -136,7 +136,8 @@ void invert_all(const std::vector<Tensor>& list, const std::vector<Tensor>& damp
   jobs.reserve(matrices.size());
   for (const Matrix<T>& m : matrices) {
     const double n = static_cast<double>(m.size) + 24;  // short loops take longer
-    jobs.push_back({n * n * n / 2, Inverter<T>(set, m.size).scratch_size()});
+    const int64_t scratch = Inverter<T>(set, m.size).scratch_size();
+    jobs.push_back({n * n * n / 2, scratch, scratch});
   }
   for_each_job<T>(jobs, [&](int64_t job, T* scratch, const auto& share) {
     const Inverter<T> invert(set, matrices[job].size);

@@ -15,6 +15,8 @@ namespace kfac_fast {
 
 // A loop that all threads share, in place of InOrder.
 struct InParallel {
+  static constexpr bool is_parallel = true;
+
   template <typename Run>
   void operator()(int64_t passes, double products, const Run& run) const {
     for_each_task(passes, worker_count(passes, products),
@@ -22,10 +24,12 @@ struct InParallel {
   }
 };
 
-// A job's multiply-adds and its numbers of scratch memory.
+// A job's multiply-adds, and its numbers of scratch memory if one thread has it and if all share
+// it.
 struct Job {
   double work;
   int64_t scratch;
+  int64_t scratch_to_share;
 };
 
 // Calls run(job, scratch, share) for every job, the largest first, so that no thread begins a long
@@ -46,7 +50,7 @@ void for_each_job(const std::vector<Job>& jobs, const Run& run) {
     const Job& job = jobs[order[first]];
     if (job.work < work_to_share || job.work * threads <= left) break;
     left -= job.work;
-    const auto scratch = make_scratch<T>(job.scratch);
+    const auto scratch = make_scratch<T>(job.scratch_to_share);
     run(order[first], scratch.get(), InParallel{});
   }
   std::vector<size_t> begin{first};

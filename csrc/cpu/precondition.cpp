@@ -8,6 +8,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <numeric>
 #include <vector>
 
 #include "gram_layout.h"
@@ -54,16 +55,12 @@ class Preconditioning {
         pack_(packing<T, T>(set)),
         width_(product_.panel_width()),
         grad_size_(panel_size(layer.rows) * divide_up(layer.columns, width_)),
-        half_size_(panel_size(layer.columns) * divide_up(layer.rows, width_)),
-        left_size_(panel_size(layer.rows)),
-        right_size_(panel_size(layer.columns)) {}
+        half_size_(panel_size(layer.columns) * divide_up(layer.rows, width_)) {}
 
   Job job() const {
     const auto m = static_cast<double>(layer_.rows), k = static_cast<double>(layer_.columns);
-    const int64_t sides =
-        divide_up(layer_.rows, width_) * left_size_ +
-        divide_up(layer_.columns, width_) * (right_size_ + panel_size(layer_.rows));
-    return {(m + 24) * (k + 24) * (m + k + 24), grad_size_ + half_size_ + sides};
+    const double work = (m + 24) * (k + 24) * (m + k + 24);
+    return {work, scratch_size(false), scratch_size(true)};
   }
 
   // Returns the inner product.
@@ -73,8 +70,9 @@ class Preconditioning {
     T* grad = scratch;
     T* half = grad + grad_size_;
     T* left = half + half_size_;
-    T* right = left + divide_up(m, width_) * left_size_;
-    T* result = right + divide_up(k, width_) * right_size_;
+    T* right = left + slots(m, Share::is_parallel) * panel_size(m);
+    T* result = right + slots(k, Share::is_parallel) * panel_size(k);
+    const auto slot = [](int64_t panel) { return Share::is_parallel ? panel : 0; };
     const Panels<T> grads{grad, m, width_, width_, panel_size(m)};
     const Panels<T> halves{half, k, width_, width_, panel_size(k)};
     const double products = static_cast<double>(m) * static_cast<double>(k);
@@ -83,19 +81,19 @@ class Preconditioning {
            grad + panel * panel_size(m));
     });
     share(divide_up(m, width_), products * m, [&](int64_t panel) {
-      T* packed = left + panel * left_size_;
+      T* packed = left + slot(panel) * panel_size(m);
       pack(layer_.left.data, layer_.left.column_stride, layer_.left.row_stride, m, m, panel,
            packed);
-      multiply(grads, k, {packed, m, width_, width_, left_size_}, columns_of(panel, m),
+      multiply(grads, k, {packed, m, width_, width_, panel_size(m)}, columns_of(panel, m),
                half + panel * panel_size(k));
     });
     std::vector<double> inner(divide_up(k, width_));
     share(divide_up(k, width_), products * k, [&](int64_t panel) {
-      T* packed = right + panel * right_size_;
+      T* packed = right + slot(panel) * panel_size(k);
       pack(layer_.right.data, layer_.right.row_stride, layer_.right.column_stride, k, k, panel,
            packed);
-      T* sums = result + panel * panel_size(m);
-      multiply(halves, m, {packed, k, width_, width_, right_size_}, columns_of(panel, k), sums);
+      T* sums = result + slot(panel) * panel_size(m);
+      multiply(halves, m, {packed, k, width_, width_, panel_size(k)}, columns_of(panel, k), sums);
       inner[panel] = store(sums, grads.at(panel * width_), panel);
     });
     double total = 0;
@@ -104,6 +102,17 @@ class Preconditioning {
   }
 
  private:
+  // Panels of a side or of the result that are there at the same time.
+  int64_t slots(int64_t columns, bool is_parallel) const {
+    return is_parallel ? divide_up(columns, width_) : 1;
+  }
+
+  int64_t scratch_size(bool is_parallel) const {
+    const int64_t m = layer_.rows, k = layer_.columns;
+    return grad_size_ + half_size_ + slots(m, is_parallel) * panel_size(m) +
+           slots(k, is_parallel) * (panel_size(k) + panel_size(m));
+  }
+
   // Tiles of whole rows are stored; and panels a power of two apart would displace each other.
   int64_t panel_size(int64_t rows) const {
     return round_up(rows, product_.rows) * width_ + 64 / static_cast<int64_t>(sizeof(T));
@@ -132,16 +141,18 @@ class Preconditioning {
   }
 
   double store(const T* sums, const T* grad, int64_t panel) const {
+    constexpr int64_t lanes = 16;  // sums side by side, which the compiler makes vectors of
     const int64_t columns = columns_of(panel, layer_.columns);
     double inner = 0;
-    for (int64_t r = 0; r < layer_.rows; ++r) {
-      T* target = layer_.out + r * layer_.columns + panel * width_;
-      T row = 0;
-      for (int64_t c = 0; c < columns; ++c) {
-        target[c] = sums[r * width_ + c];
-        row += sums[r * width_ + c] * grad[r * width_ + c];
+    for (int64_t r = 0; r < layer_.rows; ++r, sums += width_, grad += width_) {
+      std::copy_n(sums, columns, layer_.out + r * layer_.columns + panel * width_);
+      T row[lanes] = {};
+      int64_t c = 0;
+      for (; c + lanes <= columns; c += lanes) {
+        for (int64_t i = 0; i < lanes; ++i) row[i] += sums[c + i] * grad[c + i];
       }
-      inner += static_cast<double>(row);
+      for (; c < columns; ++c) row[0] += sums[c] * grad[c];
+      inner += static_cast<double>(std::accumulate(row, row + lanes, T{0}));
     }
     return inner;
   }
@@ -150,7 +161,7 @@ class Preconditioning {
   const TileProduct<T>& product_;
   const Packing<T, T> pack_;
   const int64_t width_;
-  const int64_t grad_size_, half_size_, left_size_, right_size_;
+  const int64_t grad_size_, half_size_;
 };
 
 template <typename T>
