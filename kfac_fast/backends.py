@@ -89,6 +89,7 @@ def _native(op: str, device: str) -> Implementation:
 
 
 _requires_grad = attrgetter("requires_grad")
+_is_cpu = attrgetter("is_cpu")
 
 
 def _native_list(op: str) -> Implementation:
@@ -97,8 +98,10 @@ def _native_list(op: str) -> Implementation:
     written = schema.OPERATORS[op].written
 
     def run(*args: Any) -> bool:
-        # Which tensors require gradients is not known there.
+        # Not known there: which tensors require gradients, and those that other kernels are for.
         if True in map(_requires_grad, args[written]):
+            return False
+        if not all(all(map(_is_cpu, value)) for value in args if type(value) is list):
             return False
         accepted: bool = overload(*args)
         return accepted
@@ -393,10 +396,13 @@ def run(op: str, *args: Any) -> None:
 
 def _increment_versions(op: str, args: tuple[Any, ...]) -> None:
     """Let autograd see that what it may have saved has changed."""
+    written: list[torch.Tensor] = []
     for argument in args[schema.OPERATORS[op].written :]:
-        written = argument if isinstance(argument, list) else [argument]
-        tensors = [out for out in written if out is not None]
-        torch.autograd.graph.increment_version(filterfalse(torch.Tensor.is_inference, tensors))
+        if isinstance(argument, list):
+            written += argument
+        elif argument is not None:
+            written.append(argument)
+    torch.autograd.graph.increment_version(filterfalse(torch.Tensor.is_inference, written))
 
 
 def _route(op: str, *args: Any) -> None:

@@ -312,7 +312,9 @@ def _check_length(op: str, argument: str, values: Sequence[Tensor], expected: in
 
 def number_of_matrices(matrices: Sequence[Tensor]) -> int:
     """How many square matrices a list of stacked batches ``[*, n, n]`` holds."""
-    return sum(1 if m.dim() == 2 else math.prod(m.shape[:-2]) for m in matrices)
+    if sum(map(Tensor.dim, matrices)) == 2 * len(matrices):
+        return len(matrices)
+    return sum(math.prod(matrix.shape[:-2]) for matrix in matrices)
 
 
 def of_each(damping: Sequence[Tensor], matrices: Sequence[Tensor]) -> Sequence[Tensor]:
