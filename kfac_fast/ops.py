@@ -406,11 +406,7 @@ def _damped(
     out: Sequence[Tensor] | None,
 ) -> DampedInverses:
     matrices = [m.detach() if m.requires_grad else m for m in matrices]
-    results = (
-        [torch.empty(m.shape, dtype=m.dtype, device=m.device) for m in matrices]
-        if out is None
-        else list(out)
-    )
+    results = [m.new_empty(m.shape) for m in matrices] if out is None else list(out)
     like = matrices[0] if matrices else torch.empty(0)
     total = schema.number_of_matrices(matrices)
     info = torch.empty(total, dtype=torch.int32, device=like.device)
@@ -516,11 +512,7 @@ def _preconditioned(
     out: Sequence[Tensor] | None,
 ) -> Preconditioned:
     grads = [g.detach() if g.requires_grad else g for g in grads]
-    results = (
-        [torch.empty(g.shape, dtype=g.dtype, device=g.device) for g in grads]
-        if out is None
-        else list(out)
-    )
+    results = [g.new_empty(g.shape) for g in grads] if out is None else list(out)
     like = grads[0] if grads else torch.empty(0)
     inner = torch.zeros((), dtype=like.dtype, device=like.device)
     call(op, grads, list(input_sides), list(gradient_sides), results, inner)
