@@ -406,19 +406,14 @@ def _increment_versions(op: str, args: tuple[Any, ...]) -> None:
 
 
 def _route(op: str, *args: Any) -> None:
-    if _explanation.get() is None:
-        chosen = next(_willing(op, args), None)
-        if chosen is not None and chosen.checks and chosen.run(*args):
+    if op in schema.CHECKING and _explanation.get() is None:
+        row = _candidates(op, _device_type(args[0]))
+        first = next((each for each in row if each.reason_against(*args) is None), None)
+        if first is not None and first.checks and first.run(*args):
             _increment_versions(op, args)
             return
     schema.check(op, *args)
     run(op, *args)
-
-
-def _willing(op: str, args: tuple[Any, ...]) -> Iterator[Implementation]:
-    for implementation in _candidates(op, _device_type(args[0])):
-        if implementation.reason_against(*args) is None:
-            yield implementation
 
 
 def _dispatch(op: str, *args: Any) -> None:
