@@ -141,7 +141,7 @@ def _native_conv(op: str, device: str) -> Implementation:
     expand = op == "conv_expand_gram"
 
     def run(x: torch.Tensor, *args: Any) -> None:
-        geometry, target = args[:-4], args[-4:]
+        geometry, target = schema.hashable(args[:-4]), args[-4:]
         kernel, numbers = _planned(op, tuple(x.shape), x.element_size(), x.device, *geometry)
         kernel(x, *numbers, *target)
 
@@ -416,13 +416,8 @@ def _route(op: str, *args: Any) -> None:
     run(op, *args)
 
 
-def _dispatch(op: str, *args: Any) -> None:
-    """What the dispatcher calls; it makes lists of a geometry's tuples."""
-    _route(op, *(schema.hashable(args) if op.startswith("conv_") else args))
-
-
 for _op in schema.OPERATORS:
-    schema.LIBRARY.impl(_op, partial(_dispatch, _op), "CompositeExplicitAutograd")
+    schema.LIBRARY.impl(_op, partial(_route, _op), "CompositeExplicitAutograd")
 
 
 def call(op: str, *args: Any) -> None:

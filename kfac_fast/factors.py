@@ -33,9 +33,12 @@ class Factor:
         inverse: Damped inverse as of the last refresh; the identity before it.
         failed: Refreshes that kept a previous inverse, one count for each matrix that was not
             positive definite.
+        raised: By how many powers of ten the next refresh raises each matrix' damping: one more
+            after a refresh that failed, up to 6, one less after one that did not.
     """
 
-    STATE = ("total", "weight", "skipped", "inverse", "failed")
+    STATE = ("total", "weight", "skipped", "inverse", "failed", "raised")
+    MOST_RAISED = 6
 
     def __init__(self, like: Tensor) -> None:
         self.total = torch.zeros_like(like)
@@ -45,6 +48,7 @@ class Factor:
             *like.shape[:-2], 1, 1
         )
         self.failed = torch.zeros((), dtype=torch.int64, device=like.device)
+        self.raised = torch.zeros(like.shape[:-2], dtype=torch.int64, device=like.device)
 
     def update(self, batch: Tensor, decay: float) -> None:
         """Average in one batch's covariance, unless it is not finite.
@@ -62,6 +66,31 @@ class Factor:
     def covariance(self) -> Tensor:
         """The running average, zero before the first finite batch."""
         return self.total / torch.where(self.weight > 0, self.weight, 1)
+
+    def raised_damping(self, damping: Tensor | float) -> Tensor:
+        r"""The damping of each matrix at the next refresh.
+
+        .. math:: 10^r (\lambda + [r > 0]\, \varepsilon \operatorname{tr} C / n)
+
+        Args:
+            damping: :math:`\lambda`, a number or of the batch shape.
+
+        Returns:
+            Tensor of the batch shape. The second term lets a damping of zero be raised, too.
+        """
+        scale = self.covariance().diagonal(dim1=-2, dim2=-1).mean(-1).abs()
+        least = torch.finfo(scale.dtype).eps * scale
+        return 10.0**self.raised * (damping + torch.where(self.raised > 0, least, 0))
+
+    def count_failures(self, failure: Tensor) -> None:
+        """Take note of which matrices were not positive definite.
+
+        Args:
+            failure: Bool of the batch shape, flat.
+        """
+        self.failed = self.failed + failure.sum()
+        step = torch.where(failure, 1, -1).reshape(self.raised.shape)
+        self.raised = (self.raised + step).clamp(0, self.MOST_RAISED)
 
     def keep_inverse(self, inverse: Tensor, valid: Tensor) -> None:
         """Take over the new inverses that are valid.
@@ -105,7 +134,8 @@ def refresh_inverses(
     """Refresh the damped inverses of all layers' (input, gradient) factors in one call.
 
     A pair takes over new inverses only if both are valid: one alone would scale the layer's step by
-    whatever the other lacks.
+    whatever the other lacks. A matrix that was not positive definite is damped more at the next
+    refresh.
 
     Args:
         pairs: The factors of each layer.
@@ -115,8 +145,13 @@ def refresh_inverses(
     """
     covariances = [factor.covariance() for pair in pairs for factor in pair]
     dampings: list[Tensor | float] = []
-    for a, g in zip(covariances[::2], covariances[1::2], strict=True):
-        dampings += factored_damping(a, g, damping) if mode == "factored" else (damping, damping)
+    for pair, a, g in zip(pairs, covariances[::2], covariances[1::2], strict=True):
+        shares: tuple[Tensor | float, Tensor | float] = (damping, damping)
+        if mode == "factored":
+            shares = factored_damping(a, g, damping)
+        dampings += [
+            factor.raised_damping(share) for factor, share in zip(pair, shares, strict=True)
+        ]
     inverses, info, _ = ops.damped_inverse(covariances, dampings)
     failed = torch.split(info != 0, [math.prod(c.shape[:-2]) for c in covariances])
     for i, pair in enumerate(pairs):
@@ -125,4 +160,4 @@ def refresh_inverses(
         valid = seen & ~(failed[2 * i] | failed[2 * i + 1])
         for factor, inverse, failure in zip(pair, inverses[sides], failed[sides], strict=True):
             factor.keep_inverse(inverse, valid)
-            factor.failed = factor.failed + failure.sum()
+            factor.count_failures(failure)

@@ -20,7 +20,7 @@ from kfac_fast.grafting import AdamNorm
 from kfac_fast.layers import Approximation
 
 Schedule = float | Callable[[int], float]
-STATE_VERSION = 1
+STATE_VERSION = 2
 SAVED_OPTIONS = ("approx", "fisher", "loss_reduction")
 
 _CHOICES = {

@@ -182,7 +182,31 @@ def test_a_failed_inverse_keeps_the_previous_pair_and_spares_its_neighbours() ->
             assert_solved(factor.inverse, inverse)
     pairs[2][1].total[1] = pairs[2][1].total[0]
     refresh_inverses(pairs, 1.0, "plain")
-    assert pairs[0][0].failed == 2 and pairs[2][1].failed == 3
+    # More damping helps those that failed before.
+    assert pairs[0][0].failed == 1 and pairs[2][1].failed == 2
+
+
+@pytest.mark.parametrize("damping", [0.0, 1e-3])
+def test_a_failure_raises_the_damping_of_its_matrix_until_it_succeeds(damping: float) -> None:
+    """The second of two groups has a slightly negative eigenvalue."""
+    (a, g), *_ = [pair for pair in layer_factors() if pair[0].total.dim() == 3]
+    indefinite = torch.diag(torch.tensor([1.0, 1.0, 1.0, -0.5], dtype=torch.float64))
+    a.total[1] = a.weight * indefinite
+    levels = []
+    for _ in range(20):
+        refresh_inverses([(a, g)], damping, "plain")
+        levels.append(a.raised.tolist())
+    assert all(level[0] == 0 for level in levels)
+    assert not g.raised.any()
+    counts = [level[1] for level in levels]
+    assert counts[:3] == [1, 2, 3]
+    assert max(counts) <= Factor.MOST_RAISED
+    if damping == 0:  # rounding times a million does not reach it
+        assert counts[-1] == Factor.MOST_RAISED and a.failed == 20
+    else:  # a thousand times the damping does
+        assert counts[3:6] == [2, 3, 2]
+        raised = indefinite + 1e3 * damping * torch.eye(4).double()
+        assert_solved(a.inverse[1], torch.linalg.inv(raised))
 
 
 def test_a_refresh_before_the_first_finite_batch_keeps_the_identity() -> None:

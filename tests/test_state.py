@@ -145,8 +145,8 @@ def head_input(state: State) -> State:
 
 
 BAD_STATES: dict[str, tuple[Callable[[State], Any], str]] = {
-    "no-version": (lambda s: s.pop("version"), "version must be 1, got None"),
-    "version": (lambda s: s.update(version=2), "version must be 1, got 2"),
+    "no-version": (lambda s: s.pop("version"), "version must be 2, got None"),
+    "version": (lambda s: s.update(version=1), "version must be 2, got 1"),
     "no-layers": (lambda s: s.pop("layers"), "state must hold layers, options, steps and version"),
     "no-steps": (lambda s: s.pop("steps"), "state must hold layers, options, steps and version"),
     "unknown-key": (
