@@ -95,11 +95,10 @@ _is_cpu = attrgetter("is_cpu")
 def _native_list(op: str) -> Implementation:
     """The compiled extension's kernel on lists, which checks faster than Python could."""
     overload = getattr(torch.ops.kfac_fast_native, op).default
-    written = schema.OPERATORS[op].written
 
     def run(*args: Any) -> bool:
         # Not known there: which tensors require gradients, and those that other kernels are for.
-        if True in map(_requires_grad, args[written]):
+        if True in map(_requires_grad, _written(op, args)):
             return False
         if not all(all(map(_is_cpu, value)) for value in args if type(value) is list):
             return False
@@ -396,13 +395,19 @@ def run(op: str, *args: Any) -> None:
 
 def _increment_versions(op: str, args: tuple[Any, ...]) -> None:
     """Let autograd see that what it may have saved has changed."""
+    written = filterfalse(torch.Tensor.is_inference, _written(op, args))
+    torch.autograd.graph.increment_version(written)
+
+
+def _written(op: str, args: tuple[Any, ...]) -> list[torch.Tensor]:
+    """The tensors among the arguments that an operator writes."""
     written: list[torch.Tensor] = []
     for argument in args[schema.OPERATORS[op].written :]:
         if isinstance(argument, list):
             written += argument
         elif argument is not None:
             written.append(argument)
-    torch.autograd.graph.increment_version(filterfalse(torch.Tensor.is_inference, written))
+    return written
 
 
 def _route(op: str, *args: Any) -> None:

@@ -80,14 +80,16 @@ class Factor:
         """
         scale = self.covariance().diagonal(dim1=-2, dim2=-1).mean(-1).abs()
         least = torch.finfo(scale.dtype).eps * scale
-        return 10.0**self.raised * (damping + torch.where(self.raised > 0, least, 0))
+        raised = self.raised.to(scale.dtype)
+        return 10**raised * (damping + torch.where(raised > 0, least, 0))
 
     def count_failures(self, failure: Tensor) -> None:
         """Take note of which matrices were not positive definite.
 
         Args:
-            failure: Bool of the batch shape, flat.
+            failure: Bool of the batch shape, flat. Before the first finite batch it means nothing.
         """
+        failure = failure & (self.weight > 0)
         self.failed = self.failed + failure.sum()
         step = torch.where(failure, 1, -1).reshape(self.raised.shape)
         self.raised = (self.raised + step).clamp(0, self.MOST_RAISED)

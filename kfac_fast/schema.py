@@ -346,7 +346,8 @@ def _check_damped(
         _check_device(op, f"damping[{i}]", shift, like)
         _check_out(op, f"out[{i}]", out[i], matrix.shape, matrix.dtype, [])
         _check_device(op, f"out[{i}]", out[i], like)
-    _check_apart(op, out, [*matrices, *damping])
+    vectors = [info] if logdet is None else [info, logdet]
+    _check_apart(op, [*out, *vectors], [*matrices, *damping])
     total = (number_of_matrices(matrices),)
     _check_out(op, "info", info, total, torch.int32, [like])
     if logdet is not None:
@@ -381,7 +382,7 @@ def _check_precondition(
                 raise _refused(op, f"the {argument} side[{i}]", expected, tuple(side.shape))
         _check_out(op, f"out[{i}]", out[i], grad.shape, grad.dtype, [])
         _check_device(op, f"out[{i}]", out[i], like)
-    _check_apart(op, out, [*grads, *input_sides, *gradient_sides])
+    _check_apart(op, [*out, inner], [*grads, *input_sides, *gradient_sides])
     _check_out(op, "inner", inner, (), like.dtype, [like])
 
 

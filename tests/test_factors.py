@@ -214,6 +214,8 @@ def test_a_refresh_before_the_first_finite_batch_keeps_the_identity() -> None:
     factor.update(poisoned(3, 3), 0.9)
     refresh_inverses([(factor, factor)], 0.1)
     assert torch.equal(factor.inverse, torch.eye(3)) and factor.failed == 0
+    refresh_inverses([(factor, factor)], 0.0)  # of a zero covariance
+    assert factor.failed == 0 and factor.raised == 0
 
 
 def test_no_layers_have_nothing_to_refresh() -> None:

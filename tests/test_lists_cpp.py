@@ -241,7 +241,13 @@ def test_refused_lists_are_not_touched() -> None:
     for sides in (([matrix[:3]], [matrix]), ([matrix], [matrix[None]]), ([matrix], [out])):
         assert native.precondition([matrix], *sides, [out], inner) is False
     assert native.precondition([matrix], [matrix], [matrix], [out], inner[None]) is False
-    assert out.isnan().all()
+    assert native.precondition([matrix], [matrix], [matrix], [out], matrix[0, 0]) is False
+    memory = poisoned(16)
+    shared = ([matrix], scalar, [memory.view(4, 4)], info, memory[:1])
+    assert native.damped_inverse(*shared) is False
+    assert out.isnan().all() and memory.isnan().all()
+    with pytest.raises(ValueError, match="apart from all other memory"):
+        torch.ops.kfac_fast.damped_inverse(*shared)
 
 
 def test_an_output_that_requires_gradients_is_refused() -> None:

@@ -166,8 +166,8 @@ bool acceptable(const std::vector<Tensor>& matrices, const std::vector<Tensor>& 
     for (int64_t d = 0; d < dims - 2; ++d) batch *= matrices[i].size(d);
     total += batch;
   }
-  if (info.scalar_type() != ScalarType::Int || !is_vector(info, total)) return false;
-  if (logdet && (logdet->scalar_type() != type || !is_vector(*logdet, total))) return false;
+  if (!is_vector(info, total) || !check.writes(info, ScalarType::Int)) return false;
+  if (logdet && (!is_vector(*logdet, total) || !check.writes(*logdet))) return false;
   return check.apart();
 }
 

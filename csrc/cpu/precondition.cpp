@@ -209,7 +209,7 @@ bool acceptable(const std::vector<Tensor>& grads, const std::vector<Tensor>& rig
     if (!is_side(rights[i], grads[i], dims - 1) || !check.reads(rights[i])) return false;
     if (!is_side(lefts[i], grads[i], dims - 2) || !check.reads(lefts[i])) return false;
   }
-  return inner.is_cpu() && inner.scalar_type() == type && inner.dim() == 0 && check.apart();
+  return inner.dim() == 0 && check.writes(inner) && check.apart();
 }
 
 bool precondition(std::vector<Tensor> grads, std::vector<Tensor> input_sides,

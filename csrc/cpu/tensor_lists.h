@@ -34,16 +34,20 @@ inline bool is_side(const Tensor& side, const Tensor& grad, int64_t d) {
 }
 
 inline bool is_vector(const Tensor& tensor, int64_t size) {
-  return tensor.is_cpu() && tensor.is_contiguous() && tensor.dim() == 1 && tensor.size(0) == size;
+  return tensor.dim() == 1 && tensor.size(0) == size;
 }
 
-// Tensors of one dtype on the CPU, of which what is written shares memory with nothing else.
+// Tensors of one dtype, or another that is named, on the CPU, of which what is written shares
+// memory with nothing else.
 class ListCheck {
  public:
   explicit ListCheck(ScalarType type) : type_(type) {}
 
-  bool reads(const Tensor& tensor) { return add(tensor, false); }
-  bool writes(const Tensor& tensor) { return tensor.is_contiguous() && add(tensor, true); }
+  bool reads(const Tensor& tensor) { return add(tensor, type_, false); }
+  bool writes(const Tensor& tensor) { return writes(tensor, type_); }
+  bool writes(const Tensor& tensor, ScalarType type) {
+    return tensor.is_contiguous() && add(tensor, type, true);
+  }
 
   bool apart() {
     std::sort(spans_.begin(), spans_.end(),
@@ -63,9 +67,9 @@ class ListCheck {
     bool is_written;
   };
 
-  bool add(const Tensor& tensor, bool is_written) {
-    if (!tensor.is_cpu() || tensor.scalar_type() != type_) return false;
-    const uintptr_t size = type_ == ScalarType::Double ? 8 : 4;
+  bool add(const Tensor& tensor, ScalarType type, bool is_written) {
+    if (!tensor.is_cpu() || tensor.scalar_type() != type) return false;
+    const uintptr_t size = type == ScalarType::Double ? 8 : 4;
     uintptr_t last = 0;
     for (int64_t d = 0; d < tensor.dim(); ++d) {
       if (tensor.size(d) == 0) return true;  // uses no memory
