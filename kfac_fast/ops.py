@@ -398,6 +398,10 @@ def _damping_tensors(op: str, damping: Damping, matrices: Sequence[Tensor]) -> l
     return list(torch.tensor(values, dtype=like.dtype, device=like.device).unbind())
 
 
+def _contiguous_like(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors]
+
+
 def _damped(
     op: str,
     matrices: Sequence[Tensor],
@@ -406,7 +410,7 @@ def _damped(
     out: Sequence[Tensor] | None,
 ) -> DampedInverses:
     matrices = [m.detach() if m.requires_grad else m for m in matrices]
-    results = [m.new_empty(m.shape) for m in matrices] if out is None else list(out)
+    results = _contiguous_like(matrices) if out is None else list(out)
     like = matrices[0] if matrices else torch.empty(0)
     total = schema.number_of_matrices(matrices)
     info = torch.empty(total, dtype=torch.int32, device=like.device)
@@ -512,7 +516,7 @@ def _preconditioned(
     out: Sequence[Tensor] | None,
 ) -> Preconditioned:
     grads = [g.detach() if g.requires_grad else g for g in grads]
-    results = [g.new_empty(g.shape) for g in grads] if out is None else list(out)
+    results = _contiguous_like(grads) if out is None else list(out)
     like = grads[0] if grads else torch.empty(0)
     inner = torch.zeros((), dtype=like.dtype, device=like.device)
     call(op, grads, list(input_sides), list(gradient_sides), results, inner)
