@@ -154,8 +154,9 @@ class BlockSweep {
       for (int64_t r = first; r < first + lanes_; ++r) {
         std::fill(y + r * stride + first + lanes_, y + r * stride + size, T{0});
       }
-      for (int64_t r = first + lanes_; r < size; ++r)
+      for (int64_t r = first + lanes_; r < size; ++r) {
         std::fill_n(y + r * stride + first, lanes_, T{0});
+      }
       const Panels<T> panels{v, lanes_, width_, width_, panel_size_};
       for (int64_t c = 0; c < size; c += width_) {
         for (int64_t r = std::max(c / product_.rows * product_.rows, first + lanes_); r < size;
@@ -218,8 +219,9 @@ class BlockSweep {
   // One vector of each row.
   void copy_vectors(const T* from, int64_t from_stride, int64_t rows, T* to,
                     int64_t to_stride) const {
-    for (int64_t r = 0; r < rows; ++r)
+    for (int64_t r = 0; r < rows; ++r) {
       std::copy_n(from + r * from_stride, lanes_, to + r * to_stride);
+    }
   }
 
   // u[k][i] = a[first + k][column + i], zero inside of the block.

@@ -31,22 +31,19 @@ struct TileSums {
 #include "compile_for_instruction_sets.h"
 
 template <typename T>
-struct MultiplySymmetric {
-  int64_t rows, lanes;
-  void (*of_vectors[3])(const T*, int64_t, const T*, int64_t, int64_t, T, T, T*, T*, int64_t);
-};
+using MultiplySymmetric = void (*)(const T*, int64_t, const T*, int64_t, int64_t, T, T, T*, T*,
+                                   int64_t);
 
 #define KFAC_FAST_MULTIPLY(set) \
   {set::multiply_symmetric<T, 1>, set::multiply_symmetric<T, 2>, set::multiply_symmetric<T, 3>}
 
+// By the number of vectors less one.
 template <typename T>
-const MultiplySymmetric<T>& multiply_symmetric(InstructionSet set) {
-  constexpr int64_t size = sizeof(T);
-  static constexpr MultiplySymmetric<T> on_portable{8 / size, 16 / size,
-                                                    KFAC_FAST_MULTIPLY(portable)};
+const MultiplySymmetric<T>* multiply_symmetric(InstructionSet set) {
+  static constexpr MultiplySymmetric<T> on_portable[] = KFAC_FAST_MULTIPLY(portable);
 #if defined(__x86_64__)
-  static constexpr MultiplySymmetric<T> on_avx2{16 / size, 32 / size, KFAC_FAST_MULTIPLY(avx2)};
-  static constexpr MultiplySymmetric<T> on_avx512{32 / size, 64 / size, KFAC_FAST_MULTIPLY(avx512)};
+  static constexpr MultiplySymmetric<T> on_avx2[] = KFAC_FAST_MULTIPLY(avx2);
+  static constexpr MultiplySymmetric<T> on_avx512[] = KFAC_FAST_MULTIPLY(avx512);
   if (set == InstructionSet::avx512) return on_avx512;
   if (set == InstructionSet::avx2) return on_avx2;
 #endif
@@ -83,15 +80,16 @@ struct SymmetricStore {
   // their sums: best for few k. False, and nothing done, where that is not possible.
   bool multiply(const Panels<T>& left, int64_t rows, const Panels<T>& right, int64_t columns,
                 T* matrix, int64_t row, int64_t column) const {
-    const MultiplySymmetric<T>& multiply = multiply_symmetric<T>(set);
+    const int64_t lanes = tile_product<T>(set).lanes, height = lanes / 2;
     // Half lines are not stored past the caches.
-    if (rows % multiply.rows != 0 || columns % multiply.lanes != 0 || past_caches()) return false;
+    if (rows % height != 0 || columns % lanes != 0 || past_caches()) return false;
     for (int64_t c = 0; c < columns; c += right.width) {
-      const int64_t vectors = std::min(right.width, columns - c) / multiply.lanes;
-      for (int64_t r = 0; r < rows; r += multiply.rows) {
-        multiply.of_vectors[vectors - 1](
-            left.at(r), left.row_stride, right.at(c), right.row_stride, right.depth, alpha, beta,
-            matrix + (row + r) * edge + column + c, matrix + (column + c) * edge + row + r, edge);
+      const int64_t vectors = std::min(right.width, columns - c) / lanes;
+      const auto multiply = multiply_symmetric<T>(set)[vectors - 1];
+      for (int64_t r = 0; r < rows; r += height) {
+        multiply(left.at(r), left.row_stride, right.at(c), right.row_stride, right.depth, alpha,
+                 beta, matrix + (row + r) * edge + column + c,
+                 matrix + (column + c) * edge + row + r, edge);
       }
     }
     return true;

@@ -167,10 +167,7 @@ template <typename In, typename T, int BLOCKS>
 KFAC_FAST_TARGET void sum_planes_rows(const SumPlan<T>& plan, const Channels<In>& channels,
                                       const In* first, int64_t planes, T* sums) {
   using Block = PixelBlock<T>;
-  constexpr int PLANES = std::min(Block::SIZE, BLOCKS == 1   ? 8
-                                               : BLOCKS == 2 ? 8
-                                               : BLOCKS == 3 ? 2
-                                                             : 1);
+  constexpr int PLANES = std::min(Block::SIZE, BLOCKS <= 2 ? 8 : BLOCKS == 3 ? 2 : 1);
   for (int64_t p = 0; p < planes;) {
     const In* plane = first + p * channels.stride;
     const int64_t room = channels.end - plane - plan.reach;

@@ -67,18 +67,19 @@ class Factor:
         """The running average, zero before the first finite batch."""
         return self.total / torch.where(self.weight > 0, self.weight, 1)
 
-    def raised_damping(self, damping: Tensor | float) -> Tensor:
+    def raised_damping(self, covariance: Tensor, damping: Tensor | float) -> Tensor:
         r"""The damping of each matrix at the next refresh.
 
         .. math:: 10^r (\lambda + [r > 0]\, \varepsilon \operatorname{tr} C / n)
 
         Args:
+            covariance: :math:`C`, as :meth:`covariance` gives it.
             damping: :math:`\lambda`, a number or of the batch shape.
 
         Returns:
             Tensor of the batch shape. The second term lets a damping of zero be raised, too.
         """
-        scale = self.covariance().diagonal(dim1=-2, dim2=-1).mean(-1).abs()
+        scale = covariance.diagonal(dim1=-2, dim2=-1).mean(-1).abs()
         least = torch.finfo(scale.dtype).eps * scale
         raised = self.raised.to(scale.dtype)
         return 10**raised * (damping + torch.where(raised > 0, least, 0))
@@ -152,7 +153,8 @@ def refresh_inverses(
         if mode == "factored":
             shares = factored_damping(a, g, damping)
         dampings += [
-            factor.raised_damping(share) for factor, share in zip(pair, shares, strict=True)
+            factor.raised_damping(covariance, share)
+            for factor, covariance, share in zip(pair, (a, g), shares, strict=True)
         ]
     inverses, info, _ = ops.damped_inverse(covariances, dampings)
     failed = torch.split(info != 0, [math.prod(c.shape[:-2]) for c in covariances])

@@ -409,7 +409,7 @@ def _damped(
     logdet: bool,
     out: Sequence[Tensor] | None,
 ) -> DampedInverses:
-    matrices = [m.detach() if m.requires_grad else m for m in matrices]
+    matrices = [_detached(matrix) for matrix in matrices]
     results = _contiguous_like(matrices) if out is None else list(out)
     like = matrices[0] if matrices else torch.empty(0)
     total = schema.number_of_matrices(matrices)
@@ -515,7 +515,7 @@ def _preconditioned(
     gradient_sides: Sequence[Tensor],
     out: Sequence[Tensor] | None,
 ) -> Preconditioned:
-    grads = [g.detach() if g.requires_grad else g for g in grads]
+    grads = [_detached(grad) for grad in grads]
     results = _contiguous_like(grads) if out is None else list(out)
     like = grads[0] if grads else torch.empty(0)
     inner = torch.zeros((), dtype=like.dtype, device=like.device)

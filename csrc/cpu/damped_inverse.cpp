@@ -39,22 +39,13 @@ std::vector<Matrix<T>> matrices_of(const std::vector<Tensor>& matrices,
     const int64_t batch_dims = x.dim() - 2, size = x.size(batch_dims);
     int64_t count = 1;
     for (int64_t d = 0; d < batch_dims; ++d) count *= x.size(d);
-    const T* data = static_cast<const T*>(x.const_data_ptr());
-    const Tensor& damped_by = damping[damping.size() == 1 ? 0 : i];
-    const T* shift = static_cast<const T*>(damped_by.const_data_ptr());
+    const Tensor& shift = damping[damping.size() == 1 ? 0 : i];
     T* result = static_cast<T*>(out[i].mutable_data_ptr());
     for (int64_t n = 0; n < count; ++n) {
-      int64_t offset = 0, shift_offset = 0, index = n;
-      for (int64_t d = batch_dims - 1; d >= 0; --d) {
-        const int64_t place = index % x.size(d);
-        index /= x.size(d);
-        offset += place * x.stride(d);
-        if (damped_by.dim() > 0) shift_offset += place * damped_by.stride(d);
-      }
       const auto entry = static_cast<int64_t>(all.size());
-      all.push_back({data + offset, size, x.stride(batch_dims), x.stride(batch_dims + 1),
-                     shift[shift_offset], result + n * size * size, infos + entry,
-                     logdets ? logdets + entry : nullptr});
+      all.push_back({entry_of<T>(x, batch_dims, n), size, x.stride(batch_dims),
+                     x.stride(batch_dims + 1), *entry_of<T>(shift, shift.dim(), n),
+                     result + n * size * size, infos + entry, logdets ? logdets + entry : nullptr});
     }
   }
   return all;

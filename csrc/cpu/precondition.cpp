@@ -38,12 +38,7 @@ struct Layer {
 template <typename T>
 Strided<T> matrix_of(const Tensor& tensor, int64_t index) {
   const int64_t dims = tensor.dim();
-  const T* data = static_cast<const T*>(tensor.const_data_ptr());
-  for (int64_t d = dims - 3; d >= 0; --d) {
-    data += index % tensor.size(d) * tensor.stride(d);
-    index /= tensor.size(d);
-  }
-  return {data, tensor.stride(dims - 2), tensor.stride(dims - 1)};
+  return {entry_of<T>(tensor, dims - 2, index), tensor.stride(dims - 2), tensor.stride(dims - 1)};
 }
 
 template <typename T>

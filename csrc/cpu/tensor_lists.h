@@ -37,6 +37,17 @@ inline bool is_vector(const Tensor& tensor, int64_t size) {
   return tensor.dim() == 1 && tensor.size(0) == size;
 }
 
+// The entry `index` of the first `dims` dimensions of a stack.
+template <typename T>
+const T* entry_of(const Tensor& tensor, int64_t dims, int64_t index) {
+  const T* data = static_cast<const T*>(tensor.const_data_ptr());
+  for (int64_t d = dims - 1; d >= 0; --d) {
+    data += index % tensor.size(d) * tensor.stride(d);
+    index /= tensor.size(d);
+  }
+  return data;
+}
+
 // Tensors of one dtype, or another that is named, on the CPU, of which what is written shares
 // memory with nothing else.
 class ListCheck {
