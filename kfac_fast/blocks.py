@@ -5,33 +5,51 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Literal
 
 from torch import Tensor, nn
 
-from kfac_fast.factors import Factor
+from kfac_fast.eigenbases import Eigenbasis, eigenvalues
+from kfac_fast.factors import Factor, RunningAverage
 from kfac_fast.grafting import AdamNorm
+from kfac_fast.inverses import Inverse
 from kfac_fast.layers import RULES, Approximation, Layer
 from kfac_fast.schema import result_dtype
 
 Sum = tuple[Tensor, int]
 """Outer products added up, and the number of terms to average them over."""
-Part = Factor | AdamNorm
+Form = Literal["inverse", "eigenbasis", "corrected"]
+Part = RunningAverage | Inverse | Eigenbasis | AdamNorm
 """What a block saves."""
 
 
 class Block:
     """A layer with its factors and the sums that the current step's batches have added up.
 
+    Args:
+        layer: The layer's rule.
+        form: What the factors are applied as: damped inverses, or eigenbases with the factors' own
+            or with corrected eigenvalues.
+
     Attributes:
         layer: The layer's rule.
-        factors: Running (input, gradient) covariances; None before the first batch.
+        form: As given.
+        factors: Running covariances, as the layer names them; empty before the first batch.
+        inverses: Damped inverse of each factor; empty with eigenbases.
+        bases: Eigenbasis of each factor; empty with inverses.
+        correction: Running average of the corrected eigenvalues in the present eigenbases; None if
+            they are not corrected.
         norm: Adam's step length; None if not grafted, or before the first step.
         counted_pass: The last forward pass of the model whose loss terms are counted.
     """
 
-    def __init__(self, layer: Layer) -> None:
+    def __init__(self, layer: Layer, form: Form = "inverse") -> None:
         self.layer = layer
-        self.factors: tuple[Factor, Factor] | None = None
+        self.form: Form = form
+        self.factors: tuple[Factor, ...] = ()
+        self.inverses: tuple[Inverse, ...] = ()
+        self.bases: tuple[Eigenbasis, ...] = ()
+        self.correction: RunningAverage | None = None
         self.norm: AdamNorm | None = None
         self.counted_pass = 0
         self._sums: tuple[Sum, Sum] | None = None
@@ -59,8 +77,8 @@ class Block:
             return
         (inputs, count), (gradients, terms) = self._sums
         batches = inputs / count, gradients / terms if reduction == "mean" else gradients
-        if self.factors is None:
-            self.factors = Factor(batches[0]), Factor(batches[1])
+        if not self.factors:
+            self._begin(batches)
         for factor, batch in zip(self.factors, batches, strict=True):
             factor.update(batch, decay)
         self.forget()
@@ -69,11 +87,28 @@ class Block:
         """Drop what the current step's batches have added."""
         self._sums, self.counted_pass = None, 0
 
+    def restart_correction(self) -> None:
+        """Forget the corrected eigenvalues, because the eigenbases are other ones."""
+        if self.correction is not None:
+            self.correction = RunningAverage(self.correction.total)
+
+    def _begin(self, covariances: Sequence[Tensor]) -> None:
+        self.factors = tuple(Factor(covariance) for covariance in covariances)
+        if self.form == "inverse":
+            self.inverses = tuple(Inverse(covariance) for covariance in covariances)
+            return
+        self.bases = tuple(Eigenbasis(covariance) for covariance in covariances)
+        if self.form == "corrected":
+            self.correction = RunningAverage(eigenvalues(self.bases, None))
+
     def parts(self) -> dict[str, Part]:
         """What has a state, by the names that it is saved under."""
-        parts: dict[str, Part] = {}
-        if self.factors is not None:
-            parts["input"], parts["gradient"] = self.factors
+        names = list(self.layer.factor_shapes())
+        parts: dict[str, Part] = dict(zip(names, self.factors, strict=False))
+        parts |= {f"{n}_inverse": part for n, part in zip(names, self.inverses, strict=False)}
+        parts |= {f"{n}_basis": part for n, part in zip(names, self.bases, strict=False)}
+        if self.correction is not None:
+            parts["correction"] = self.correction
         if self.norm is not None:
             parts["norm"] = self.norm
         return parts
@@ -90,24 +125,27 @@ class Block:
         Raises:
             ValueError: If a part, a field or a shape does not fit the layer.
         """
-        if set(state) - {"norm"} not in (set(), {"input", "gradient"}):
-            raise ValueError(
-                f"load_state_dict: {self.layer.name} must hold input and gradient or neither, "
-                f"got {sorted(state)}"
-            )
-        block = Block(self.layer)
-        weight = self.layer.weight_matrix(self.layer.weight.detach())
-        *groups, outputs, inputs = weight.shape
-        inputs += self.layer.has_bias
-        dtype = result_dtype(weight.dtype)
-        if "input" in state:
-            a, g = (weight.new_empty(*groups, n, n, dtype=dtype) for n in (inputs, outputs))
-            block.factors = Factor(a), Factor(g)
+        block = Block(self.layer, self.form)
+        like = self.layer.weight_matrix(self.layer.weight.detach())
+        like = like.new_empty((), dtype=result_dtype(like.dtype))
+        if set(state) - {"norm"}:
+            block._begin([like.new_empty(shape) for shape in self.layer.factor_shapes().values()])
         if "norm" in state:
-            block.norm = AdamNorm(weight.new_empty(*groups, outputs, inputs, dtype=dtype))
-        for name, part in block.parts().items():
+            block.norm = AdamNorm(like.new_empty(self.layer.matrix_shape()))
+        parts = block.parts()
+        if parts.keys() != state.keys():
+            raise ValueError(
+                f"load_state_dict: {self.layer.name} must hold {sorted(parts)}, got {sorted(state)}"
+            )
+        for name, part in parts.items():
             _restore(part, state[name], f"{self.layer.name}.{name}")
         return block
+
+    def replace(self, other: Block) -> None:
+        """Take over the parts of a block of the same layer, and forget the current step."""
+        self.forget()
+        self.factors, self.inverses, self.bases = other.factors, other.inverses, other.bases
+        self.correction, self.norm = other.correction, other.norm
 
 
 def _restore(part: Part, saved: dict[str, Tensor], where: str) -> None:
@@ -131,7 +169,7 @@ def _plus(total: Sum, term: Sum) -> Sum:
 
 
 def find_blocks(
-    model: nn.Module, approx: Approximation, skip: Sequence[str]
+    model: nn.Module, approx: Approximation, skip: Sequence[str], form: Form = "inverse"
 ) -> tuple[list[Block], dict[str, str]]:
     """The blocks of a model's layers, and why each other module that owns parameters has none.
 
@@ -139,6 +177,7 @@ def find_blocks(
         model: The model.
         approx: ``"expand"`` or ``"reduce"``.
         skip: Regular expressions, searched for in qualified and in class names.
+        form: As for :class:`Block`.
 
     Returns:
         The blocks in the model's order, and reasons by qualified name.
@@ -168,7 +207,7 @@ def find_blocks(
         if reason is not None:
             left_alone[name] = reason
             continue
-        blocks.append(Block(RULES[type(module)](name, module, approx)))
+        blocks.append(Block(RULES[type(module)](name, module, approx), form))
     kinds = {(b.layer.weight.device, result_dtype(b.layer.weight.dtype)) for b in blocks}
     if len(kinds) > 1:
         raise ValueError(f"KFAC: layers must be on one device and of one precision, got {kinds}")

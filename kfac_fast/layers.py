@@ -111,6 +111,16 @@ class Layer(ABC):
         """The parameters that this layer preconditions."""
         return [self.weight] if self.bias is None else [self.weight, self.bias]
 
+    def matrix_shape(self) -> tuple[int, ...]:
+        """Shape of :meth:`gradient_matrix`."""
+        *rest, inputs = self.weight_matrix(self.weight.detach()).shape
+        return (*rest, inputs + self.has_bias)
+
+    def factor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of each factor, in the order in which they are formed and applied."""
+        *groups, outputs, inputs = self.matrix_shape()
+        return {"input": (*groups, inputs, inputs), "gradient": (*groups, outputs, outputs)}
+
     def gradient_matrix(self, dtype: torch.dtype) -> Tensor:
         """The ``.grad`` of the parameters as ``[(groups,) out, in (+ 1)]``, zero if None."""
         grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters()]

@@ -11,26 +11,32 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from kfac_fast import ops
-from kfac_fast.blocks import find_blocks
+from kfac_fast.blocks import Block, Form, find_blocks
 from kfac_fast.capture import Capture
 from kfac_fast.curvature import Fisher, check_sampled_loss, sampled_loss
-from kfac_fast.factors import DampingMode, refresh_inverses
+from kfac_fast.eigenbases import apply_eigenbases, refresh_eigenbases
 from kfac_fast.grafting import AdamNorm
+from kfac_fast.inverses import apply_inverses, refine_inverses, refresh_inverses
 from kfac_fast.layers import Approximation
 
+DampingMode = Literal["factored", "plain", "exact"]
 Schedule = float | Callable[[int], float]
-STATE_VERSION = 2
+STATE_VERSION = 3
 SAVED_OPTIONS = ("approx", "fisher", "loss_reduction")
 
 _CHOICES = {
     "approx": ("expand", "reduce"),
     "fisher": ("empirical", "mc"),
     "loss_reduction": ("mean", "sum"),
-    "damping_mode": ("factored", "plain"),
+    "damping_mode": ("factored", "plain", "exact"),
     "grafting": (None, "adam"),
 }
-_COUNTS = ("loss_terms_per_example", "accumulation_steps", "mc_samples")
+_COUNTS = {  # least value
+    "loss_terms_per_example": 1,
+    "accumulation_steps": 1,
+    "mc_samples": 1,
+    "refinement_steps": 0,
+}
 _BOUNDS = {  # lowest value, and the value to stay below
     "damping": (0, math.inf),
     "factor_decay": (0, 1),
@@ -86,10 +92,18 @@ class KFAC:
             ``.grad``.
         mc_samples: Draws of labels in each :meth:`update_curvature`.
         damping: Tikhonov damping :math:`\lambda` (*schedule*).
-        damping_mode: ``"factored"`` as above, or ``"plain"``: :math:`\lambda` on each factor.
+        damping_mode: ``"factored"`` as above; ``"plain"``: :math:`\lambda` on each factor;
+            ``"exact"``: :math:`\lambda` on the Kronecker product, in its eigenbasis. Under it the
+            damping acts at once, not at the next refresh, and refreshes are eigendecompositions:
+            dearer than inverses, and the host waits for them.
+        eigenvalue_correction: With exact damping, take the average squared gradient in the
+            eigenbasis for its eigenvalues (EKFAC), from the first update of the factors after each
+            refresh on.
         factor_decay: Weight of the past in the factors' running averages, in [0, 1) (*schedule*).
         factor_update_steps: Steps between updates of the factors (*schedule*).
-        inverse_update_steps: Steps between refreshes of the inverses (*schedule*).
+        inverse_update_steps: Steps between refreshes of the inverses or eigenbases (*schedule*).
+        refinement_steps: Newton-Schulz iterations by which the inverses follow each update of the
+            factors between refreshes, see :func:`kfac_fast.inverses.refine_inverses`.
         kl_clip: Bound :math:`\kappa` on the step's squared length in the Fisher metric
             (*schedule*): all layers are scaled by :math:`\nu = \min(1, \sqrt{\kappa / (\eta^2 \sum
             \langle V, P V \rangle)})`.
@@ -121,9 +135,11 @@ class KFAC:
         mc_samples: int = 1,
         damping: Schedule = 1e-3,
         damping_mode: DampingMode = "factored",
+        eigenvalue_correction: bool = False,
         factor_decay: Schedule = 0.95,
         factor_update_steps: Schedule = 10,
         inverse_update_steps: Schedule = 100,
+        refinement_steps: int = 0,
         kl_clip: Schedule | None = None,
         learning_rate: float | None = None,
         grafting: Literal["adam"] | None = None,
@@ -138,15 +154,20 @@ class KFAC:
         self.mc_samples = mc_samples
         self.damping = damping
         self.damping_mode = damping_mode
+        self.eigenvalue_correction = eigenvalue_correction
         self.factor_decay = factor_decay
         self.factor_update_steps = factor_update_steps
         self.inverse_update_steps = inverse_update_steps
+        self.refinement_steps = refinement_steps
         self.kl_clip = kl_clip
         self.learning_rate = learning_rate
         self.grafting = grafting
         self.steps = 0
         self._check_options()
-        self._blocks, self._left_alone = find_blocks(model, approx, skip)
+        form: Form = "inverse"
+        if damping_mode == "exact":
+            form = "corrected" if eigenvalue_correction else "eigenbasis"
+        self._blocks, self._left_alone = find_blocks(model, approx, skip, form)
         self._optimizer_hook: RemovableHandle | None = None
         self._capture = Capture(
             model,
@@ -164,10 +185,20 @@ class KFAC:
                 raise ValueError(
                     f"KFAC: {option} must be one of {choices}, got {getattr(self, option)!r}"
                 )
-        for option in _COUNTS:
+        for option, least in _COUNTS.items():
             count = getattr(self, option)
-            if not isinstance(count, int) or count < 1:
-                raise ValueError(f"KFAC: {option} must be a positive int, got {count!r}")
+            if not isinstance(count, int) or count < least:
+                raise ValueError(f"KFAC: {option} must be an int from {least}, got {count!r}")
+        exact = self.damping_mode == "exact"
+        if self.eigenvalue_correction and not exact:
+            raise ValueError(
+                "KFAC: eigenvalue_correction must be False unless damping_mode is 'exact', got True"
+            )
+        if self.refinement_steps and exact:
+            raise ValueError(
+                "KFAC: refinement_steps must be 0 with damping_mode 'exact', which has no "
+                f"inverses, got {self.refinement_steps}"
+            )
         self._check_schedules()
         if self.kl_clip is not None and (self.learning_rate is None or not self.learning_rate > 0):
             raise ValueError(
@@ -263,36 +294,48 @@ class KFAC:
         self.steps += 1
 
     def _untouched(self) -> bool:
-        return self._due("factor_update_steps") and all(
-            block.factors is None for block in self._blocks
-        )
+        return self._due("factor_update_steps") and not any(b.factors for b in self._blocks)
 
     def _update_factors(self) -> None:
-        new = [block for block in self._blocks if block.factors is None]
-        if self._due("factor_update_steps"):
+        had_factors = [bool(block.factors) for block in self._blocks]
+        update = self._due("factor_update_steps")
+        if update:
             for block in self._blocks:
                 block.update(self._now("factor_decay"), self.loss_reduction)
-        if self._due("inverse_update_steps") or any(block.factors is not None for block in new):
-            pairs = [block.factors for block in self._blocks if block.factors is not None]
-            refresh_inverses(pairs, self._now("damping"), self.damping_mode)
+        known = [block for block in self._blocks if block.factors]
+        if self._due("inverse_update_steps") or len(known) > sum(had_factors):
+            self._refresh(known)
+        elif update and self.refinement_steps:
+            layers = [(block.factors, block.inverses) for block in known]
+            mode, steps = self.damping_mode, self.refinement_steps
+            refine_inverses(layers, self._now("damping"), mode, steps=steps)
+
+    def _refresh(self, blocks: Sequence[Block]) -> None:
+        if self.damping_mode != "exact":
+            layers = [(block.factors, block.inverses) for block in blocks]
+            refresh_inverses(layers, self._now("damping"), self.damping_mode)
+            return
+        refresh_eigenbases([(block.factors, block.bases) for block in blocks])
+        for block in blocks:
+            block.restart_correction()
 
     def _precondition(self) -> None:
-        ready = [
-            (block, block.factors)
-            for block in self._blocks
-            if block.factors is not None and block.layer.weight.grad is not None
-        ]
+        ready = [b for b in self._blocks if b.factors and b.layer.weight.grad is not None]
         if not ready:
             return
-        grads = [block.layer.gradient_matrix(factors[0].inverse.dtype) for block, factors in ready]
-        inputs = [factors[0].inverse for _, factors in ready]
-        gradients = [factors[1].inverse for _, factors in ready]
-        directions, inner_product = ops.precondition(grads, inputs, gradients)
+        grads = [block.layer.gradient_matrix(block.factors[0].total.dtype) for block in ready]
+        if self.damping_mode == "exact":
+            corrections = [block.correction for block in ready]
+            bases = [block.bases for block in ready]
+            applied = apply_eigenbases(grads, bases, corrections, self._now("damping"))
+        else:
+            applied = apply_inverses(grads, [block.inverses for block in ready])
+        directions, inner_product = applied
         if self.kl_clip is not None and self.learning_rate is not None:
             bound = self._now("kl_clip") / self.learning_rate**2
             scale = (bound / inner_product.clamp(min=0)).sqrt().nan_to_num(nan=1.0).clamp(max=1)
             torch._foreach_mul_(directions, scale)
-        for (block, _), grad, direction in zip(ready, grads, directions, strict=True):
+        for block, grad, direction in zip(ready, grads, directions, strict=True):
             if self.grafting is not None:
                 if block.norm is None:
                     block.norm = AdamNorm(grad)
@@ -369,13 +412,14 @@ class KFAC:
         lines = [f"K-FAC {self.approx}, {self.fisher} Fisher, {self.steps} steps"]
         for block in self._blocks:
             layer = block.layer
-            shape = "no factors yet"
-            if block.factors is not None:
-                a, g = block.factors
-                sizes = f"A {list(a.total.shape)}  G {list(g.total.shape)}"
-                skipped, failed = int(a.skipped + g.skipped), int(a.failed + g.failed)
-                shape = f"{sizes}  updates skipped {skipped}  inverses failed {failed}"
-            lines.append(f"  {layer.name or '(model)'}: {type(layer.module).__name__}  {shape}")
+            state = "no factors yet"
+            if block.factors:
+                named = zip(layer.factor_shapes(), block.factors, strict=True)
+                shapes = "  ".join(f"{name} {list(f.total.shape)}" for name, f in named)
+                skipped = sum(int(factor.skipped) for factor in block.factors)
+                failed = sum(int(i.failed) for i in block.inverses or block.bases)
+                state = f"{shapes}  updates skipped {skipped}  inverses failed {failed}"
+            lines.append(f"  {layer.name or '(model)'}: {type(layer.module).__name__}  {state}")
         lines += [
             f"  {name or '(model)'}: left alone, {reason}"
             for name, reason in self._left_alone.items()
@@ -442,5 +486,4 @@ class KFAC:
         self.steps = state["steps"]
         self._capture.forget()
         for block, saved in zip(self._blocks, restored, strict=True):
-            block.forget()
-            block.factors, block.norm = saved.factors, saved.norm
+            block.replace(saved)

@@ -13,6 +13,7 @@ from oracle import CONVOLUTIONS, TRANSPOSED, outer_sum, patches, with_bias
 from torch import Tensor, nn
 
 from kfac_fast import KFAC
+from kfac_fast.factors import Factor
 
 LAYERS = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED)
 Factors = tuple[Tensor, Tensor]
@@ -153,14 +154,23 @@ def plain_covariances(
     return {name: factors(of, approx, divisor) for name, of in calls.items()}
 
 
+def averaged(*covariances: Tensor) -> tuple[Factor, ...]:
+    """Factors whose running averages of two batches are these covariances."""
+    factors = tuple(Factor(covariance) for covariance in covariances)
+    for factor, covariance in zip(factors, covariances, strict=True):
+        factor.update(2 * covariance, 0.5)
+        factor.update(covariance / 2, 0.5)
+    return factors
+
+
 def covariances(kfac: KFAC) -> dict[str, Factors]:
     """Each layer's running averages, ``[groups, n, n]``."""
     return {
         block.layer.name: tuple(
-            factor.covariance().reshape(-1, *factor.total.shape[-2:]) for factor in block.factors
+            factor.mean().reshape(-1, *factor.total.shape[-2:]) for factor in block.factors
         )
         for block in kfac._blocks
-        if block.factors is not None
+        if block.factors
     }
 
 

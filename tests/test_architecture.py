@@ -24,6 +24,7 @@ ROOMS = [
     {"backends"},
     {"ops"},
     {"layers", "factors", "curvature", "grafting"},
+    {"inverses", "eigenbases"},
     {"blocks"},
     {"capture"},
     {"preconditioner"},

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kfac_fast import KFAC
 from kfac_fast.factors import Factor
+from kfac_fast.inverses import Inverse
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 fishers = pytest.mark.parametrize("fisher", ["empirical", "mc"])
@@ -25,8 +26,9 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
-def head_factor(kfac: KFAC) -> Factor:
-    return kfac._blocks[-1].factors[0]
+def head(kfac: KFAC) -> tuple[Factor, Inverse]:
+    """The input's side of the last layer."""
+    return kfac._blocks[-1].factors[0], kfac._blocks[-1].inverses[0]
 
 
 def updates(kfac: KFAC, model: Net, steps: int) -> tuple[list[int], list[int]]:
@@ -35,12 +37,12 @@ def updates(kfac: KFAC, model: Net, steps: int) -> tuple[list[int], list[int]]:
     total, inverse = None, None
     for step in range(steps):
         train_step(model, kfac, images(), torch.randint(3, (5,)))
-        factor = head_factor(kfac)
+        factor, own = head(kfac)
         if total is None or not torch.equal(factor.total, total):
             moved.append(step)
-        if factor.inverse is not inverse:
+        if own.matrix is not inverse:
             refreshed.append(step)
-        total, inverse = factor.total, factor.inverse
+        total, inverse = factor.total, own.matrix
     return moved, refreshed
 
 
@@ -67,7 +69,7 @@ def test_the_first_factors_of_a_layer_are_inverted_at_once() -> None:
         layer(torch.randn(5, 3)).square().mean().backward()
         kfac.step()
     for block in kfac._blocks:
-        assert not torch.equal(block.factors[0].inverse, torch.eye(4))
+        assert not torch.equal(block.inverses[0].matrix, torch.eye(4))
 
 
 def test_the_damping_and_the_decay_may_be_functions_of_the_step() -> None:
@@ -82,10 +84,10 @@ def test_the_damping_and_the_decay_may_be_functions_of_the_step() -> None:
         model(torch.randn(5, 3, dtype=torch.float64)).square().mean().backward()
         kfac.step()
         weight = decay * weight + 1 - decay
-        factor = head_factor(kfac)
+        factor, inverse = head(kfac)
         assert float(factor.weight) == pytest.approx(weight, rel=1e-14)
-        damped = factor.covariance() + damping * torch.eye(4).double()
-        assert_solved(factor.inverse, torch.linalg.inv(damped))
+        damped = factor.mean() + damping * torch.eye(4).double()
+        assert_solved(inverse.matrix, torch.linalg.inv(damped))
 
 
 def test_the_clip_may_be_a_function_of_the_step() -> None:
@@ -291,12 +293,12 @@ def test_a_schedule_out_of_bounds_stops_the_step_before_any_change() -> None:
     model = Net()
     kfac = preconditioner(model, damping=lambda step: -1.0 if step else 1e-2)
     train_step(model, kfac, images(), torch.randint(3, (5,)))
-    factors = [f for block in kfac._blocks for f in block.factors]
-    before = [(f.total, f.inverse) for f in factors]
+    parts = [part for block in kfac._blocks for part in block.parts().values()]
+    before = [[getattr(part, field) for field in part.STATE] for part in parts]
     with pytest.raises(ValueError, match="damping must be in .* got -1.0 at step 1"):
         train_step(model, kfac, images(), torch.randint(3, (5,)))
     assert kfac.steps == 1
-    after = [(f.total, f.inverse) for f in factors]
+    after = [[getattr(part, field) for field in part.STATE] for part in parts]
     assert all(
         a is b
         for old, new in zip(before, after, strict=True)
@@ -328,7 +330,7 @@ def test_the_summary_names_every_module_with_parameters() -> None:
     kfac.step()
     assert kfac.summary().splitlines() == [
         "K-FAC expand, empirical Fisher, 1 steps",
-        "  2: Linear  A [4, 4]  G [2, 2]  updates skipped 0  inverses failed 0",
+        "  2: Linear  input [4, 4]  gradient [2, 2]  updates skipped 0  inverses failed 0",
         "  0: left alone, skipped by pattern '^0$'",
         "  1: left alone, no rule for LayerNorm",
         "  3: left alone, its weight is frozen",
@@ -342,7 +344,7 @@ def test_a_failed_inverse_is_counted_in_the_summary() -> None:
     model(torch.zeros(4, 2, dtype=torch.float64)).square().sum().backward()
     kfac.step()
     assert "inverses failed 2" in kfac.summary()
-    assert torch.equal(head_factor(kfac).inverse, torch.eye(3).double())
+    assert torch.equal(head(kfac)[1].matrix, torch.eye(3).double())
 
 
 BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
@@ -351,10 +353,10 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"loss_reduction": "none"}, r"loss_reduction must be one of .*, got 'none'"),
     ({"damping_mode": None}, "damping_mode must be one of .*, got None"),
     ({"grafting": "sgd"}, r"grafting must be one of \(None, 'adam'\), got 'sgd'"),
-    ({"loss_terms_per_example": 0}, "loss_terms_per_example must be a positive int, got 0"),
-    ({"accumulation_steps": -1}, "accumulation_steps must be a positive int, got -1"),
-    ({"accumulation_steps": 1.5}, "accumulation_steps must be a positive int, got 1.5"),
-    ({"mc_samples": 0}, "mc_samples must be a positive int, got 0"),
+    ({"loss_terms_per_example": 0}, "loss_terms_per_example must be an int from 1, got 0"),
+    ({"accumulation_steps": -1}, "accumulation_steps must be an int from 1, got -1"),
+    ({"accumulation_steps": 1.5}, "accumulation_steps must be an int from 1, got 1.5"),
+    ({"mc_samples": 0}, "mc_samples must be an int from 1, got 0"),
     ({"damping": -1e-3}, r"damping must be in \[0, inf\), got -0.001 at step 0"),
     ({"damping": math.nan}, r"damping must be in \[0, inf\), got nan"),
     ({"damping": math.inf}, r"damping must be in \[0, inf\), got inf"),

@@ -1,0 +1,217 @@
+"""Eigenbases of the factors, in which the damping of the whole Kronecker product is exact.
+
+The gradient is rotated into the basis of Kronecker-factored eigenvectors, divided by the damped
+eigenvalues, and rotated back. The eigenvalues are the products of the factors' own, or, for EKFAC,
+the average squared gradients in that basis.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kfac_fast.factors import Factor, RunningAverage, multiply_sides
+
+LARGEST_STACKED = 256
+"""Larger matrices gain nothing from a common call."""
+
+
+class Eigendecomposition(NamedTuple):
+    r"""Eigenvectors and eigenvalues of symmetric matrices.
+
+    .. math:: M = Q \operatorname{diag}(s) \, Q^\top
+
+    Attributes:
+        vectors: :math:`Q`, one eigenvector a column, ``[*, n, n]``.
+        values: :math:`s`, ascending, ``[*, n]``.
+        valid: Bool of the batch shape: whether both are finite.
+    """
+
+    vectors: Tensor
+    values: Tensor
+    valid: Tensor
+
+
+def eigendecompositions(matrices: Sequence[Tensor]) -> list[Eigendecomposition]:
+    """Eigendecompositions of symmetric matrices of mixed sizes, in one call for each small size.
+
+    Equivalent to::
+
+        return [torch.linalg.eigh(m) for m in matrices]
+
+    A matrix on which the iteration does not converge is decomposed again in float64, with a
+    warning; one that fails there, too, is not valid. PyTorch's eigensolver makes the host wait for
+    the device.
+
+    Args:
+        matrices: Matrices ``[n, n]`` or stacked batches ``[*, n, n]``; only lower triangles are
+            read.
+
+    Returns:
+        One decomposition for each entry, in its dtype.
+    """
+    alike = defaultdict(list)
+    for index, matrix in enumerate(matrices):
+        size = matrix.shape[-1]
+        alike[(size, matrix.dtype) if size <= LARGEST_STACKED else index].append(index)
+    results: dict[int, Eigendecomposition] = {}
+    for indices in alike.values():
+        stacks = [matrices[i].reshape(-1, *matrices[i].shape[-2:]) for i in indices]
+        values, vectors = _eigh(torch.cat(stacks))
+        counts = [len(stack) for stack in stacks]
+        parts = zip(indices, vectors.split(counts), values.split(counts), strict=True)
+        for i, own_vectors, own_values in parts:
+            shape = matrices[i].shape
+            valid = own_vectors.isfinite().all(-1).all(-1) & own_values.isfinite().all(-1)
+            results[i] = Eigendecomposition(
+                own_vectors.reshape(shape),
+                own_values.reshape(shape[:-1]),
+                valid.reshape(shape[:-2]),
+            )
+    return [results[i] for i in range(len(matrices))]
+
+
+def _eigh(stack: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors of ``[count, n, n]``; NaN where there are none."""
+    try:
+        values, vectors = torch.linalg.eigh(stack)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        if len(stack) > 1:
+            parts = [_eigh(matrix[None]) for matrix in stack]
+            return torch.cat([v for v, _ in parts]), torch.cat([q for _, q in parts])
+        if stack.dtype == torch.float64:
+            return torch.full_like(stack[..., 0], math.nan), torch.full_like(stack, math.nan)
+        size = stack.shape[-1]
+        warnings.warn(
+            f"the eigendecomposition of a {size} x {size} matrix did not converge in "
+            f"{stack.dtype}; it is done again in torch.float64",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        values, vectors = _eigh(stack.double())
+    return values.to(stack.dtype), vectors.to(stack.dtype)
+
+
+class Eigenbasis:
+    """The eigendecomposition of one factor.
+
+    Attributes:
+        vectors: As of the last refresh, ``[*, n, n]``; the identity before it. That of a diagonal
+            factor is the identity always, and given by its diagonal, ``[n]``.
+        values: Eigenvalues, ``[*, n]``, none of them negative; one before the first refresh.
+        failed: Refreshes that kept a previous basis, one count for each matrix that has none.
+    """
+
+    STATE = ("vectors", "values", "failed")
+
+    def __init__(self, like: Tensor) -> None:
+        size = like.shape[-1]
+        identity = torch.eye(size, dtype=like.dtype, device=like.device)
+        self.vectors = (
+            torch.ones_like(like) if like.dim() == 1 else identity.expand_as(like).clone()
+        )
+        self.values = like.new_ones(like.shape if like.dim() == 1 else like.shape[:-1])
+        self.failed = torch.zeros((), dtype=torch.int64, device=like.device)
+
+    def replace(self, new: Eigendecomposition, valid: Tensor) -> None:
+        """Take over the decompositions that are valid.
+
+        Args:
+            new: Decomposition of the factor.
+            valid: Bool of the batch shape.
+        """
+        if self.vectors.dim() > 1:
+            self.vectors = torch.where(valid[..., None, None], new.vectors, self.vectors)
+        values = new.values.clamp(min=0)  # a covariance has no negative ones but by rounding
+        self.values = torch.where(valid[..., None], values, self.values)
+
+
+Decomposed = tuple[Sequence[Factor], Sequence[Eigenbasis]]
+"""A layer's factors, (input, gradient) or a single one for both, and their eigenbases."""
+
+
+def refresh_eigenbases(layers: Sequence[Decomposed]) -> None:
+    """Refresh the eigenbases of all layers' factors.
+
+    A layer takes over new bases only if all of its own are valid, as
+    :func:`kfac_fast.inverses.refresh_inverses` does with inverses.
+
+    Args:
+        layers: The factors of each layer, and their eigenbases.
+    """
+    covariances = [factor.mean() for factors, _ in layers for factor in factors]
+    full = iter(eigendecompositions([c for c in covariances if c.dim() > 1]))
+    solved = iter([next(full) if c.dim() > 1 else _of_diagonal(c) for c in covariances])
+    for factors, bases in layers:
+        seen = torch.stack([factor.weight > 0 for factor in factors]).all()
+        own = [next(solved) for _ in factors]
+        valid = seen & torch.stack([new.valid for new in own]).all(0)
+        for basis, new in zip(bases, own, strict=True):
+            basis.replace(new, valid)
+            basis.failed = basis.failed + (seen & ~new.valid).sum()
+
+
+def _of_diagonal(covariance: Tensor) -> Eigendecomposition:
+    return Eigendecomposition(torch.ones_like(covariance), covariance, covariance.isfinite().all())
+
+
+def apply_eigenbases(
+    grads: Sequence[Tensor],
+    bases: Sequence[Sequence[Eigenbasis]],
+    corrections: Sequence[RunningAverage | None],
+    damping: float,
+) -> tuple[list[Tensor], Tensor]:
+    r"""Precondition all layers' gradients with the exactly damped Kronecker products.
+
+    .. math:: P = Q_G \frac{Q_G^\top V Q_A}{\Lambda + \lambda} Q_A^\top, \qquad
+        \Lambda = s_G s_A^\top
+
+    or :math:`\Lambda` the corrected eigenvalues, where there are any.
+
+    Args:
+        grads: Matrices :math:`V`, ``[*, out, in]``.
+        bases: (input, gradient) of each layer; a single one is the input's, of a gradient with one
+            row.
+        corrections: Running averages of each layer's corrected eigenvalues ``[*, out, in]``, or
+            None.
+        damping: :math:`\lambda`, above 0.
+
+    Returns:
+        The preconditioned gradients, and the sum of their inner products with the gradients.
+
+    Source: George et al. (2018), section 3.
+    """
+    right = [own[0].vectors for own in bases]
+    ones = [grad.new_ones(*grad.shape[:-2], 1, 1) for grad in grads]
+    left = [own[1].vectors if len(own) > 1 else one for own, one in zip(bases, ones, strict=True)]
+    rotated, _ = multiply_sides(grads, right, [side.mT for side in left])
+    scaled = []
+    inner = torch.zeros_like(ones[0]).sum() if ones else torch.zeros(())
+    for part, own, correction in zip(rotated, bases, corrections, strict=True):
+        scaled.append(part / (eigenvalues(own, correction) + damping))
+        inner = inner + (part * scaled[-1]).sum()
+    back = [side if side.dim() == 1 else side.mT for side in right]
+    return multiply_sides(scaled, back, left)[0], inner
+
+
+def eigenvalues(bases: Sequence[Eigenbasis], correction: RunningAverage | None) -> Tensor:
+    r"""Eigenvalues of a layer's block, ``[*, out, in]``.
+
+    Args:
+        bases: Its (input, gradient) bases, or a single one.
+        correction: Running average of the corrected eigenvalues, or None.
+
+    Returns:
+        The corrected eigenvalues once there are any, else the products :math:`s_G s_A^\top`.
+    """
+    inputs = bases[0].values[..., None, :]
+    products = bases[1].values[..., :, None] * inputs if len(bases) > 1 else inputs
+    if correction is None:
+        return products
+    return torch.where(correction.weight > 0, correction.mean(), products)

@@ -1,0 +1,194 @@
+"""Eigendecompositions of lists, and exact damping in the eigenbases against dense solves."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from oracle import assert_same, assert_within_budget, positive_definite
+from plain_kfac import assert_solved, averaged
+from torch import Tensor
+
+from kfac_fast.eigenbases import (
+    Eigenbasis,
+    apply_eigenbases,
+    eigendecompositions,
+    refresh_eigenbases,
+)
+from kfac_fast.factors import Factor, RunningAverage
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SHAPES = [(5, 5), (3, 4, 4), (5, 5), (300, 300), (1, 1), (300, 300)]
+Layer = tuple[tuple[Factor, ...], tuple[Eigenbasis, ...]]
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def layer_of(*covariances: Tensor) -> Layer:
+    return averaged(*covariances), tuple(Eigenbasis(covariance) for covariance in covariances)
+
+
+def dense(covariance: Tensor) -> Tensor:
+    return torch.diag(covariance) if covariance.dim() == 1 else covariance
+
+
+def exactly_damped(v: Tensor, a: Tensor, g: Tensor, damping: float) -> Tensor:
+    """``(G (x) A + damping I)^-1 vec(V)``."""
+    block = torch.kron(g, a)
+    damped = block + damping * torch.eye(len(block)).double()
+    return torch.linalg.solve(damped, v.flatten()).reshape(v.shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_lists_of_mixed_sizes_are_decomposed_as_one_by_one(dtype: torch.dtype) -> None:
+    matrices = [positive_definite(*shape) for shape in SHAPES]
+    results = eigendecompositions([matrix.to(dtype) for matrix in matrices])
+    for matrix, result in zip(matrices, results, strict=True):
+        rounded = matrix.to(dtype)
+        values, vectors = torch.linalg.eigh(rounded)
+        assert result.valid.all() and result.valid.shape == matrix.shape[:-2]
+        assert_within_budget(result.values, values, torch.linalg.eigvalsh(rounded.double()))
+        product, expected = (
+            (q.double() * s[..., None, :].double()) @ q.mT.double()
+            for q, s in ((result.vectors, result.values), (vectors, values))
+        )
+        assert_within_budget(product.to(dtype), expected.to(dtype), rounded.double())
+        identity = torch.eye(matrix.shape[-1]).double().expand_as(matrix)
+        orthogonal, expected = (q.double().mT @ q.double() for q in (result.vectors, vectors))
+        assert_within_budget(orthogonal.to(dtype), expected.to(dtype), identity)
+
+
+def failing_eigh(dtypes: set[torch.dtype], bad: Tensor) -> Any:
+    """PyTorch's eigensolver, but for a matrix on which it does not converge in some dtypes."""
+    eigh = torch.linalg.eigh
+
+    def solve(stack: Tensor) -> Any:
+        if stack.dtype in dtypes and any(torch.equal(m.float(), bad) for m in stack):
+            raise torch.linalg.LinAlgError("did not converge")
+        return eigh(stack)
+
+    return solve
+
+
+def test_what_does_not_converge_is_decomposed_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrices = [positive_definite(6, 6).float() for _ in range(3)]
+    monkeypatch.setattr(torch.linalg, "eigh", failing_eigh({torch.float32}, matrices[1]))
+    with pytest.warns(RuntimeWarning, match="6 x 6 .* torch.float32; .* again in torch.float64"):
+        results = eigendecompositions(matrices)
+    for matrix, result in zip(matrices, results, strict=True):
+        assert result.valid and result.vectors.dtype == torch.float32
+        product = (result.vectors.double() * result.values.double()) @ result.vectors.double().mT
+        bound = 64 * torch.finfo(torch.float32).eps * torch.linalg.matrix_norm(matrix.double())
+        assert torch.linalg.matrix_norm(product - matrix.double()) <= bound
+
+
+def test_what_does_not_converge_at_all_is_not_valid_and_its_neighbours_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    matrices = [positive_definite(4, 4).float() for _ in range(3)]
+    failing = failing_eigh({torch.float32, torch.float64}, matrices[1])
+    monkeypatch.setattr(torch.linalg, "eigh", failing)
+    with pytest.warns(RuntimeWarning):
+        results = eigendecompositions([torch.stack(matrices), matrices[2]])
+    assert results[0].valid.tolist() == [True, False, True] and results[1].valid
+    assert results[0].vectors[1].isnan().all()
+    assert torch.equal(results[0].values[2], results[1].values)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        layer = layer_of(torch.stack(matrices).mean(0), matrices[1])
+        layer[0][1].total, layer[0][1].weight = matrices[1], torch.tensor(1.0)
+        refresh_eigenbases([layer])
+    assert [int(basis.failed) for basis in layer[1]] == [0, 1]
+    for basis in layer[1]:  # both sides keep what they had
+        assert torch.equal(basis.vectors, torch.eye(4)) and torch.equal(basis.values, torch.ones(4))
+
+
+@pytest.mark.parametrize("diagonal", [False, True])
+@pytest.mark.parametrize("damping", [1e-3, 10.0])
+def test_exact_damping_is_that_of_the_dense_block(damping: float, diagonal: bool) -> None:
+    sides = [((5,) if diagonal else (5, 5), (3, 3)), ((2, 4, 4), (2, 3, 3)), ((1, 1), (6, 6))]
+    covariances = [
+        (torch.rand(5).double() if len(a) == 1 else positive_definite(*a), positive_definite(*g))
+        for a, g in sides
+    ]
+    layers = [layer_of(a, g) for a, g in covariances]
+    refresh_eigenbases(layers)
+    grads = [torch.randn(*g[:-1], a[-1]).double() for a, g in sides]
+    steps, inner = apply_eigenbases(grads, [bases for _, bases in layers], [None] * 3, damping)
+    total = 0.0
+    for v, step, (a, g) in zip(grads, steps, covariances, strict=True):
+        groups = zip(*(t.reshape(-1, *t.shape[-2:]) for t in (v, dense(a), g)), strict=True)
+        expected = torch.stack([exactly_damped(*group, damping) for group in groups])
+        assert_solved(step.reshape(expected.shape), expected)
+        total += float((v * step).sum())
+    assert float(inner) == pytest.approx(total, rel=1e-12)
+
+
+def test_a_single_factor_is_damped_as_a_whole() -> None:
+    joint = positive_definite(4, 2, 2)
+    layer = layer_of(joint)
+    refresh_eigenbases([layer])
+    grad = torch.randn(4, 1, 2).double()
+    (step,), inner = apply_eigenbases([grad], [layer[1]], [None], 0.1)
+    expected = torch.linalg.solve(joint + 0.1 * torch.eye(2).double(), grad.mT).mT
+    assert_solved(step, expected)
+    assert_same(inner, (step * grad).sum())
+
+
+def test_corrected_eigenvalues_replace_the_products_once_there_are_any() -> None:
+    a, g, v = positive_definite(4, 4), positive_definite(3, 3), torch.randn(3, 4).double()
+    layer = layer_of(a, g)
+    refresh_eigenbases([layer])
+    correction = RunningAverage(v)
+    (before,), _ = apply_eigenbases([v], [layer[1]], [correction], 0.1)
+    assert_solved(before, exactly_damped(v, a, g, 0.1))
+    corrected = torch.rand(3, 4).double()
+    correction.update(corrected, 0.9)
+    (after,), inner = apply_eigenbases([v], [layer[1]], [correction], 0.1)
+    basis = torch.kron(layer[1][1].vectors, layer[1][0].vectors)
+    block = (basis * (corrected.flatten() + 0.1)) @ basis.mT
+    assert_solved(after, torch.linalg.solve(block, v.flatten()).reshape(3, 4))
+    assert_same(inner, (v * after).sum())
+
+
+def test_as_the_damping_grows_the_step_tends_to_the_gradient_over_it() -> None:
+    layer, v = (
+        layer_of(positive_definite(5, 5), positive_definite(3, 3)),
+        torch.randn(3, 5).double(),
+    )
+    refresh_eigenbases([layer])
+    errors = []
+    for damping in (1e4, 1e8):
+        (step,), _ = apply_eigenbases([v], [layer[1]], [None], damping)
+        errors.append(float((step * damping - v).norm() / v.norm()))
+    assert errors[0] < 1e-2
+    assert errors[1] == pytest.approx(errors[0] / 1e4, rel=0.05)
+
+
+def test_a_singular_covariance_has_no_negative_eigenvalues() -> None:
+    row = torch.randn(1, 40)
+    layer = layer_of(row.mT @ row, torch.eye(2))
+    refresh_eigenbases([layer])
+    assert (layer[1][0].values >= 0).all() and math.isclose(
+        float(layer[1][0].values.sum()), float(row.square().sum()), rel_tol=1e-5
+    )
+
+
+def test_a_refresh_before_the_first_finite_batch_keeps_the_identity() -> None:
+    a = torch.full((3, 3), math.nan)
+    factor, basis = Factor(a), Eigenbasis(a)
+    factor.update(a, 0.9)
+    refresh_eigenbases([((factor,), (basis,))])
+    assert torch.equal(basis.vectors, torch.eye(3)) and basis.failed == 0
+
+
+def test_no_layers_have_nothing_to_refresh() -> None:
+    refresh_eigenbases([])
+    assert eigendecompositions([]) == []
+    assert apply_eigenbases([], [], [], 1.0)[0] == []
