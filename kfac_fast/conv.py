@@ -214,6 +214,22 @@ class ConvGeometry:
             x, pads, mode="constant" if self.padding_mode == "zeros" else self.padding_mode
         )
 
+    def windows(self, x: Tensor) -> Tensor:
+        """Every patch, in a view of the framed input.
+
+        Args:
+            x: Input of shape ``[N, C, *spatial]``.
+
+        Returns:
+            Tensor of shape ``[N, C, *kernel, *output]``, whose windows overlap in memory.
+        """
+        framed = self.frame_input(x).contiguous()
+        batch, channel, *pixel = framed.stride()
+        taps = [step * spread for step, spread in zip(pixel, self.dilation, strict=True)]
+        moves = [step * move for step, move in zip(pixel, self.window_stride, strict=True)]
+        shape = (*framed.shape[:2], *self.kernel_size, *self.output_size(x.shape[2:]))
+        return framed.as_strided(shape, (batch, channel, *taps, *moves))
+
     @cached_property
     def _hash(self) -> int:
         return hash(self.arguments())

@@ -14,6 +14,7 @@ from collections.abc import Hashable
 from typing import Any, Literal, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kfac_fast import ops
@@ -46,8 +47,12 @@ class Layer(ABC):
         self.has_bias = isinstance(bias, nn.Parameter) and bias.requires_grad
 
     @abstractmethod
+    def batched(self, x: Tensor) -> Tensor:
+        """An input or output of the module with the batch in front, of 1 where there was none."""
+
     def examples(self, output: Tensor) -> int:
         """Number of examples in the batch that made this output; 1 for an unbatched one."""
+        return self.batched(output).shape[0]
 
     @abstractmethod
     def input_gram(self, x: Tensor, output: Tensor) -> tuple[Tensor, int]:
@@ -84,6 +89,59 @@ class Layer(ABC):
         Returns:
             Symmetric matrices, ``[(groups,) out, out]``.
         """
+
+    @abstractmethod
+    def rows(self, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs and output gradients in the weight-sharing format, copied for the purpose.
+
+        Args:
+            x: The module's input.
+            gradient: Gradient of the loss with respect to the module's output.
+
+        Returns:
+            Inputs ``[N, (groups,) S, in (+ 1)]`` and gradients ``[N, (groups,) S, out]``.
+        """
+
+    def squared_gradients(
+        self, x: Tensor, gradient: Tensor, right: Tensor, left: Tensor, scale: float
+    ) -> Tensor:
+        r"""``scale`` times the examples' squared weight gradients in a rotated basis, summed.
+
+        .. math:: \sum_n (L^\top \nabla_n R)^2, \qquad \nabla_n = \sum_s g_{n,s} \tilde a_{n,s}^\top
+
+        The gradients are formed for a few examples at a time, never in more memory than the input
+        and the output gradient of the layer take, or than one example needs. Whichever is cheaper
+        is rotated: the rows or the gradients.
+
+        Args:
+            x: The module's input.
+            gradient: Gradient of the loss with respect to the module's output.
+            right: Orthonormal basis :math:`R` of the inputs, ``[(groups,) in (+ 1), in (+ 1)]``.
+            left: Orthonormal basis :math:`L` of the outputs, ``[(groups,) out, out]``.
+            scale: Factor of the result.
+
+        Returns:
+            Sums, ``[(groups,) out, in (+ 1)]``.
+        """
+        *groups, outputs, inputs = self.matrix_shape()
+        total = right.new_zeros(*groups, outputs, inputs)
+        x, gradient = self.batched(x), self.batched(gradient)
+        positions = gradient[0].numel() // (outputs * math.prod(groups))
+        rotates_rows = positions * (inputs**2 + outputs**2) <= inputs * outputs * (inputs + outputs)
+        needed = math.prod(groups) * (positions * (inputs + outputs) + inputs * outputs)
+        together = max(1, (x.numel() + gradient.numel()) // needed)
+        for examples in zip(x.split(together), gradient.split(together), strict=True):
+            a, g = (rows.to(right.dtype) for rows in self.rows(*examples))
+            if rotates_rows:
+                a, g = a @ right, g @ left
+            if positions == 1:
+                total += torch.einsum("n...so,n...si->...oi", g.square(), a.square())
+                continue
+            products = g.mT @ a
+            if not rotates_rows:
+                products = left.mT @ products @ right
+            total += products.square().sum(0)
+        return total.mul_(scale)
 
     @abstractmethod
     def weight_matrix(self, weight: Tensor) -> Tensor:
@@ -149,13 +207,13 @@ def _gradient_gram(rows: Tensor, approx: Approximation, groups: int, scale: floa
 class LinearLayer(Layer):
     """``nn.Linear`` on ``[N, *shared, in]``."""
 
-    def examples(self, output: Tensor) -> int:
-        """The first dimension."""
-        return output.shape[0] if output.dim() > 1 else 1
+    def batched(self, x: Tensor) -> Tensor:
+        """``[N, *shared, features]``."""
+        return x if x.dim() > 1 else x[None]
 
     def input_gram(self, x: Tensor, output: Tensor) -> tuple[Tensor, int]:
         """Rows under expand, their means over the shared positions under reduce."""
-        x = x if x.dim() > 1 else x[None]
+        x = self.batched(x)
         if self.approx == "expand" or x.dim() == 2:
             return ops.gram(x, bias=self.has_bias), math.prod(x.shape[:-1])
         return ops.shared_gram(x, reduction="mean", bias=self.has_bias), x.shape[0]
@@ -166,8 +224,15 @@ class LinearLayer(Layer):
 
     def gradient_gram(self, gradient: Tensor, scale: float) -> Tensor:
         """Rows under expand, their sums over the shared positions under reduce."""
-        gradient = gradient if gradient.dim() > 1 else gradient[None]
-        return _gradient_gram(gradient, self.approx, 1, scale)
+        return _gradient_gram(self.batched(gradient), self.approx, 1, scale)
+
+    def rows(self, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """The shared positions in one dimension."""
+        x, gradient = (
+            tensor.flatten(1, -2) if tensor.dim() > 2 else tensor[:, None]
+            for tensor in (x, gradient)
+        )
+        return F.pad(x, (0, int(self.has_bias)), value=1.0), gradient
 
     def weight_matrix(self, weight: Tensor) -> Tensor:
         """The weight itself."""
@@ -192,12 +257,9 @@ class ConvLayer(Layer):
         super().__init__(name, module, approx)
         self.groups = module.groups
 
-    def _batched(self, x: Tensor) -> Tensor:
+    def batched(self, x: Tensor) -> Tensor:
+        """``[N, C, *spatial]``."""
         return x if x.dim() == len(self.module.kernel_size) + 2 else x[None]
-
-    def examples(self, output: Tensor) -> int:
-        """The first dimension."""
-        return self._batched(output).shape[0]
 
     def _geometry(self) -> dict[str, Any]:
         """The module's, as arguments of an operator; without the output padding."""
@@ -217,7 +279,7 @@ class ConvLayer(Layer):
 
     def input_gram(self, x: Tensor, output: Tensor) -> tuple[Tensor, int]:
         """Patches under expand, their means over the output positions under reduce."""
-        x, output = self._batched(x), self._batched(output)
+        x, output = self.batched(x), self.batched(output)
         positions = math.prod(output.shape[2:])
         expand = self.approx == "expand"
         form = ops.conv_expand_gram if expand else ops.conv_reduce_gram
@@ -237,8 +299,18 @@ class ConvLayer(Layer):
 
     def gradient_gram(self, gradient: Tensor, scale: float) -> Tensor:
         """Output pixels under expand, their sums over the image under reduce."""
-        pixels = self._batched(gradient).movedim(1, -1)
+        pixels = self.batched(gradient).movedim(1, -1)
         return _gradient_gram(pixels, self.approx, self.groups, scale)
+
+    def rows(self, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """The patches, and the output's pixels."""
+        options = {**self._geometry(), "output_padding": self._output_padding(x, gradient)}
+        geometry = ConvGeometry.normalize(self.name, x.dim() - 2, **options)
+        groups = () if self.groups == 1 else (self.groups,)
+        positions = math.prod(gradient.shape[2:])
+        patches = geometry.windows(x).reshape(len(x), *groups, -1, positions).mT
+        pixels = gradient.reshape(len(x), *groups, -1, positions).mT
+        return F.pad(patches, (0, int(self.has_bias)), value=1.0), pixels
 
     def weight_matrix(self, weight: Tensor) -> Tensor:
         """``[C_out, C_in / g, *k]`` as ``[(g,) C_out / g, C_in / g * prod(k)]``."""

@@ -94,16 +94,6 @@ def shared_gram(
 # Convolutions: x, the geometry's arguments, bias, alpha, beta, out
 
 
-def _windows(x: Tensor, geometry: ConvGeometry, dtype: torch.dtype) -> Tensor:
-    """View of every patch, ``[N, C, *kernel, *output]``: overlapping windows of one buffer."""
-    framed = geometry.frame_input(x.to(dtype)).contiguous()
-    batch, channel, *pixel = framed.stride()
-    taps = [step * spread for step, spread in zip(pixel, geometry.dilation, strict=True)]
-    moves = [step * move for step, move in zip(pixel, geometry.window_stride, strict=True)]
-    shape = (*framed.shape[:2], *geometry.kernel_size, *geometry.output_size(x.shape[2:]))
-    return framed.as_strided(shape, (batch, channel, *taps, *moves))
-
-
 def _split(arguments: Sequence[Any]) -> tuple[ConvGeometry, bool, float, float, Tensor]:
     *geometry, bias, alpha, beta, out = arguments
     return ConvGeometry.from_arguments(*geometry), bias, alpha, beta, out
@@ -112,7 +102,7 @@ def _split(arguments: Sequence[Any]) -> tuple[ConvGeometry, bool, float, float, 
 def _window_sums(x: Tensor, geometry: ConvGeometry, bias: bool, dtype: torch.dtype) -> Tensor:
     """Patches summed over the output positions, ``[N, groups, d (+ 1)]``; a bias counts them."""
     positions = tuple(range(2 + geometry.dimensions, 2 + 2 * geometry.dimensions))
-    sums = _windows(x, geometry, dtype).sum(positions)
+    sums = geometry.windows(x.to(dtype)).sum(positions)
     sums = sums.reshape(len(x), geometry.groups, geometry.features(x.shape[1]))
     return F.pad(sums, (0, 1), value=math.prod(geometry.output_size(x.shape[2:]))) if bias else sums
 
@@ -120,7 +110,7 @@ def _window_sums(x: Tensor, geometry: ConvGeometry, bias: bool, dtype: torch.dty
 def conv_expand_gram(x: Tensor, *arguments: Any) -> None:
     """Gram of every patch; see :func:`kfac_fast.ops.conv_expand_gram`."""
     geometry, bias, alpha, beta, out = _split(arguments)
-    windows = _windows(x, geometry, out.dtype)
+    windows = geometry.windows(x.to(out.dtype))
     kernel = range(2, 2 + geometry.dimensions)
     positions = range(2 + geometry.dimensions, 2 + 2 * geometry.dimensions)
     features = geometry.features(x.shape[1])

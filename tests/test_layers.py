@@ -234,3 +234,45 @@ def test_half_precision_layers_have_float32_sums(
     for result, torch_result, ref64 in zip(*results, strict=True):
         assert result.dtype == torch.float32
         assert_within_budget(result, torch_result, ref64)
+
+
+def example_gradients(layer: Layer, x: Tensor, gradient: Tensor) -> Tensor:
+    """Every example's weight gradient by autograd, ``[N, groups, out, in (+ 1)]``."""
+    matrices = []
+    for example, weights in zip(x, gradient, strict=True):
+        layer.module.zero_grad()
+        (layer.module(example[None]) * weights[None]).sum().backward()
+        matrix = layer.gradient_matrix(torch.float64)
+        matrices.append(matrix.reshape(layer.groups, *matrix.shape[-2:]).clone())
+    return torch.stack(matrices)
+
+
+def assert_squares_are_of_the_examples_gradients(layer: Layer, x: Tensor) -> None:
+    gradient = torch.randn_like(layer.module(x))
+    expected = example_gradients(layer, x, gradient)
+    *groups, outputs, inputs = layer.matrix_shape()
+    right, left = (
+        torch.linalg.qr(torch.randn(*groups, n, n, dtype=torch.float64))[0]
+        for n in (inputs, outputs)
+    )
+    rotated = left.mT @ expected.reshape(len(x), *groups, outputs, inputs) @ right
+    result = layer.squared_gradients(x, gradient, right, left, 0.5)
+    assert_same(result, 0.5 * rotated.square().sum(0))
+
+
+@convolutions
+def test_a_convolutions_squared_gradients_are_those_of_autograd(case: Convolution) -> None:
+    layer, x = layer_of(case)
+    assert_squares_are_of_the_examples_gradients(layer, x)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shared", [(), (2,), (3, 5)], ids=["rows", "pair", "grid"])
+def test_a_linear_layers_squared_gradients_are_those_of_autograd(
+    shared: tuple[int, ...], bias: bool
+) -> None:
+    """With few positions the rows are rotated, with many the gradients."""
+    layer = rule(nn.Linear(3, 4, bias=bias, dtype=torch.float64))
+    assert_squares_are_of_the_examples_gradients(
+        layer, torch.randn(7, *shared, 3, dtype=torch.float64)
+    )
