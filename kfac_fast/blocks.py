@@ -1,22 +1,20 @@
-"""The blocks of a model: each preconditioned layer with its factors, and why others have none."""
+"""The blocks of a model: each preconditioned layer with its factors."""
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from kfac_fast.eigenbases import Eigenbasis, eigenvalues
 from kfac_fast.factors import Factor, RunningAverage
 from kfac_fast.grafting import AdamNorm
 from kfac_fast.inverses import Inverse
-from kfac_fast.layers import RULES, Approximation, Layer
+from kfac_fast.layers import Count, Layer
 from kfac_fast.schema import result_dtype
 
-Sum = tuple[Tensor, int]
+Sum = tuple[Tensor, Count]
 """Outer products added up, and the number of terms to average them over."""
 Form = Literal["inverse", "eigenbasis", "corrected"]
 Part = RunningAverage | Inverse | Eigenbasis | AdamNorm
@@ -26,13 +24,17 @@ Part = RunningAverage | Inverse | Eigenbasis | AdamNorm
 class Block:
     """A layer with its factors and the sums that the current step's batches have added up.
 
+    Layers that are tied, by one weight and one bias for all, are one block; their calls are like
+    several calls of one layer.
+
     Args:
-        layer: The layer's rule.
+        layers: The rules of all layers with the same weight and bias, mostly one.
         form: What the factors are applied as: damped inverses, or eigenbases with the factors' own
             or with corrected eigenvalues.
 
     Attributes:
-        layer: The layer's rule.
+        layers: As given.
+        layer: The first of them.
         form: As given.
         factors: Running covariances, as the layer names them; empty before the first batch.
         inverses: Damped inverse of each factor; empty with eigenbases.
@@ -43,8 +45,9 @@ class Block:
         counted_pass: The last forward pass of the model whose loss terms are counted.
     """
 
-    def __init__(self, layer: Layer, form: Form = "inverse") -> None:
-        self.layer = layer
+    def __init__(self, layers: Sequence[Layer], form: Form = "inverse") -> None:
+        self.layers = tuple(layers)
+        self.layer = self.layers[0]
         self.form: Form = form
         self.factors: tuple[Factor, ...] = ()
         self.inverses: tuple[Inverse, ...] = ()
@@ -52,18 +55,47 @@ class Block:
         self.correction: RunningAverage | None = None
         self.norm: AdamNorm | None = None
         self.counted_pass = 0
-        self._sums: tuple[Sum, Sum] | None = None
+        self._sums: tuple[Sum | None, Sum, Tensor | None] | None = None
 
     @property
     def pending(self) -> bool:
         """Whether the current step's batches have added anything."""
         return self._sums is not None
 
-    def add(self, inputs: Sum, gradients: Sum) -> None:
-        """Add one call's outer products of inputs and of output gradients, with their counts."""
+    def add(self, inputs: Sum | None, gradients: Sum, squares: Tensor | None = None) -> None:
+        """Add one call's sums.
+
+        Args:
+            inputs: Outer products of inputs and their count; None if the layer has a single factor.
+            gradients: Outer products of output gradients, and the number of the loss's terms.
+            squares: Squared gradients in the eigenbases, see :meth:`squared_gradients`.
+        """
         if self._sums is not None:
-            inputs, gradients = _plus(self._sums[0], inputs), _plus(self._sums[1], gradients)
-        self._sums = inputs, gradients
+            old_inputs, old_gradients, old_squares = self._sums
+            inputs = _plus(old_inputs, inputs)
+            gradients = _plus(old_gradients, gradients) or gradients
+            squares = squares if old_squares is None or squares is None else old_squares + squares
+        self._sums = inputs, gradients, squares
+
+    def squared_gradients(
+        self, layer: Layer, x: Tensor, gradient: Tensor, scale: float
+    ) -> Tensor | None:
+        """Sums of squared weight gradients in the eigenbases; None if there is nothing to correct.
+
+        Args:
+            layer: Which of the block's layers was called.
+            x: The module's input.
+            gradient: Gradient of the loss with respect to the module's output.
+            scale: Factor of the result.
+
+        Returns:
+            Of the shape of the layer's gradient matrix.
+        """
+        if self.correction is None:
+            return None
+        right = self.bases[0].vectors
+        left = self.bases[1].vectors if len(self.bases) > 1 else right.new_ones(len(right), 1, 1)
+        return layer.squared_gradients(x, gradient, right, left, scale)
 
     def update(self, decay: float, reduction: str) -> None:
         """Average the step's covariances, if there are any, into the factors and forget the sums.
@@ -75,12 +107,17 @@ class Block:
         """
         if self._sums is None:
             return
-        (inputs, count), (gradients, terms) = self._sums
-        batches = inputs / count, gradients / terms if reduction == "mean" else gradients
+        inputs, (gradients, terms), squares = self._sums
+        divisor = terms if reduction == "mean" else 1
+        batches = [gradients / divisor]
+        if inputs is not None:
+            batches.insert(0, inputs[0] / inputs[1])
         if not self.factors:
             self._begin(batches)
         for factor, batch in zip(self.factors, batches, strict=True):
             factor.update(batch, decay)
+        if self.correction is not None and squares is not None:
+            self.correction.update(squares / divisor, decay)
         self.forget()
 
     def forget(self) -> None:
@@ -125,8 +162,8 @@ class Block:
         Raises:
             ValueError: If a part, a field or a shape does not fit the layer.
         """
-        block = Block(self.layer, self.form)
-        like = self.layer.weight_matrix(self.layer.weight.detach())
+        block = Block(self.layers, self.form)
+        like = self.layer.weight
         like = like.new_empty((), dtype=result_dtype(like.dtype))
         if set(state) - {"norm"}:
             block._begin([like.new_empty(shape) for shape in self.layer.factor_shapes().values()])
@@ -164,91 +201,7 @@ def _restore(part: Part, saved: dict[str, Tensor], where: str) -> None:
         setattr(part, field, value.detach().to(own.device, own.dtype, copy=True))
 
 
-def _plus(total: Sum, term: Sum) -> Sum:
+def _plus(total: Sum | None, term: Sum | None) -> Sum | None:
+    if total is None or term is None:
+        return None
     return total[0] + term[0], total[1] + term[1]
-
-
-def find_blocks(
-    model: nn.Module, approx: Approximation, skip: Sequence[str], form: Form = "inverse"
-) -> tuple[list[Block], dict[str, str]]:
-    """The blocks of a model's layers, and why each other module that owns parameters has none.
-
-    Args:
-        model: The model.
-        approx: ``"expand"`` or ``"reduce"``.
-        skip: Regular expressions, searched for in qualified and in class names.
-        form: As for :class:`Block`.
-
-    Returns:
-        The blocks in the model's order, and reasons by qualified name.
-
-    Raises:
-        ValueError: If a pattern is no regular expression or matches no module, if no layer is left,
-            or the layers differ in device or precision.
-    """
-    patterns = _compiled(skip)
-    modules = [
-        (n, m) for n, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))
-    ]
-    for pattern in patterns:
-        if not any(_matches(pattern, name, module) for name, module in modules):
-            raise ValueError(
-                "KFAC: skip must match modules with parameters, "
-                f"got {pattern.pattern!r} that matches none"
-            )
-    blocks: list[Block] = []
-    left_alone: dict[str, str] = {}
-    holders: dict[nn.Parameter, list[str]] = defaultdict(list)
-    for name, module in modules:
-        for parameter in module.parameters(recurse=False):
-            holders[parameter].append(name)
-    for name, module in modules:
-        reason = _reason_against(name, module, patterns, holders)
-        if reason is not None:
-            left_alone[name] = reason
-            continue
-        blocks.append(Block(RULES[type(module)](name, module, approx), form))
-    kinds = {(b.layer.weight.device, result_dtype(b.layer.weight.dtype)) for b in blocks}
-    if len(kinds) > 1:
-        raise ValueError(f"KFAC: layers must be on one device and of one precision, got {kinds}")
-    if not blocks:
-        raise ValueError(f"KFAC: model must have a layer to precondition, got none: {left_alone}")
-    return blocks, left_alone
-
-
-def _compiled(skip: Sequence[str]) -> list[re.Pattern[str]]:
-    if isinstance(skip, str):
-        raise ValueError(f"KFAC: skip must be a sequence of patterns, got the string {skip!r}")
-    try:
-        return [re.compile(pattern) for pattern in skip]
-    except re.error as error:
-        raise ValueError(
-            f"KFAC: skip must hold regular expressions, got {error.pattern!r}: {error}"
-        ) from error
-
-
-def _matches(pattern: re.Pattern[str], name: str, module: nn.Module) -> bool:
-    return any(pattern.search(text) for text in (name, type(module).__name__))
-
-
-def _reason_against(
-    name: str,
-    module: nn.Module,
-    patterns: Sequence[re.Pattern[str]],
-    holders: dict[nn.Parameter, list[str]],
-) -> str | None:
-    """Why a module with parameters is not preconditioned, or None if it is."""
-    for pattern in patterns:
-        if _matches(pattern, name, module):
-            return f"skipped by pattern {pattern.pattern!r}"
-    if type(module) not in RULES:
-        return f"no rule for {type(module).__name__}"
-    if not isinstance(module.weight, nn.Parameter):
-        return "its weight is computed from other parameters"
-    if not module.weight.requires_grad:
-        return "its weight is frozen"
-    for parameter in module.parameters(recurse=False):
-        others = [other for other in holders[parameter] if other != name]
-        if others:
-            return f"shares a parameter with {', '.join(map(repr, others))}"
-    return None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, MutableMapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Mapping, MutableMapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,15 +15,24 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdRef, WeakTensorKeyDictionary
 
 from kfac_fast.blocks import Block, Sum
-from kfac_fast.layers import Layer
+from kfac_fast.layers import Layer, ProjectionCalls, ProjectionLayer
 
 
 class Call(NamedTuple):
     """A layer's call that waits for gradients of the loss on drawn labels."""
 
     block: Block
+    layer: Layer
+    x: Tensor | None
     output: GradientEdge
-    inputs: Sum
+    inputs: Sum | None
+
+    def sums(self, gradient: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
+        """Outer products of output gradients, and squared gradients in the eigenbases, if asked."""
+        gram = self.layer.gradient_gram(gradient, scale, self.x)
+        if self.x is None:
+            return gram, None
+        return gram, self.block.squared_gradients(self.layer, self.x, gradient, scale)
 
 
 class InputGrams:
@@ -36,10 +46,10 @@ class InputGrams:
     def __init__(self) -> None:
         # Only the tensor's latest state is kept, and no longer than the tensor: keys that are
         # addresses would be met again when memory is reused.
-        self._latest: MutableMapping[Tensor, tuple[Hashable, dict[Hashable, Sum]]]
+        self._latest: MutableMapping[Tensor, tuple[Hashable, dict[Hashable, Sum | None]]]
         self._latest = WeakTensorKeyDictionary()
 
-    def of(self, layer: Layer, x: Tensor, output: Tensor) -> Sum:
+    def of(self, layer: Layer, x: Tensor, output: Tensor) -> Sum | None:
         """The result of :meth:`Layer.input_gram`; it is shared, so nobody may change it.
 
         Args:
@@ -48,7 +58,7 @@ class InputGrams:
             output: The module's output.
 
         Returns:
-            The sum and the number of its terms.
+            The sum and the number of its terms; None if the layer has no factor of its inputs.
         """
         state = _state(x)
         if state is None:
@@ -120,9 +130,16 @@ class Capture:
         self._hooks: list[RemovableHandle] = [
             model.register_forward_pre_hook(begin, with_kwargs=True)
         ]
+        attention: dict[nn.Module, dict[ProjectionLayer, Block]] = defaultdict(dict)
         for block in blocks:
-            hook = self._layer_hook(block)
-            self._hooks.append(block.layer.module.register_forward_hook(hook, with_kwargs=True))
+            for layer in block.layers:
+                if isinstance(layer, ProjectionLayer):
+                    attention[layer.module][layer] = block
+                    continue
+                hook = self._layer_hook(block, layer)
+                self._hooks.append(layer.module.register_forward_hook(hook, with_kwargs=True))
+        for module, projections in attention.items():
+            self._hooks += self._attention_hooks(module, projections)
 
     @property
     def hooked(self) -> bool:
@@ -150,21 +167,29 @@ class Capture:
         """
         if not self.calls:
             return
-        grams: dict[int, Tensor] = {}
+        sums: dict[int, tuple[Tensor, Tensor | None]] = {}
         for _ in range(samples):
             total, terms = draw()
             edges = [call.output for call in self.calls]
             gradients = torch.autograd.grad(total, edges, retain_graph=True, allow_unused=True)
             for index, gradient in enumerate(gradients):
                 if gradient is not None:
-                    gram = self.calls[index].block.layer.gradient_gram(gradient, 1 / samples)
-                    grams[index] = gram if index not in grams else grams[index] + gram
+                    gram, squares = self.calls[index].sums(gradient, 1 / samples)
+                    if index in sums:
+                        old_gram, old_squares = sums[index]
+                        gram = old_gram + gram
+                        squares = (
+                            None
+                            if squares is None or old_squares is None
+                            else old_squares + squares
+                        )
+                    sums[index] = gram, squares
         counted: set[Block] = set()
-        for index, gram in grams.items():
-            block, _, inputs = self.calls[index]
-            block.add(inputs, (gram, 0 if block in counted else terms))
+        for index, (gram, squares) in sums.items():
+            block, inputs = self.calls[index].block, self.calls[index].inputs
+            block.add(inputs, (gram, 0 if block in counted else terms), squares)
             counted.add(block)
-        self.calls = [call for index, call in enumerate(self.calls) if index not in grams]
+        self.calls = [call for index, call in enumerate(self.calls) if index not in sums]
 
     def _begin_hook(self, model: nn.Module) -> Callable[..., None]:
         def begin(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -177,7 +202,31 @@ class Capture:
 
         return begin
 
-    def _layer_hook(self, block: Block) -> Callable[..., None]:
+    def _attention_hooks(
+        self, attention: nn.Module, blocks: Mapping[ProjectionLayer, Block]
+    ) -> list[RemovableHandle]:
+        """Hooks that look into an attention module for as long as its forward pass takes."""
+        open_calls: list[ProjectionCalls] = []
+
+        def take_down(layer: ProjectionLayer, x: Tensor, output: Tensor) -> None:
+            if output.requires_grad:
+                self._take_down(blocks[layer], layer, x, output)
+
+        def enter(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            if module is attention and torch.is_grad_enabled() and self._due():
+                open_calls.append(ProjectionCalls(list(blocks), take_down))
+                open_calls[-1].__enter__()  # type: ignore[no-untyped-call]
+
+        def leave(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            if module is attention and open_calls:
+                open_calls.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+        return [
+            attention.register_forward_pre_hook(enter),
+            attention.register_forward_hook(leave, always_call=True),
+        ]
+
+    def _layer_hook(self, block: Block, layer: Layer) -> Callable[..., None]:
         # A compiler's trace has neither memory nor a graph of gradients.
         why = "K-FAC takes down the tensors themselves"
         take_down = torch.compiler.disable(self._take_down, reason=why)
@@ -185,33 +234,34 @@ class Capture:
         def capture(
             module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor
         ) -> None:
-            ours = module is block.layer.module  # a deep copy of the model takes the hooks along
+            ours = module is layer.module  # a deep copy of the model takes the hooks along
             if ours and output.requires_grad and self._due():
-                take_down(block, inputs[0] if inputs else named["input"], output)
+                take_down(block, layer, inputs[0] if inputs else named["input"], output)
 
         return capture
 
-    def _take_down(self, block: Block, x: Tensor, output: Tensor) -> None:
+    def _take_down(self, block: Block, layer: Layer, x: Tensor, output: Tensor) -> None:
         """Form a call's sum of inputs, which waits for the gradients of its output."""
-        outer = self._input_grams.of(block.layer, x, output)
+        outer = self._input_grams.of(layer, x, output)
+        kept = x.detach() if layer.keeps_input or block.correction is not None else None
+        call = Call(block, layer, kept, get_gradient_edge(output), outer)
         if self._sampled:
-            self.calls.append(Call(block, get_gradient_edge(output), outer))
+            self.calls.append(call)
             return
         # Flattened tokens or windows come first in a layer, but are no examples.
-        examples = block.layer.examples(output)
+        examples = layer.examples(output)
         examples = examples if self._batch is None else min(examples, self._batch)
-        output.register_hook(partial(self._add, block, outer, examples, self._passes))
+        output.register_hook(partial(self._add, call, examples, self._passes))
 
-    def _add(
-        self, block: Block, inputs: Sum, examples: int, forward_pass: int, gradient: Tensor
-    ) -> None:
+    def _add(self, call: Call, examples: int, forward_pass: int, gradient: Tensor) -> None:
         """Add a call's outer products under the training loss."""
         if torch.is_grad_enabled():
             return  # a backward pass that is differentiated again is not that of the training loss
         terms = examples * self._terms_per_example
         scale = float(self._accumulation_steps * (terms if self._mean else 1))
         # A layer called twice in one pass sees the same terms of the loss twice.
+        block = call.block
         first_call = forward_pass == 0 or block.counted_pass != forward_pass
         block.counted_pass = forward_pass
-        gram = block.layer.gradient_gram(gradient, scale**2)
-        block.add(inputs, (gram, terms if first_call else 0))
+        gram, squares = call.sums(gradient, scale**2)
+        block.add(call.inputs, (gram, terms if first_call else 0), squares)

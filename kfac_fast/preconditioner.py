@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from kfac_fast.blocks import Block, Form, find_blocks
+from kfac_fast.blocks import Block, Form
 from kfac_fast.capture import Capture
 from kfac_fast.curvature import Fisher, check_sampled_loss, sampled_loss
 from kfac_fast.eigenbases import apply_eigenbases, refresh_eigenbases
 from kfac_fast.grafting import AdamNorm
 from kfac_fast.inverses import apply_inverses, refine_inverses, refresh_inverses
 from kfac_fast.layers import Approximation
+from kfac_fast.selection import find_blocks
 
 DampingMode = Literal["factored", "plain", "exact"]
 Schedule = float | Callable[[int], float]
@@ -320,7 +321,7 @@ class KFAC:
             block.restart_correction()
 
     def _precondition(self) -> None:
-        ready = [b for b in self._blocks if b.factors and b.layer.weight.grad is not None]
+        ready = [b for b in self._blocks if b.factors and b.layer.has_gradient]
         if not ready:
             return
         grads = [block.layer.gradient_matrix(block.factors[0].total.dtype) for block in ready]
@@ -400,8 +401,7 @@ class KFAC:
         Yields:
             Each weight and bias once.
         """
-        for block in self._blocks:
-            yield from block.layer.parameters()
+        yield from dict.fromkeys(p for block in self._blocks for p in block.layer.parameters())
 
     def summary(self) -> str:
         """What is preconditioned, what is not and why, with failures counted; waits for the device.

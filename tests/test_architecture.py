@@ -26,7 +26,7 @@ ROOMS = [
     {"layers", "factors", "curvature", "grafting"},
     {"inverses", "eigenbases"},
     {"blocks"},
-    {"capture"},
+    {"capture", "selection"},
     {"preconditioner"},
     {"__init__"},
     {"env"},

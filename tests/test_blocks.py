@@ -1,16 +1,15 @@
-"""Which layers of a model are preconditioned, why others are not, and what a block adds up."""
+"""What a block adds up, averages and restores."""
 
 from __future__ import annotations
 
 import math
-import re
 
 import pytest
 import torch
 from oracle import assert_same, positive_definite
 from torch import Tensor, nn
 
-from kfac_fast.blocks import Block, find_blocks
+from kfac_fast.blocks import Block
 from kfac_fast.grafting import AdamNorm
 from kfac_fast.layers import RULES
 
@@ -22,128 +21,12 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
-class OwnLinear(nn.Linear):
-    """A subclass may compute anything."""
-
-
-def found(model: nn.Module, *skip: str) -> tuple[list[str], dict[str, str]]:
-    blocks, left_alone = find_blocks(model, "expand", skip)
-    return [block.layer.name for block in blocks], left_alone
-
-
-def mixed_model() -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(1, 2, 3),
-        nn.BatchNorm2d(2),
-        nn.ReLU(),
-        nn.Sequential(nn.Linear(4, 3), OwnLinear(3, 3)),
-        nn.Embedding(5, 3),
-        nn.Linear(3, 2, bias=False),
-    )
-
-
-def test_layers_with_a_rule_are_found_in_the_models_order() -> None:
-    names, left_alone = found(mixed_model())
-    assert names == ["0", "3.0", "5"]
-    assert left_alone == {
-        "1": "no rule for BatchNorm2d",
-        "3.1": "no rule for OwnLinear",
-        "4": "no rule for Embedding",
-    }
-
-
-def test_a_rule_exists_for_every_linear_layer_and_convolution() -> None:
-    names = {f"Conv{t}{d}d" for t in ("", "Transpose") for d in (1, 2, 3)}
-    assert {module.__name__ for module in RULES} == {"Linear"} | names
-
-
-@pytest.mark.parametrize(
-    ("pattern", "left"),
-    [("^0$", ["3.0", "5"]), ("3", ["0", "5"]), (r"\.", ["0", "5"]), ("Conv", ["3.0", "5"])],
-)
-def test_patterns_are_searched_in_qualified_and_class_names(pattern: str, left: list[str]) -> None:
-    names, left_alone = found(mixed_model(), pattern)
-    assert names == left
-    assert f"skipped by pattern {pattern!r}" in left_alone.values()
-
-
-@pytest.mark.parametrize("pattern", ["head", "ReLU", "^3$"])
-def test_a_pattern_that_matches_no_module_with_parameters_is_refused(pattern: str) -> None:
-    with pytest.raises(
-        ValueError, match=re.escape(f"skip must match modules with parameters, got {pattern!r}")
-    ):
-        found(mixed_model(), "Conv", pattern)
-
-
-def test_a_single_string_is_no_sequence_of_patterns() -> None:
-    with pytest.raises(ValueError, match="skip must be a sequence of patterns, .* 'Linear'"):
-        find_blocks(mixed_model(), "expand", "Linear")
-
-
-def test_a_broken_pattern_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"skip must hold regular expressions, got '\('"):
-        found(mixed_model(), "(")
-
-
-def test_a_model_without_layers_is_refused_with_the_reasons() -> None:
-    with pytest.raises(ValueError, match="model must have a layer .*no rule for LayerNorm"):
-        found(nn.Sequential(nn.LayerNorm(3)))
-
-
-def test_a_frozen_weight_leaves_its_layer_alone() -> None:
-    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
-    model[0].weight.requires_grad_(False)
-    assert found(model) == (["1"], {"0": "its weight is frozen"})
-
-
-def test_a_frozen_bias_is_left_out_of_its_layer() -> None:
-    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
-    model[0].bias.requires_grad_(False)
-    blocks, left_alone = find_blocks(model, "expand", ())
-    assert blocks[0].layer.parameters() == [model[0].weight] and not left_alone
-    assert blocks[1].layer.parameters() == [model[1].weight, model[1].bias]
-
-
-@pytest.mark.parametrize("name", ["weight", "bias"])
-def test_layers_that_share_a_parameter_are_left_alone(name: str) -> None:
-    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
-    setattr(model[2], name, getattr(model[0], name))
-    reasons = {"0": "shares a parameter with '2'", "2": "shares a parameter with '0'"}
-    assert found(model) == (["1"], reasons)
-
-
-def test_a_layer_that_shares_its_weight_with_an_embedding_is_left_alone() -> None:
-    model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 3), nn.Linear(3, 5, bias=False))
-    model[2].weight = model[0].weight
-    reasons = {"0": "no rule for Embedding", "2": "shares a parameter with '0'"}
-    assert found(model) == (["1"], reasons)
-
-
-def test_a_module_registered_twice_is_one_block() -> None:
-    layer = nn.Linear(3, 3)
-    assert found(nn.Sequential(layer, nn.ReLU(), layer)) == (["0"], {})
-
-
-@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
-def test_a_computed_weight_leaves_its_layer_alone() -> None:
-    parametrized = nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))
-    model = nn.Sequential(nn.Linear(3, 3), nn.utils.weight_norm(nn.Linear(3, 3)), parametrized)
-    names, left_alone = found(model)
-    assert names == ["0"]
-    assert left_alone["1"] == "its weight is computed from other parameters"
-    assert left_alone["2"] == "no rule for ParametrizedLinear"
-
-
-def test_attentions_own_output_layer_is_left_alone() -> None:
-    names, left_alone = found(nn.TransformerEncoderLayer(4, 2, 8))
-    assert names == ["linear1", "linear2"]
-    assert left_alone["self_attn"] == "no rule for MultiheadAttention"
-    assert left_alone["self_attn.out_proj"] == "no rule for NonDynamicallyQuantizableLinear"
+def block_of(module: nn.Module, form: str = "inverse") -> Block:
+    return Block([RULES[type(module)]("", module, "expand")], form)
 
 
 def a_block() -> Block:
-    blocks, _ = find_blocks(nn.Linear(2, 3, bias=False, dtype=torch.float64), "expand", ())
-    return blocks[0]
+    return block_of(nn.Linear(2, 3, bias=False, dtype=torch.float64))
 
 
 def factor_state(block: Block) -> dict[str, dict[str, Tensor]]:
@@ -201,7 +84,7 @@ def test_a_restored_block_has_copies_of_the_saved_parts() -> None:
 
 
 def test_a_state_is_restored_in_the_layers_own_dtype() -> None:
-    block = Block(RULES[nn.Linear]("", nn.Linear(2, 3, bias=False).bfloat16(), "expand"))
+    block = block_of(nn.Linear(2, 3, bias=False).bfloat16())
     block.add((positive_definite(2, 2), 3), (positive_definite(3, 3), 2))
     block.update(0.9, "mean")
     factors = block.restored(factor_state(block)).factors

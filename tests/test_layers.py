@@ -62,7 +62,8 @@ def layer_of(case: Convolution, approx: str = "expand") -> tuple[Layer, Tensor]:
 def parameter_matrices(layer: Layer) -> Tensor:
     """Weight and bias as ``[groups, out, in + 1]``."""
     weight = layer.weight_matrix(layer.weight.detach())
-    matrix = torch.cat([weight, layer.bias.detach().reshape(*weight.shape[:-1], 1)], -1)
+    bias = layer.parameters()[1].detach().reshape(*weight.shape[:-1], 1)
+    matrix = torch.cat([weight, bias], -1)
     return matrix.reshape(layer.groups, *matrix.shape[-2:])
 
 

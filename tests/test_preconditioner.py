@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nets import DAMPING, LAYER_NAMES, Net, classes, images, preconditioner
 from plain_kfac import (
+    LAYERS,
     Call,
     assert_covariances,
     assert_grads,
@@ -33,7 +34,6 @@ from torch import Tensor, nn
 
 from kfac_fast import KFAC
 from kfac_fast.curvature import sampled_loss
-from kfac_fast.layers import RULES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 approximations = pytest.mark.parametrize("approx", ["expand", "reduce"])
@@ -377,7 +377,7 @@ def layer_and_input(
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
-    kind=st.sampled_from(list(RULES)),
+    kind=st.sampled_from(LAYERS),
     geometry=GEOMETRIES,
     examples=st.integers(1, 4),
     size=st.lists(st.integers(5, 7), min_size=3, max_size=3),

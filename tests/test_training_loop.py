@@ -330,12 +330,13 @@ def test_the_summary_names_every_module_with_parameters() -> None:
     kfac.step()
     assert kfac.summary().splitlines() == [
         "K-FAC expand, empirical Fisher, 1 steps",
+        "  1: LayerNorm  joint [3, 2, 2]  updates skipped 0  inverses failed 0",
         "  2: Linear  input [4, 4]  gradient [2, 2]  updates skipped 0  inverses failed 0",
         "  0: left alone, skipped by pattern '^0$'",
-        "  1: left alone, no rule for LayerNorm",
         "  3: left alone, its weight is frozen",
     ]
-    assert [id(p) for p in kfac.parameters()] == [id(model[2].weight), id(model[2].bias)]
+    expected = [*model[1].parameters(), *model[2].parameters()]
+    assert [id(p) for p in kfac.parameters()] == [id(p) for p in expected]
 
 
 def test_a_failed_inverse_is_counted_in_the_summary() -> None:

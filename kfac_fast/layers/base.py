@@ -1,0 +1,242 @@
+"""What every layer's rule knows: its factors' sums, and its gradients as matrices.
+
+A layer maps ``a[n, s] -> W a[n, s] + b`` for examples ``n`` and shared positions ``s``. Its rule
+knows, for the expand and the reduce setting, which operator forms the sum of outer products of the
+inputs and of the output gradients, and over how many terms the inputs' sum runs. Dividing by these
+counts is the business of :mod:`kfac_fast.blocks`.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Hashable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from kfac_fast import ops
+
+Approximation = Literal["expand", "reduce"]
+Count = int | Tensor
+"""Of terms; a tensor where data decide it."""
+
+
+class Layer(ABC):
+    """A weight and a bias of a module that are preconditioned together.
+
+    Their gradients form ``[groups, out, in (+ 1)]`` matrices; a single group has plain
+    ``[out, in (+ 1)]`` matrices.
+
+    Args:
+        name: Qualified name of the module in the model.
+        module: The module.
+        approx: ``"expand"`` or ``"reduce"``.
+
+    Attributes:
+        name: As given.
+        module: As given.
+        approx: As given.
+        has_bias: Whether a trainable bias is the last input.
+        keeps_input: Whether :meth:`gradient_gram` needs the module's input.
+    """
+
+    groups = 1
+    keeps_input = False
+    weight_name = "weight"
+    bias_name = "bias"
+
+    def __init__(self, name: str, module: nn.Module, approx: Approximation) -> None:
+        self.name = name
+        self.module = module
+        self.approx = approx
+        bias = dict(module.named_parameters()).get(self.bias_name)
+        self.has_bias = bias is not None and bias.requires_grad
+
+    @abstractmethod
+    def batched(self, x: Tensor) -> Tensor:
+        """An input or output of the module with the batch in front, of 1 where there was none."""
+
+    def examples(self, output: Tensor) -> int:
+        """Number of examples in the batch that made this output; 1 for an unbatched one."""
+        return self.batched(output).shape[0]
+
+    @abstractmethod
+    def input_gram(self, x: Tensor, output: Tensor) -> tuple[Tensor, Count] | None:
+        """Sum of the outer products of the layer's inputs, and their number.
+
+        Args:
+            x: The module's input.
+            output: The module's output; only its shape is used.
+
+        Returns:
+            Symmetric matrices, ``[(groups,) in (+ 1), in (+ 1)]``, and their count: examples times
+            positions under expand, examples under reduce. None if the layer's only factor is that
+            of :meth:`gradient_gram`.
+        """
+
+    @abstractmethod
+    def input_key(self, output: Tensor) -> Hashable:
+        """All that :meth:`input_gram` depends on besides the input.
+
+        Args:
+            output: The module's output; only its shape is used.
+
+        Returns:
+            A key; layers of equal keys have equal sums and counts for one input.
+        """
+
+    @abstractmethod
+    def gradient_gram(self, gradient: Tensor, scale: float, x: Tensor | None = None) -> Tensor:
+        """``scale`` times the sum of the outer products of the layer's output gradients.
+
+        Args:
+            gradient: Gradient of the loss with respect to the module's output.
+            scale: Factor of the result.
+            x: The module's input, for a layer that keeps it.
+
+        Returns:
+            Symmetric matrices, ``[(groups,) out, out]``.
+        """
+
+    @abstractmethod
+    def squared_gradients(
+        self, x: Tensor, gradient: Tensor, right: Tensor, left: Tensor, scale: float
+    ) -> Tensor:
+        r"""``scale`` times the examples' squared weight gradients in a rotated basis, summed.
+
+        .. math:: \sum_n (L^\top \nabla_n R)^2, \qquad \nabla_n = \sum_s g_{n,s} \tilde a_{n,s}^\top
+
+        Args:
+            x: The module's input.
+            gradient: Gradient of the loss with respect to the module's output.
+            right: Orthonormal basis :math:`R` of the inputs, ``[(groups,) in (+ 1), in (+ 1)]``, or
+                the diagonal of the identity.
+            left: Orthonormal basis :math:`L` of the outputs, ``[(groups,) out, out]``.
+            scale: Factor of the result.
+
+        Returns:
+            Sums, ``[(groups,) out, in (+ 1)]``.
+        """
+
+    @abstractmethod
+    def weight_matrix(self, weight: Tensor) -> Tensor:
+        """The weight (or its gradient) as ``[(groups,) out, in]``."""
+
+    @abstractmethod
+    def weight_from_matrix(self, matrix: Tensor) -> Tensor:
+        """The inverse of :meth:`weight_matrix`, in the weight's shape."""
+
+    def reason_against(self) -> str | None:
+        """Why the module cannot be preconditioned, or None if it can."""
+        weight = dict(self.module.named_parameters()).get(self.weight_name)
+        if weight is None:
+            return "its weight is computed from other parameters"
+        return None if weight.requires_grad else "its weight is frozen"
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The module's parameters that hold the layer's weight and, if there is one, its bias."""
+        names = [self.weight_name, *([self.bias_name] if self.has_bias else [])]
+        return [self.module.get_parameter(name) for name in names]
+
+    def own(self, tensor: Tensor) -> Tensor:
+        """The layer's own part, a view, of one of its parameters or of its gradient."""
+        return tensor
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that is preconditioned."""
+        return self.own(self.parameters()[0].detach())
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether the weight has a gradient."""
+        return self.parameters()[0].grad is not None
+
+    def matrix_shape(self) -> tuple[int, ...]:
+        """Shape of :meth:`gradient_matrix`."""
+        *rest, inputs = self.weight_matrix(self.weight).shape
+        return (*rest, inputs + self.has_bias)
+
+    def factor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of each factor, in the order in which they are formed and applied."""
+        *groups, outputs, inputs = self.matrix_shape()
+        return {"input": (*groups, inputs, inputs), "gradient": (*groups, outputs, outputs)}
+
+    def gradient_matrix(self, dtype: torch.dtype) -> Tensor:
+        """The ``.grad`` of the parameters as ``[(groups,) out, in (+ 1)]``, zero if None."""
+        grads = [
+            self.own(p.grad if p.grad is not None else torch.zeros_like(p))
+            for p in self.parameters()
+        ]
+        matrix = self.weight_matrix(grads[0]).to(dtype)
+        if not self.has_bias:
+            return matrix.contiguous()
+        column = grads[1].reshape(*matrix.shape[:-1], 1).to(dtype)
+        return torch.cat([matrix, column], -1)
+
+    def write_gradient(self, matrix: Tensor) -> None:
+        """Write a matrix of :meth:`gradient_matrix` back to each ``.grad`` that is there."""
+        parts = [self.weight_from_matrix(matrix[..., :-1] if self.has_bias else matrix)]
+        if self.has_bias:
+            parts.append(matrix[..., -1])
+        for parameter, part in zip(self.parameters(), parts, strict=True):
+            if parameter.grad is not None:
+                own = self.own(parameter.grad)
+                own.copy_(part.reshape(own.shape))
+
+
+class RowLayer(Layer):
+    """A layer whose inputs and output gradients can be written out as rows."""
+
+    @abstractmethod
+    def rows(self, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs and output gradients in the weight-sharing format, copied for the purpose.
+
+        Args:
+            x: The module's input.
+            gradient: Gradient of the loss with respect to the module's output.
+
+        Returns:
+            Inputs ``[N, (groups,) S, in (+ 1)]`` and gradients ``[N, (groups,) S, out]``.
+        """
+
+    def squared_gradients(
+        self, x: Tensor, gradient: Tensor, right: Tensor, left: Tensor, scale: float
+    ) -> Tensor:
+        """See :meth:`Layer.squared_gradients`, whose arguments these are.
+
+        The gradients are formed for a few examples at a time, never in more memory than the input
+        and the output gradient of the layer take, or than one example needs. Whichever is cheaper
+        is rotated: the rows or the gradients.
+
+        Returns:
+            Sums, ``[(groups,) out, in (+ 1)]``.
+        """
+        *groups, outputs, inputs = self.matrix_shape()
+        total = right.new_zeros(*groups, outputs, inputs)
+        x, gradient = self.batched(x), self.batched(gradient)
+        positions = gradient[0].numel() // (outputs * math.prod(groups))
+        rotates_rows = positions * (inputs**2 + outputs**2) <= inputs * outputs * (inputs + outputs)
+        needed = math.prod(groups) * (positions * (inputs + outputs) + inputs * outputs)
+        together = max(1, (x.numel() + gradient.numel()) // needed)
+        for examples in zip(x.split(together), gradient.split(together), strict=True):
+            a, g = (rows.to(right.dtype) for rows in self.rows(*examples))
+            if rotates_rows:
+                a, g = a @ right, g @ left
+            if positions == 1:
+                total += torch.einsum("n...so,n...si->...oi", g.square(), a.square())
+                continue
+            products = g.mT @ a
+            if not rotates_rows:
+                products = left.mT @ products @ right
+            total += products.square().sum(0)
+        return total.mul_(scale)
+
+
+def gradient_gram(rows: Tensor, approx: Approximation, groups: int, scale: float) -> Tensor:
+    """Gram of output gradients ``[N, *shared, out]``, or of their sums over positions."""
+    if approx == "expand" or rows.dim() == 2:
+        return ops.gram(rows, groups=groups, alpha=scale)
+    return ops.shared_gram(rows, reduction="sum", groups=groups, alpha=scale)

@@ -1,0 +1,112 @@
+"""Which layers of a model are preconditioned, and why the others are not."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+
+from torch import nn
+
+from kfac_fast.blocks import Block, Form
+from kfac_fast.layers import Approximation, Layer, layers_of
+from kfac_fast.schema import result_dtype
+
+NamedModules = Sequence[tuple[str, nn.Module]]
+
+
+def find_blocks(
+    model: nn.Module, approx: Approximation, skip: Sequence[str], form: Form = "inverse"
+) -> tuple[list[Block], dict[str, str]]:
+    """The blocks of a model's layers, and why each other module that owns parameters has none.
+
+    Layers with the very same parameters are one block.
+
+    Args:
+        model: The model.
+        approx: ``"expand"`` or ``"reduce"``.
+        skip: Regular expressions, searched for in qualified and in class names.
+        form: As for :class:`Block`.
+
+    Returns:
+        The blocks in the model's order, and reasons by qualified name.
+
+    Raises:
+        ValueError: If a pattern is no regular expression or matches no module, if no layer is left,
+            or the layers differ in device or precision.
+    """
+    patterns = _compiled(skip)
+    modules = [
+        (n, m) for n, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))
+    ]
+    for pattern in patterns:
+        if not any(_matches(pattern, name, module) for name, module in modules):
+            raise ValueError(
+                "KFAC: skip must match modules with parameters, "
+                f"got {pattern.pattern!r} that matches none"
+            )
+    attention = {name for name, module in modules if type(module) is nn.MultiheadAttention}
+    left_alone: dict[str, str] = {}
+    layers: list[Layer] = []
+    for name, module in modules:
+        if name and name.rpartition(".")[0] in attention:
+            continue  # an output projection, a layer of the attention module
+        matching = [p.pattern for p in patterns if _matches(p, name, module)]
+        own = layers_of(name, module, approx)
+        if matching:
+            left_alone[name] = f"skipped by pattern {matching[0]!r}"
+        elif not own:
+            left_alone[name] = f"no rule for {type(module).__name__}"
+        else:
+            reasons = {layer.name: layer.reason_against() for layer in own}
+            left_alone |= {name: reason for name, reason in reasons.items() if reason is not None}
+            layers += [layer for layer in own if reasons[layer.name] is None]
+    blocks = []
+    for tied in _tied(layers):
+        others = _other_holders(tied, modules)
+        if others:
+            reason = f"shares a parameter with {', '.join(map(repr, others))}"
+            left_alone |= {layer.name: reason for layer in tied}
+        else:
+            blocks.append(Block(tied, form))
+    kinds = {(b.layer.weight.device, result_dtype(b.layer.weight.dtype)) for b in blocks}
+    if len(kinds) > 1:
+        raise ValueError(f"KFAC: layers must be on one device and of one precision, got {kinds}")
+    if not blocks:
+        raise ValueError(f"KFAC: model must have a layer to precondition, got none: {left_alone}")
+    return blocks, left_alone
+
+
+def _tied(layers: Sequence[Layer]) -> list[list[Layer]]:
+    """The layers, those of one type that have the very same weight and bias together."""
+    groups: dict[tuple[object, ...], list[Layer]] = defaultdict(list)
+    for layer in layers:
+        parameters = tuple(map(id, layer.parameters()))
+        groups[type(layer), layer.weight.storage_offset(), parameters].append(layer)
+    return list(groups.values())
+
+
+def _other_holders(tied: Sequence[Layer], modules: NamedModules) -> list[str]:
+    """Names of the modules that hold a parameter of these layers, but are none of theirs."""
+    parameters = {id(parameter) for parameter in tied[0].parameters()}
+    own = {id(module) for layer in tied for module in layer.module.modules()}
+    return [
+        name
+        for name, module in modules
+        if id(module) not in own and any(id(p) in parameters for p in module.parameters(False))
+    ]
+
+
+def _compiled(skip: Sequence[str]) -> list[re.Pattern[str]]:
+    if isinstance(skip, str):
+        raise ValueError(f"KFAC: skip must be a sequence of patterns, got the string {skip!r}")
+    try:
+        return [re.compile(pattern) for pattern in skip]
+    except re.error as error:
+        raise ValueError(
+            f"KFAC: skip must hold regular expressions, got {error.pattern!r}: {error}"
+        ) from error
+
+
+def _matches(pattern: re.Pattern[str], name: str, module: nn.Module) -> bool:
+    return any(pattern.search(text) for text in (name, type(module).__name__))

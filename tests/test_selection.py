@@ -1,0 +1,177 @@
+"""Which layers of a model are preconditioned, and why others are not."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from kfac_fast.layers import RULES
+from kfac_fast.selection import find_blocks
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+class OwnLinear(nn.Linear):
+    """A subclass may compute anything."""
+
+
+def found(model: nn.Module, *skip: str) -> tuple[list[str], dict[str, str]]:
+    blocks, left_alone = find_blocks(model, "expand", skip)
+    return [block.layer.name for block in blocks], left_alone
+
+
+def mixed_model() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(1, 2, 3),
+        nn.BatchNorm2d(2),
+        nn.ReLU(),
+        nn.Sequential(nn.Linear(4, 3), OwnLinear(3, 3)),
+        nn.Bilinear(3, 3, 3),
+        nn.Linear(3, 2, bias=False),
+    )
+
+
+def test_layers_with_a_rule_are_found_in_the_models_order() -> None:
+    names, left_alone = found(mixed_model())
+    assert names == ["0", "1", "3.0", "5"]
+    assert left_alone == {"3.1": "no rule for OwnLinear", "4": "no rule for Bilinear"}
+
+
+def test_a_rule_exists_for_every_linear_layer_convolution_and_normalization() -> None:
+    names = {f"{kind}{d}d" for kind in ("Conv", "ConvTranspose", "BatchNorm") for d in (1, 2, 3)}
+    names |= {"Linear", "Embedding", "LayerNorm", "RMSNorm", "GroupNorm"}
+    assert {module.__name__ for module in RULES} == names
+
+
+@pytest.mark.parametrize(
+    ("pattern", "left"),
+    [
+        ("^0$", ["1", "3.0", "5"]),
+        ("3", ["0", "1", "5"]),
+        (r"\.", ["0", "1", "5"]),
+        ("Conv", ["1", "3.0", "5"]),
+        ("Norm", ["0", "3.0", "5"]),
+    ],
+)
+def test_patterns_are_searched_in_qualified_and_class_names(pattern: str, left: list[str]) -> None:
+    names, left_alone = found(mixed_model(), pattern)
+    assert names == left
+    assert f"skipped by pattern {pattern!r}" in left_alone.values()
+
+
+@pytest.mark.parametrize("pattern", ["head", "ReLU", "^3$"])
+def test_a_pattern_that_matches_no_module_with_parameters_is_refused(pattern: str) -> None:
+    with pytest.raises(
+        ValueError, match=re.escape(f"skip must match modules with parameters, got {pattern!r}")
+    ):
+        found(mixed_model(), "Conv", pattern)
+
+
+def test_a_single_string_is_no_sequence_of_patterns() -> None:
+    with pytest.raises(ValueError, match="skip must be a sequence of patterns, .* 'Linear'"):
+        find_blocks(mixed_model(), "expand", "Linear")
+
+
+def test_a_broken_pattern_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"skip must hold regular expressions, got '\('"):
+        found(mixed_model(), "(")
+
+
+def test_a_model_without_layers_is_refused_with_the_reasons() -> None:
+    with pytest.raises(ValueError, match="model must have a layer .*no rule for Bilinear"):
+        found(nn.Sequential(nn.Bilinear(3, 3, 3)))
+
+
+def test_a_frozen_weight_leaves_its_layer_alone() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+    model[0].weight.requires_grad_(False)
+    assert found(model) == (["1"], {"0": "its weight is frozen"})
+
+
+def test_a_frozen_bias_is_left_out_of_its_layer() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+    model[0].bias.requires_grad_(False)
+    blocks, left_alone = find_blocks(model, "expand", ())
+    assert blocks[0].layer.parameters() == [model[0].weight] and not left_alone
+    assert blocks[1].layer.parameters() == [model[1].weight, model[1].bias]
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_layers_that_share_one_of_two_parameters_are_left_alone(name: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
+    setattr(model[2], name, getattr(model[0], name))
+    reasons = {"0": "shares a parameter with '2'", "2": "shares a parameter with '0'"}
+    assert found(model) == (["1"], reasons)
+
+
+def test_layers_that_share_all_parameters_are_one_block() -> None:
+    model = nn.Sequential(
+        *(nn.Conv2d(2, 2, 3, stride=s, padding=1) for s in (1, 2)), nn.Linear(4, 2, bias=False)
+    )
+    model[1].weight, model[1].bias = model[0].weight, model[0].bias
+    blocks, left_alone = find_blocks(model, "expand", ())
+    assert [[layer.name for layer in block.layers] for block in blocks] == [["0", "1"], ["2"]]
+    assert left_alone == {}
+    names, left_alone = found(model, "^1$")  # whose gradients are in the other's
+    assert names == ["2"] and left_alone["0"] == "shares a parameter with '1'"
+
+
+def test_a_layer_that_shares_its_weight_with_one_of_another_type_is_left_alone() -> None:
+    model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 3), nn.Linear(3, 5, bias=False))
+    model[2].weight = model[0].weight
+    reasons = {"0": "shares a parameter with '2'", "2": "shares a parameter with '0'"}
+    assert found(model) == (["1"], reasons)
+
+
+def test_a_module_registered_twice_is_one_block() -> None:
+    layer = nn.Linear(3, 3)
+    assert found(nn.Sequential(layer, nn.ReLU(), layer)) == (["0"], {})
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+def test_a_computed_weight_leaves_its_layer_alone() -> None:
+    parametrized = nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))
+    model = nn.Sequential(nn.Linear(3, 3), nn.utils.weight_norm(nn.Linear(3, 3)), parametrized)
+    names, left_alone = found(model)
+    assert names == ["0"]
+    assert left_alone["1"] == "its weight is computed from other parameters"
+    assert left_alone["2"] == "no rule for ParametrizedLinear"
+
+
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [("sparse", "it has sparse"), ("scale_grad_by_freq", "it has scale_grad_by_freq")],
+)
+def test_an_embedding_with_another_gradient_is_left_alone(option: str, reason: str) -> None:
+    model = nn.Sequential(nn.Embedding(5, 3, **{option: True}), nn.Linear(3, 2))
+    assert found(model) == (["1"], {"0": reason})
+
+
+def test_attention_has_a_block_for_each_projection() -> None:
+    layer = nn.TransformerEncoderLayer(4, 2, 8)
+    names, left_alone = found(layer)
+    projections = [f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")]
+    assert names == [*projections, "linear1", "linear2", "norm1", "norm2"] and not left_alone
+    names, left_alone = found(layer, "self_attn$")
+    assert names == ["linear1", "linear2", "norm1", "norm2"]
+    assert left_alone == {"self_attn": "skipped by pattern 'self_attn$'"}
+    assert found(nn.MultiheadAttention(4, 2))[0] == ["q_proj", "k_proj", "v_proj", "out_proj"]
+
+
+@pytest.mark.parametrize(
+    ("parameter", "frozen"),
+    [("in_proj_weight", ["q", "k", "v"]), ("out_proj.weight", ["out"])],
+)
+def test_a_frozen_weight_leaves_its_projections_alone(parameter: str, frozen: list[str]) -> None:
+    module = nn.MultiheadAttention(4, 2)
+    module.get_parameter(parameter).requires_grad_(False)
+    _, left_alone = found(module)
+    assert left_alone == {f"{name}_proj": "its weight is frozen" for name in frozen}
