@@ -99,6 +99,7 @@ class KFACSettings:
             grafting=self.grafting,
             kl_clip=self.kl_clip,
             learning_rate=self.learning_rate,
+            skip=["Norm"],  # AdamW's, with the positions
         ) as kfac:
             covered = list(kfac.parameters())
             sgd = SGD(covered, self.learning_rate, momentum=0.9, weight_decay=self.weight_decay)

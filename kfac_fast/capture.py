@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdRef, WeakTensorKeyDictionary
 
 from kfac_fast.blocks import Block, Sum
-from kfac_fast.layers import Layer, ProjectionCalls, ProjectionLayer
+from kfac_fast.layers import Layer, ProjectionCalls, ProjectionLayer, Sharing
 
 
 class Call(NamedTuple):
@@ -104,6 +104,7 @@ class Capture:
 
     Attributes:
         calls: Calls that wait for :meth:`sample`.
+        sharing: How rows are shared in the calls of layers of these names, until the step's end.
     """
 
     def __init__(
@@ -118,6 +119,7 @@ class Capture:
         accumulation_steps: int,
     ) -> None:
         self.calls: list[Call] = []
+        self.sharing: dict[str, Sharing] = {}
         self._due = due
         self._sampled = sampled
         self._mean = mean
@@ -148,7 +150,7 @@ class Capture:
 
     def forget(self) -> None:
         """Drop the calls that still wait and the shared sums, at the end of a step."""
-        self.calls, self._passes = [], 0
+        self.calls, self.sharing, self._passes = [], {}, 0
         self._input_grams = InputGrams()
 
     def remove(self) -> None:
@@ -242,6 +244,7 @@ class Capture:
 
     def _take_down(self, block: Block, layer: Layer, x: Tensor, output: Tensor) -> None:
         """Form a call's sum of inputs, which waits for the gradients of its output."""
+        layer = layer.shared(self.sharing[layer.name]) if layer.name in self.sharing else layer
         outer = self._input_grams.of(layer, x, output)
         kept = x.detach() if layer.keeps_input or block.correction is not None else None
         call = Call(block, layer, kept, get_gradient_edge(output), outer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from kfac_fast.curvature import Fisher, check_sampled_loss, sampled_loss
 from kfac_fast.eigenbases import apply_eigenbases, refresh_eigenbases
 from kfac_fast.grafting import AdamNorm
 from kfac_fast.inverses import apply_inverses, refine_inverses, refresh_inverses
-from kfac_fast.layers import Approximation
+from kfac_fast.layers import Approximation, Sharing
 from kfac_fast.selection import find_blocks
 
 DampingMode = Literal["factored", "plain", "exact"]
@@ -262,6 +263,54 @@ class KFAC:
         self._capture.sample(
             lambda: sampled_loss(outputs, loss, generator), samples=self.mc_samples
         )
+
+    def share_rows(
+        self,
+        pattern: str,
+        *,
+        mask: Tensor | None = None,
+        segments: Tensor | None = None,
+        num_segments: int | None = None,
+    ) -> None:
+        """State which rows of some layers' inputs count, or belong to one example, for this step.
+
+        Call it before the forward pass. A padded batch with a mask has the factors of the unpadded
+        one, and a batch of graphs with segments those of a loop over the graphs::
+
+            kfac.share_rows("encoder", mask=tokens != padding)
+            kfac.share_rows("node", segments=graph_of_node, num_segments=graphs)
+            kfac.share_rows("edge", segments=graph_of_node[sources], num_segments=graphs)
+
+        Args:
+            pattern: Regular expression, searched for in the qualified names of linear layers,
+                attention's projections, ``nn.LayerNorm`` and ``nn.RMSNorm``. A later call overrides
+                an earlier one.
+            mask: Bool of the input's shape without its features; rows that are False, such as
+                padding, do not count.
+            segments: int64, one entry for each row of an input ``[R, features]``: the example
+                (graph) that the row (node or edge) belongs to.
+            num_segments: Number of examples; required with ``segments``.
+
+        Raises:
+            ValueError: If the pattern is found in no such name, or in that of another layer, if
+                ``segments`` comes without ``num_segments``, or with corrected eigenvalues.
+        """
+        if (segments is None) != (num_segments is None):
+            raise ValueError(
+                "share_rows: segments must come with num_segments, got only one of them"
+            )
+        if segments is not None and self.eigenvalue_correction:
+            raise ValueError("share_rows: segments must be None with eigenvalue_correction")
+        layers = [layer for block in self._blocks for layer in block.layers]
+        found = [layer for layer in layers if re.search(pattern, layer.name)]
+        refused = [layer.name for layer in found if not layer.takes_sharing]
+        if not found or refused:
+            raise ValueError(
+                "share_rows: pattern must be found in names of layers that take rows, "
+                f"got {pattern!r}, found in {refused or 'none'}"
+            )
+        sharing = Sharing(mask, segments, num_segments)
+        self._capture.sharing |= {layer.name: sharing for layer in found}
 
     # The step
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from kfac_fast.layers.attention import ProjectionCalls, ProjectionLayer, projections
-from kfac_fast.layers.base import Approximation, Count, Layer
+from kfac_fast.layers.base import Approximation, Count, Layer, Sharing
 from kfac_fast.layers.conv import ConvLayer, ConvTransposeLayer
 from kfac_fast.layers.embedding import EmbeddingLayer
 from kfac_fast.layers.linear import LinearLayer
@@ -18,6 +18,7 @@ __all__ = [
     "Layer",
     "ProjectionCalls",
     "ProjectionLayer",
+    "Sharing",
     "layers_of",
 ]
 

@@ -8,10 +8,11 @@ counts is the business of :mod:`kfac_fast.blocks`.
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable
-from typing import Literal
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,23 @@ from kfac_fast import ops
 Approximation = Literal["expand", "reduce"]
 Count = int | Tensor
 """Of terms; a tensor where data decide it."""
+
+
+AnyLayer = TypeVar("AnyLayer", bound="Layer")
+
+
+class Sharing(NamedTuple):
+    """Which rows of a layer's calls count, and which belong to one example.
+
+    Attributes:
+        mask: Bool of the input's shape without its features; rows that are False do not count.
+        segments: int64, the example (graph) that each row (node or edge) belongs to.
+        num_segments: Number of examples; with ``segments``.
+    """
+
+    mask: Tensor | None = None
+    segments: Tensor | None = None
+    num_segments: int | None = None
 
 
 class Layer(ABC):
@@ -40,10 +58,14 @@ class Layer(ABC):
         approx: As given.
         has_bias: Whether a trainable bias is the last input.
         keeps_input: Whether :meth:`gradient_gram` needs the module's input.
+        takes_sharing: Whether its calls may be told how rows are shared.
+        sharing: How the rows of its calls are shared.
     """
 
     groups = 1
     keeps_input = False
+    takes_sharing = False
+    sharing = Sharing()
     weight_name = "weight"
     bias_name = "bias"
 
@@ -60,7 +82,7 @@ class Layer(ABC):
 
     def examples(self, output: Tensor) -> int:
         """Number of examples in the batch that made this output; 1 for an unbatched one."""
-        return self.batched(output).shape[0]
+        return self.sharing.num_segments or self.batched(output).shape[0]
 
     @abstractmethod
     def input_gram(self, x: Tensor, output: Tensor) -> tuple[Tensor, Count] | None:
@@ -127,6 +149,12 @@ class Layer(ABC):
     @abstractmethod
     def weight_from_matrix(self, matrix: Tensor) -> Tensor:
         """The inverse of :meth:`weight_matrix`, in the weight's shape."""
+
+    def shared(self: AnyLayer, sharing: Sharing) -> AnyLayer:
+        """The same layer for calls whose rows are shared in some way."""
+        layer = copy.copy(self)
+        layer.sharing = sharing
+        return layer
 
     def reason_against(self) -> str | None:
         """Why the module cannot be preconditioned, or None if it can."""
@@ -235,8 +263,16 @@ class RowLayer(Layer):
         return total.mul_(scale)
 
 
-def gradient_gram(rows: Tensor, approx: Approximation, groups: int, scale: float) -> Tensor:
+def gradient_gram(
+    rows: Tensor,
+    approx: Approximation,
+    scale: float,
+    *,
+    groups: int = 1,
+    sharing: Sharing = Layer.sharing,
+) -> Tensor:
     """Gram of output gradients ``[N, *shared, out]``, or of their sums over positions."""
-    if approx == "expand" or rows.dim() == 2:
-        return ops.gram(rows, groups=groups, alpha=scale)
-    return ops.shared_gram(rows, reduction="sum", groups=groups, alpha=scale)
+    if approx == "expand" or (rows.dim() == 2 and sharing.segments is None):
+        return ops.gram(rows, groups=groups, mask=sharing.mask, alpha=scale)
+    kinds = sharing._asdict()
+    return ops.shared_gram(rows, reduction="sum", groups=groups, alpha=scale, **kinds)

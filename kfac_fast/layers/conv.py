@@ -71,7 +71,7 @@ class ConvLayer(RowLayer):
     def gradient_gram(self, gradient: Tensor, scale: float, x: Tensor | None = None) -> Tensor:
         """Output pixels under expand, their sums over the image under reduce."""
         pixels = self.batched(gradient).movedim(1, -1)
-        return gradient_gram(pixels, self.approx, self.groups, scale)
+        return gradient_gram(pixels, self.approx, scale, groups=self.groups)
 
     def rows(self, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """The patches, and the output's pixels."""

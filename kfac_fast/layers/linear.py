@@ -5,34 +5,42 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kfac_fast import ops
-from kfac_fast.layers.base import RowLayer, gradient_gram
+from kfac_fast.layers.base import Count, RowLayer, gradient_gram
 
 
 class LinearLayer(RowLayer):
     """``nn.Linear`` on ``[N, *shared, in]``."""
 
+    takes_sharing = True
+
     def batched(self, x: Tensor) -> Tensor:
         """``[N, *shared, features]``."""
         return x if x.dim() > 1 else x[None]
 
-    def input_gram(self, x: Tensor, output: Tensor) -> tuple[Tensor, int]:
+    def input_gram(self, x: Tensor, output: Tensor) -> tuple[Tensor, Count]:
         """Rows under expand, their means over the shared positions under reduce."""
-        x = self.batched(x)
-        if self.approx == "expand" or x.dim() == 2:
-            return ops.gram(x, bias=self.has_bias), math.prod(x.shape[:-1])
-        return ops.shared_gram(x, reduction="mean", bias=self.has_bias), x.shape[0]
+        x, (mask, segments, examples) = self.batched(x), self.sharing
+        if self.approx == "expand" or (x.dim() == 2 and segments is None):
+            total = ops.gram(x, bias=self.has_bias, mask=mask)
+            return total, math.prod(x.shape[:-1]) if mask is None else mask.sum()
+        kinds = self.sharing._asdict()
+        total = ops.shared_gram(x, reduction="mean", bias=self.has_bias, **kinds)
+        if segments is not None and examples is not None:
+            return total, examples
+        return total, len(x) if mask is None else mask.flatten(1).any(1).sum()
 
     def input_key(self, output: Tensor) -> Hashable:
-        """Whether positions are averaged, and whether there is a bias."""
-        return type(self), self.approx, self.has_bias
+        """Whether positions are averaged, whether there is a bias, and which rows count."""
+        return LinearLayer, self.approx, self.has_bias, *map(id, self.sharing)
 
     def gradient_gram(self, gradient: Tensor, scale: float, x: Tensor | None = None) -> Tensor:
         """Rows under expand, their sums over the shared positions under reduce."""
-        return gradient_gram(self.batched(gradient), self.approx, 1, scale)
+        return gradient_gram(self.batched(gradient), self.approx, scale, sharing=self.sharing)
 
     def rows(self, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """The shared positions in one dimension."""
@@ -41,6 +49,14 @@ class LinearLayer(RowLayer):
             for tensor in (x, gradient)
         )
         return F.pad(x, (0, int(self.has_bias)), value=1.0), gradient
+
+    def squared_gradients(
+        self, x: Tensor, gradient: Tensor, right: Tensor, left: Tensor, scale: float
+    ) -> Tensor:
+        """As for other layers; rows that do not count have no gradient."""
+        if self.sharing.mask is not None:
+            gradient = torch.where(self.sharing.mask[..., None], gradient, 0)
+        return super().squared_gradients(x, gradient, right, left, scale)
 
     def weight_matrix(self, weight: Tensor) -> Tensor:
         """The weight itself."""

@@ -74,8 +74,14 @@ class NormLayer(Layer):
         """The vectors :math:`v_n` of each unit, ``[N, units, 1 (+ 1)]``."""
         dtype = torch.promote_types(gradient.dtype, torch.float32)
         g, z = (self.by_unit(tensor).to(dtype) for tensor in (gradient, self.normalized(x)))
+        if self.sharing.mask is not None:
+            g = torch.where(self.sharing.mask.reshape(*g.shape[:2], 1), g, 0)
         sums = [torch.linalg.vecdot(g, z, dim=1), *([g.sum(1)] if self.has_bias else [])]
-        return torch.stack(sums, -1)
+        v = torch.stack(sums, -1)
+        _, segments, examples = self.sharing
+        if segments is None or examples is None:
+            return v
+        return v.new_zeros(examples, *v.shape[1:]).index_add_(0, segments, v)
 
     def weight_matrix(self, weight: Tensor) -> Tensor:
         """``[units, 1, 1]``."""
@@ -93,6 +99,8 @@ class NormLayer(Layer):
 
 class FeatureNormLayer(NormLayer):
     """``nn.LayerNorm`` and ``nn.RMSNorm`` on ``[N, *shared, *features]``: units are features."""
+
+    takes_sharing = True
 
     module: FeatureNorm
 
