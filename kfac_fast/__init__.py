@@ -1,6 +1,7 @@
 """K-FAC for PyTorch: fast factors, inverses and preconditioning for any optimizer."""
 
 from kfac_fast.backends import explain, use
+from kfac_fast.damping import LevenbergMarquardt
 from kfac_fast.ops import (
     cholesky_precondition,
     conv_expand_gram,
@@ -16,6 +17,7 @@ from kfac_fast.preconditioner import KFAC
 
 __all__ = [
     "KFAC",
+    "LevenbergMarquardt",
     "cholesky_precondition",
     "conv_expand_gram",
     "conv_reduce_gram",

@@ -188,11 +188,10 @@ def apply_eigenbases(
     Source: George et al. (2018), section 3.
     """
     right = [own[0].vectors for own in bases]
-    ones = [grad.new_ones(*grad.shape[:-2], 1, 1) for grad in grads]
-    left = [own[1].vectors if len(own) > 1 else one for own, one in zip(bases, ones, strict=True)]
-    rotated, _ = multiply_sides(grads, right, [side.mT for side in left])
+    left = [own[1].vectors if len(own) > 1 else None for own in bases]
+    rotated, inner = multiply_sides(grads, right, [None if q is None else q.mT for q in left])
+    inner.zero_()
     scaled = []
-    inner = torch.zeros_like(ones[0]).sum() if ones else torch.zeros(())
     for part, own, correction in zip(rotated, bases, corrections, strict=True):
         scaled.append(part / (eigenvalues(own, correction) + damping))
         inner = inner + (part * scaled[-1]).sum()

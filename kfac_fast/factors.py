@@ -72,7 +72,7 @@ def diagonal_of(covariance: Tensor) -> Tensor:
 
 
 def multiply_sides(
-    grads: Sequence[Tensor], right: Sequence[Tensor], left: Sequence[Tensor]
+    grads: Sequence[Tensor], right: Sequence[Tensor], left: Sequence[Tensor | None]
 ) -> tuple[list[Tensor], Tensor]:
     r"""All layers' gradients between two matrices each.
 
@@ -81,17 +81,21 @@ def multiply_sides(
     Args:
         grads: Matrices ``[*, out, in]``.
         right: Matrices ``[*, in, in]``, or diagonals ``[in]``.
-        left: Matrices ``[*, out, out]``.
+        left: Matrices ``[*, out, out]``; None stands for ones ``[*, 1, 1]``.
 
     Returns:
         The products, and :math:`p` as a scalar tensor.
     """
     full = [i for i, side in enumerate(right) if side.dim() > 1]
-    lists = (grads, right, left)
+    lefts = [
+        grad.new_ones(*grad.shape[:-2], 1, 1) if side is None else side
+        for grad, side in zip(grads, left, strict=True)
+    ]
+    lists = (grads, right, lefts)
     products, inner = ops.precondition(*([tensors[i] for i in full] for tensors in lists))
     results = dict(zip(full, products, strict=True))
     for i, diagonal in enumerate(right):
         if diagonal.dim() == 1:
-            results[i] = left[i] @ (grads[i] * diagonal)
+            results[i] = lefts[i] @ (grads[i] * diagonal)
             inner = inner.to(diagonal) + (grads[i] * results[i]).sum()
     return [results[i] for i in range(len(grads))], inner

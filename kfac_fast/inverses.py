@@ -183,10 +183,7 @@ def apply_inverses(
         As of :func:`kfac_fast.ops.precondition`.
     """
     right = [own[0].matrix for own in inverses]
-    left = [
-        own[1].matrix if len(own) > 1 else grad.new_ones(*grad.shape[:-2], 1, 1)
-        for own, grad in zip(inverses, grads, strict=True)
-    ]
+    left = [own[1].matrix if len(own) > 1 else None for own in inverses]
     return multiply_sides(grads, right, left)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from kfac_fast.blocks import Block, Form
 from kfac_fast.capture import Capture
 from kfac_fast.curvature import Fisher, check_sampled_loss, sampled_loss
 from kfac_fast.eigenbases import apply_eigenbases, refresh_eigenbases
+from kfac_fast.factors import multiply_sides
 from kfac_fast.grafting import AdamNorm
 from kfac_fast.inverses import apply_inverses, refine_inverses, refresh_inverses
 from kfac_fast.layers import Approximation, Sharing
@@ -392,6 +393,42 @@ class KFAC:
                 length = torch.linalg.vector_norm(direction)
                 direction *= block.norm.update(grad) / torch.where(length > 0, length, 1)
             block.layer.write_gradient(direction)
+
+    @torch.no_grad()
+    def predicted_change(
+        self, gradients: Mapping[nn.Parameter, Tensor], steps: Mapping[nn.Parameter, Tensor]
+    ) -> Tensor:
+        r"""How a step changes the loss by the quadratic model that K-FAC makes of it.
+
+        .. math:: M(\delta) - M(0) = \sum_l \langle V_l, \delta_l \rangle + \tfrac12
+            \langle \delta_l, G_l \delta_l A_l + \lambda \delta_l \rangle
+
+        over the preconditioned layers :math:`l`; other parameters are left out.
+
+        Args:
+            gradients: Gradients of the loss before they were preconditioned.
+            steps: What was added to the parameters.
+
+        Returns:
+            Scalar tensor; negative if the step is predicted to reduce the loss.
+
+        Source: Martens & Grosse (2015), section 6.5.
+        """
+        known = [block for block in self._blocks if block.factors]
+        right = [block.factors[0].mean() for block in known]
+        left = [block.factors[1].mean() if len(block.factors) > 1 else None for block in known]
+        grads, deltas = (
+            [
+                block.layer.matrix([tensors[p] for p in block.layer.parameters()], a.dtype)
+                for block, a in zip(known, right, strict=True)
+            ]
+            for tensors in (gradients, steps)
+        )
+        _, change = multiply_sides(deltas, right, left)
+        change = change / 2
+        for grad, delta in zip(grads, deltas, strict=True):
+            change = change + ((grad + self._now("damping") / 2 * delta) * delta).sum()
+        return change
 
     # Around the training loop
 

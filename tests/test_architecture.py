@@ -28,6 +28,7 @@ ROOMS = [
     {"blocks"},
     {"capture", "selection"},
     {"preconditioner"},
+    {"damping"},
     {"__init__"},
     {"env"},
 ]

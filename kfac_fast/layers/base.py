@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Literal, NamedTuple, TypeVar
 
 import torch
@@ -192,17 +192,20 @@ class Layer(ABC):
         *groups, outputs, inputs = self.matrix_shape()
         return {"input": (*groups, inputs, inputs), "gradient": (*groups, outputs, outputs)}
 
-    def gradient_matrix(self, dtype: torch.dtype) -> Tensor:
-        """The ``.grad`` of the parameters as ``[(groups,) out, in (+ 1)]``, zero if None."""
-        grads = [
-            self.own(p.grad if p.grad is not None else torch.zeros_like(p))
-            for p in self.parameters()
-        ]
-        matrix = self.weight_matrix(grads[0]).to(dtype)
+    def matrix(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """Tensors of the shapes of :meth:`parameters` as ``[(groups,) out, in (+ 1)]``."""
+        parts = [self.own(tensor) for tensor in tensors]
+        matrix = self.weight_matrix(parts[0]).to(dtype)
         if not self.has_bias:
             return matrix.contiguous()
-        column = grads[1].reshape(*matrix.shape[:-1], 1).to(dtype)
+        column = parts[1].reshape(*matrix.shape[:-1], 1).to(dtype)
         return torch.cat([matrix, column], -1)
+
+    def gradient_matrix(self, dtype: torch.dtype) -> Tensor:
+        """The :meth:`matrix` of the parameters' ``.grad``, zero where it is None."""
+        parameters = self.parameters()
+        grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+        return self.matrix(grads, dtype)
 
     def write_gradient(self, matrix: Tensor) -> None:
         """Write a matrix of :meth:`gradient_matrix` back to each ``.grad`` that is there."""

@@ -1,0 +1,155 @@
+"""Levenberg-Marquardt damping: the quadratic model, the reduction ratio and what it does."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nets import Net, images, preconditioner
+from oracle import assert_same
+from plain_kfac import covariances
+from torch import Tensor, nn
+
+from kfac_fast import KFAC, LevenbergMarquardt
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def regression() -> tuple[nn.Module, Tensor, Tensor]:
+    """A linear layer, whose empirical data make the quadratic model exact but for the Fisher."""
+    x = torch.randn(64, 3, dtype=torch.float64)
+    return nn.Linear(3, 2, dtype=torch.float64), x, torch.randn(64, 2, dtype=torch.float64)
+
+
+def test_the_predicted_change_is_the_damped_quadratic_model() -> None:
+    model, y = Net(), torch.randint(3, (5,))
+    kfac = preconditioner(model, damping=0.3)
+    F.cross_entropy(model(images()), y).backward()
+    kfac.step()
+    gradients = {p: torch.randn_like(p) for p in model.parameters()}
+    steps = {p: torch.randn_like(p) for p in model.parameters()}
+    expected = torch.zeros((), dtype=torch.float64)
+    for block in kfac._blocks:
+        parameters = block.layer.parameters()
+        v, delta = (
+            block.layer.matrix([of[p] for p in parameters], torch.float64).flatten(-2)
+            for of in (gradients, steps)
+        )
+        a, g = covariances(kfac)[block.layer.name]
+        for i in range(len(a)):
+            d, w = delta.reshape(len(a), -1)[i], v.reshape(len(a), -1)[i]
+            curvature = torch.kron(g[i], a[i]) + 0.3 * torch.eye(len(d)).double()
+            expected += w @ d + d @ curvature @ d / 2
+    assert_same(kfac.predicted_change(gradients, steps), expected)
+
+
+def step(
+    kfac: KFAC, damping: LevenbergMarquardt, model: nn.Module, x: Tensor, y: Tensor, lr: float
+) -> float:
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    model.zero_grad()
+    outputs = model(x)
+    kfac.update_curvature(outputs, loss="mse")
+    loss = F.mse_loss(outputs, y)
+    loss.backward()
+    with damping.adapt(kfac, lambda: F.mse_loss(model(x), y)):
+        kfac.step()
+        optimizer.step()
+    return float(loss.detach())
+
+
+def run(lr: float, steps: int, **options: Any) -> tuple[LevenbergMarquardt, list[float]]:
+    model, x, y = regression()
+    damping = LevenbergMarquardt(0.1, **options)
+    kfac = preconditioner(model, damping=damping, fisher="mc", mc_samples=50)
+    return damping, [step(kfac, damping, model, x, y, lr) for _ in range(steps)]
+
+
+def test_steps_that_keep_the_promise_lower_the_damping_to_its_bound() -> None:
+    damping, losses = run(0.5, 12, interval=2, decay=0.5, bounds=(0.01, 1.0))
+    assert losses[-1] < losses[0]
+    assert damping.ratio is not None and damping.ratio > 3 / 4
+    assert damping.damping == 0.01
+
+
+def test_steps_that_overshoot_raise_the_damping() -> None:
+    damping, _ = run(4.0, 1, interval=1)
+    assert damping.ratio is not None and math.isnan(damping.ratio)
+    assert damping.damping == pytest.approx(0.1 / 0.95)
+
+
+def test_the_ratio_is_that_of_the_losses_and_the_model() -> None:
+    model, x, y = regression()
+    damping = LevenbergMarquardt(0.1, interval=1)
+    kfac = preconditioner(model, damping=lambda step: 0.1)
+    old = [p.detach().clone() for p in model.parameters()]
+    before = F.mse_loss(model(x), y)
+    before.backward()
+    gradients = {p: p.grad.clone() for p in model.parameters()}
+    with damping.adapt(kfac, lambda: F.mse_loss(model(x), y)):
+        kfac.step()
+        torch.optim.SGD(model.parameters(), lr=0.3).step()
+    steps = {p: p.detach() - o for p, o in zip(model.parameters(), old, strict=True)}
+    change = F.mse_loss(model(x), y) - before
+    expected = float(change.detach()) / float(kfac.predicted_change(gradients, steps))
+    assert damping.ratio == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "factor"),
+    [(0.76, 0.5**3), (0.75, 1), (0.25, 1), (0.24, 2**3), (-1.0, 2**3), (float("nan"), 2**3)],
+)
+def test_thresholds(ratio: float, factor: float) -> None:
+    damping = LevenbergMarquardt(1.0, interval=3, decay=0.5)
+    damping.update(ratio)
+    assert damping(7) == damping.damping == factor
+
+
+def test_the_loss_is_evaluated_only_when_due() -> None:
+    model, x, y = regression()
+    damping = LevenbergMarquardt(0.1, interval=3)
+    kfac = preconditioner(model, damping=damping)
+    calls = []
+
+    def loss_of() -> Tensor:
+        calls.append(kfac.steps)
+        return F.mse_loss(model(x), y)
+
+    for _ in range(5):
+        F.mse_loss(model(x), y).backward()
+        with damping.adapt(kfac, loss_of):
+            kfac.step()
+    assert calls == [0, 1, 3, 4]  # before and after the steps 0 and 3
+
+
+def test_a_state_is_continued() -> None:
+    damping = LevenbergMarquardt(0.5)
+    damping.update(0.9)
+    other = LevenbergMarquardt(0.5)
+    other.load_state_dict(damping.state_dict())
+    assert (other.damping, other.ratio) == (damping.damping, 0.9)
+    for state in ({}, {"damping": None, "ratio": 1.0}, {"damping": 1e9, "ratio": None}):
+        with pytest.raises(ValueError, match="load_state_dict: "):
+            other.load_state_dict(state)
+    assert other.damping == damping.damping
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"damping": 0.0}, "damping must be in bounds .*, got 0.0"),
+        ({"interval": 0}, "interval must be an int from 1, got 0"),
+        ({"decay": 1.0}, r"decay must be in \(0, 1\), got 1.0"),
+    ],
+)
+def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"LevenbergMarquardt: {message}"):
+        LevenbergMarquardt(**options)
