@@ -1,6 +1,7 @@
 """K-FAC for PyTorch: fast factors, inverses and preconditioning for any optimizer."""
 
 from kfac_fast.backends import explain, use
+from kfac_fast.checkpoint import save_checkpoint
 from kfac_fast.damping import LevenbergMarquardt
 from kfac_fast.ops import (
     cholesky_precondition,
@@ -27,6 +28,7 @@ __all__ = [
     "explain",
     "gram",
     "precondition",
+    "save_checkpoint",
     "shared_gram",
     "use",
 ]
