@@ -23,7 +23,7 @@ ROOMS = [
     {"kernels"},
     {"backends"},
     {"ops"},
-    {"layers", "factors", "curvature", "grafting"},
+    {"layers", "factors", "losses", "curvature", "grafting"},
     {"inverses", "eigenbases"},
     {"blocks"},
     {"capture", "selection"},

@@ -1,0 +1,380 @@
+"""Losses, as far as their curvature needs them: terms, draws of labels, roots of the Hessian."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kfac_fast.layers import Count
+
+Outputs = TypeVar("Outputs", contravariant=True)
+
+
+@runtime_checkable
+class Loss(Protocol[Outputs]):
+    r"""What a Fisher type needs to know of a loss :math:`\sum_m \ell_m`, or of its mean.
+
+    The outputs are what the loss takes, a tensor or whatever else, with the examples first; the
+    targets are the training labels, or None. No method may need a tensor's value on the host.
+    """
+
+    def terms(self, outputs: Outputs, targets: Tensor | None) -> Count:
+        """Number that the loss's mean divides the sum by.
+
+        Args:
+            outputs: The model's outputs.
+            targets: Training labels.
+
+        Returns:
+            An int, or a scalar tensor where it depends on the labels.
+        """
+        ...
+
+    def sample(
+        self, outputs: Outputs, targets: Tensor | None, generator: torch.Generator | None
+    ) -> Tensor:
+        r"""The sum of the terms on labels drawn from the model's predictive distribution.
+
+        .. math:: \sum_m \sqrt{w_m}\, \ell(f_m, y_m), \qquad y_m \sim p(y \mid f_m)
+
+        where the training loss weighs its terms by :math:`w_m`.
+
+        Args:
+            outputs: The model's outputs.
+            targets: Training labels.
+            generator: Source of randomness; PyTorch's default if None.
+
+        Returns:
+            Scalar; its gradient with respect to an example's outputs has mean zero, and the
+            Hessian of the example's terms as its covariance.
+        """
+        ...
+
+    def root(self, outputs: Outputs, targets: Tensor | None) -> Tensor:
+        r"""The outputs times a square root of the loss's Hessian.
+
+        .. math:: R_n^\top f_n, \qquad R_n R_n^\top = \nabla_{f_n}^2 \textstyle\sum_m \ell_m
+
+        Args:
+            outputs: The model's outputs.
+            targets: Training labels.
+
+        Returns:
+            ``[N, K]``; the gradient of each entry with respect to its example's outputs is a column
+            of the root, taken for a constant.
+        """
+        ...
+
+
+def _precise(x: Tensor) -> Tensor:
+    """At least float32: in half precision, probabilities and draws would be too coarse."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _entries(x: Tensor) -> Tensor:
+    """``[N, *]`` as ``[N, K]``."""
+    return x[:, None].flatten(1)
+
+
+def _check_outputs(outputs: object, layout: str, dimensions: int) -> None:
+    if not isinstance(outputs, Tensor):
+        raise TypeError(f"update_curvature: outputs must be a tensor, got {type(outputs).__name__}")
+    if outputs.dim() < dimensions:
+        raise ValueError(f"update_curvature: outputs must be {layout}, got {outputs.dim()}-d")
+
+
+def _check_targets(targets: Tensor, shape: torch.Size) -> None:
+    if targets.shape != shape:
+        raise ValueError(
+            f"update_curvature: targets must be {tuple(shape)}, got {tuple(targets.shape)}"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class CrossEntropy:
+    r"""Softmax cross entropy of logits ``[N, C, *positions]``, a term for each position.
+
+    With probabilities :math:`p`, the Hessian of a term is :math:`w (\operatorname{diag} p - p
+    p^\top)` for any label: one class or a distribution over all, smoothed or not. Its weight
+    :math:`w` is 0 for ignored labels; with weights of the classes it is :math:`\sum_k w_k q_k` for
+    the distribution :math:`q` that the term compares with. Labels are drawn without smoothing, from
+    the distribution that the model predicts.
+
+    Args:
+        weight: Weights of the classes, ``[C]``.
+        ignore_index: Label of terms that do not count.
+        label_smoothing: Weight of the uniform distribution in the labels; it matters only with
+            weights of the classes.
+    """
+
+    weight: Tensor | None = None
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+
+    def terms(self, outputs: Tensor, targets: Tensor | None) -> Count:
+        """Positions; for class labels, those that are not ignored, or the weights of the labels."""
+        self._check(outputs, targets)
+        if targets is None or targets.is_floating_point():
+            return outputs[:, :1].numel()
+        return self._label_weights(outputs, targets).sum()
+
+    def sample(
+        self, outputs: Tensor, targets: Tensor | None, generator: torch.Generator | None
+    ) -> Tensor:
+        """Cross entropy with classes drawn from the softmax."""
+        self._check(outputs, targets)
+        logits = _precise(outputs)
+        # torch.multinomial makes the host wait and refuses NaN.
+        probabilities = logits.detach().movedim(1, -1).softmax(-1)
+        # The first of exponential clocks with these rates to ring.
+        clocks = torch.empty_like(probabilities, memory_format=torch.contiguous_format)
+        labels = (probabilities / clocks.exponential_(generator=generator)).argmax(-1)
+        if targets is None:
+            return F.cross_entropy(logits, labels, reduction="sum")
+        weights = self._term_weights(outputs, targets)
+        return (weights.sqrt() * F.cross_entropy(logits, labels, reduction="none")).sum()
+
+    def root(self, outputs: Tensor, targets: Tensor | None) -> Tensor:
+        r"""Columns :math:`\sqrt{w p_k} (e_k - p)` for each class :math:`k` and position."""
+        self._check(outputs, targets)
+        logits = _precise(outputs)
+        probabilities = logits.detach().softmax(1)
+        scale = probabilities.sqrt()
+        if targets is not None:
+            scale = scale * self._term_weights(outputs, targets).sqrt()[:, None]
+        return _entries(scale * (logits - (probabilities * logits).sum(1, keepdim=True)))
+
+    def _check(self, outputs: Tensor, targets: Tensor | None) -> None:
+        _check_outputs(outputs, "[N, C, *positions]", 2)
+        if targets is None:
+            if self.weight is not None or self.ignore_index != CrossEntropy.ignore_index:
+                raise ValueError(
+                    "update_curvature: targets must be given for weight and ignore_index, got None"
+                )
+            return
+        _check_targets(
+            targets, outputs.shape if targets.is_floating_point() else outputs[:, 0].shape
+        )
+
+    def _class_weights(self, outputs: Tensor) -> Tensor:
+        like = _precise(outputs)
+        return like.new_ones(like.shape[1]) if self.weight is None else self.weight.to(like)
+
+    def _label_weights(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The weight of each term's label before smoothing, 0 if ignored: ``[N, *positions]``."""
+        weights = self._class_weights(outputs)
+        if targets.is_floating_point():
+            return (targets.movedim(1, -1) * weights).sum(-1)
+        counted = targets != self.ignore_index
+        return counted * weights[targets.where(counted, 0)]
+
+    def _term_weights(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The weight of each term's Hessian, ``[N, *positions]``."""
+        weights = self._label_weights(outputs, targets)
+        uniform = self._class_weights(outputs).mean().expand_as(weights)
+        if not targets.is_floating_point():
+            uniform = uniform * (targets != self.ignore_index)
+        return torch.lerp(weights, uniform, self.label_smoothing)
+
+
+@dataclass(frozen=True, eq=False)
+class MSE:
+    """Squared error, without 1/2: the Hessian is 2, a term for each entry of the outputs."""
+
+    def terms(self, outputs: Tensor, targets: Tensor | None) -> Count:
+        """Entries of the outputs."""
+        _check_outputs(outputs, "[N, *]", 1)
+        return outputs.numel()
+
+    def sample(
+        self, outputs: Tensor, targets: Tensor | None, generator: torch.Generator | None
+    ) -> Tensor:
+        """Squared error with labels of variance 1/2 around the outputs."""
+        _check_outputs(outputs, "[N, *]", 1)
+        predictions = _precise(outputs)
+        noise = torch.empty_like(predictions, memory_format=torch.contiguous_format)
+        labels = predictions.detach() + noise.normal_(std=0.5**0.5, generator=generator)
+        return F.mse_loss(predictions, labels, reduction="sum")
+
+    def root(self, outputs: Tensor, targets: Tensor | None) -> Tensor:
+        r"""Unit vectors, times :math:`\sqrt 2`."""
+        _check_outputs(outputs, "[N, *]", 1)
+        return 2**0.5 * _entries(_precise(outputs))
+
+
+@dataclass(frozen=True, eq=False)
+class BCEWithLogits:
+    r"""Binary cross entropy of logits, a term for each entry of the outputs.
+
+    The Hessian of a term is :math:`w\, p (1 - p)`, and with a weight :math:`c` of positive labels
+    :math:`w\, (1 + (c - 1)\, y)\, p (1 - p)`.
+
+    Args:
+        weight: Weights of the terms, that broadcast to the outputs.
+        pos_weight: Weights of positive labels, that broadcast to the outputs.
+    """
+
+    weight: Tensor | None = None
+    pos_weight: Tensor | None = None
+
+    def terms(self, outputs: Tensor, targets: Tensor | None) -> Count:
+        """Entries of the outputs, whatever their weights."""
+        self._check(outputs, targets)
+        return outputs.numel()
+
+    def sample(
+        self, outputs: Tensor, targets: Tensor | None, generator: torch.Generator | None
+    ) -> Tensor:
+        """Binary cross entropy with independent Bernoulli labels."""
+        self._check(outputs, targets)
+        logits = _precise(outputs)
+        probabilities = logits.detach().sigmoid()
+        # torch.bernoulli refuses NaN.
+        drawn = torch.empty_like(probabilities, memory_format=torch.contiguous_format)
+        labels = drawn.uniform_(generator=generator) < probabilities
+        weights = self._term_weights(targets)
+        return F.binary_cross_entropy_with_logits(
+            logits,
+            labels.to(logits.dtype),
+            None if weights is None else weights.sqrt(),
+            reduction="sum",
+        )
+
+    def root(self, outputs: Tensor, targets: Tensor | None) -> Tensor:
+        r"""Unit vectors, times :math:`\sqrt{w\, p (1 - p)}`."""
+        self._check(outputs, targets)
+        logits = _precise(outputs)
+        constant = logits.detach()
+        curvature = constant.sigmoid() * (-constant).sigmoid()  # 1 - p would lose small ones
+        weights = self._term_weights(targets)
+        if weights is not None:
+            curvature = weights * curvature
+        return _entries(curvature.sqrt() * logits)
+
+    def _check(self, outputs: Tensor, targets: Tensor | None) -> None:
+        _check_outputs(outputs, "[N, *]", 1)
+        if self.pos_weight is None:
+            return
+        if targets is None:
+            raise ValueError("update_curvature: targets must be given for pos_weight, got None")
+        _check_targets(targets, outputs.shape)
+
+    def _term_weights(self, targets: Tensor | None) -> Tensor | None:
+        """What multiplies the terms' Hessians; None if nothing does."""
+        if self.pos_weight is None or targets is None:
+            return self.weight
+        positive = 1 + (self.pos_weight - 1) * targets
+        return positive if self.weight is None else self.weight * positive
+
+
+@dataclass(frozen=True, eq=False)
+class GaussianNLL:
+    r"""Negative log likelihood of normal distributions, a term for each entry of the mean.
+
+    The outputs are ``(mean, variance)`` as ``nn.GaussianNLLLoss`` takes them. In mean and variance
+    :math:`v`, the Fisher of a term is :math:`\operatorname{diag}(1 / v, 1 / (2 v^2))`. It is the
+    mean of the Hessian under the model, and takes its place: the Hessian itself may be negative. A
+    variance that is not trained counts as known.
+
+    Args:
+        eps: Lower bound of the variance.
+    """
+
+    eps: float = 1e-6
+
+    def terms(self, outputs: tuple[Tensor, Tensor], targets: Tensor | None) -> Count:
+        """Entries of the mean."""
+        return self._mean_and_variance(outputs)[0].numel()
+
+    def sample(
+        self,
+        outputs: tuple[Tensor, Tensor],
+        targets: Tensor | None,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """Negative log likelihood of draws from the normal distributions."""
+        mean, variance = self._mean_and_variance(outputs)
+        noise = torch.empty_like(mean, memory_format=torch.contiguous_format)
+        deviation = variance.detach().sqrt() * noise.normal_(generator=generator)
+        square = (mean - mean.detach() - deviation).square()
+        return 0.5 * (variance.log() + square / variance).sum()
+
+    def root(self, outputs: tuple[Tensor, Tensor], targets: Tensor | None) -> Tensor:
+        r"""Unit vectors, times :math:`v^{-1/2}` for means, :math:`2^{-1/2} / v` for variances."""
+        mean, variance = self._mean_and_variance(outputs)
+        v = variance.detach()
+        columns = [_entries(mean / v.sqrt()), _entries(variance / (2**0.5 * v))]
+        return torch.cat(columns if variance.requires_grad else columns[:1], 1)
+
+    def _mean_and_variance(self, outputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Both in the mean's shape; gradients pass the lower bound, as in PyTorch's loss."""
+        if not isinstance(outputs, tuple) or len(outputs) != 2:
+            raise TypeError(
+                "update_curvature: outputs must be a tuple (mean, variance), "
+                f"got {type(outputs).__name__}"
+            )
+        mean, variance = outputs
+        _check_outputs(mean, "([N, *], variance)", 1)
+        _check_outputs(variance, "(mean, [N, *])", 1)
+        if variance.shape == mean.shape[:-1]:
+            variance = variance[..., None]
+        if variance.shape not in (mean.shape, (*mean.shape[:-1], 1)):
+            raise ValueError(
+                f"update_curvature: variance must have the mean's shape {tuple(mean.shape)}, but "
+                f"for a last dimension of 1 or none, got {tuple(outputs[1].shape)}"
+            )
+        variance = _precise(variance).expand_as(mean)
+        bounded = variance + (variance.clamp(min=self.eps) - variance).detach()
+        return _precise(mean), bounded
+
+
+LOSSES: dict[str, type[Any]] = {
+    "cross_entropy": CrossEntropy,
+    "mse": MSE,
+    "bce_with_logits": BCEWithLogits,
+    "gaussian_nll": GaussianNLL,
+}
+MODULES: dict[type[nn.Module], type[Any]] = {
+    nn.CrossEntropyLoss: CrossEntropy,
+    nn.MSELoss: MSE,
+    nn.BCEWithLogitsLoss: BCEWithLogits,
+    nn.GaussianNLLLoss: GaussianNLL,
+}
+
+
+def find_loss(loss: str | nn.Module | Loss[Outputs], reduction: str) -> Loss[Outputs]:
+    """The loss that a name, one of PyTorch's loss modules or the loss itself stands for.
+
+    Args:
+        loss: A key of :data:`LOSSES`, an instance of one of :data:`MODULES`, or a :class:`Loss`.
+        reduction: The training loss's; a module must have the same.
+
+    Returns:
+        The loss. A name stands for the defaults of PyTorch's loss.
+
+    Raises:
+        ValueError: If the name or the kind of module is unknown, or the reduction is another.
+    """
+    if isinstance(loss, str) and loss in LOSSES:
+        named: Loss[Outputs] = LOSSES[loss]()
+        return named
+    if isinstance(loss, Loss):
+        return loss
+    if not isinstance(loss, nn.Module) or type(loss) not in MODULES:
+        modules = sorted(module.__name__ for module in MODULES)
+        raise ValueError(
+            f"update_curvature: loss must be one of {sorted(LOSSES)}, one of the modules {modules} "
+            f"or have the methods of kfac_fast.losses.Loss, got {loss!r}"
+        )
+    if loss.reduction != reduction:
+        raise ValueError(
+            f"update_curvature: loss must have the loss_reduction {reduction!r} of KFAC, "
+            f"got {loss.reduction!r}"
+        )
+    kind = MODULES[type(loss)]
+    same: Loss[Outputs] = kind(**{field.name: getattr(loss, field.name) for field in fields(kind)})
+    return same
