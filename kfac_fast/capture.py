@@ -1,9 +1,9 @@
-"""What the passes of a training step add to the blocks: hooks on the model, and drawn labels."""
+"""What the passes of a training step add to the blocks: hooks on the model, and more gradients."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, MutableMapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,11 +15,13 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdRef, WeakTensorKeyDictionary
 
 from kfac_fast.blocks import Block, Sum
-from kfac_fast.layers import Layer, ProjectionCalls, ProjectionLayer, Sharing
+from kfac_fast.curvature import Fisher
+from kfac_fast.layers import Count, Layer, ProjectionCalls, ProjectionLayer, Sharing
+from kfac_fast.schema import result_dtype
 
 
 class Call(NamedTuple):
-    """A layer's call that waits for gradients of the loss on drawn labels."""
+    """A layer's call that waits for gradients."""
 
     block: Block
     layer: Layer
@@ -87,23 +89,32 @@ def _state(x: Tensor) -> Hashable:
         return None
 
 
+def _identity(layer: Layer, like: Tensor) -> Tensor:
+    """The gradient covariance of the forward-only Fisher, ``[(groups,) out, out]``."""
+    shape = layer.factor_shapes()["gradient"]
+    identity = torch.eye(shape[-1], dtype=result_dtype(like.dtype), device=like.device)
+    return identity.expand(shape).clone()
+
+
 class Capture:
     """Hooks that add the outer products of every layer's inputs and output gradients to its block.
 
     A layer's inputs enter its sums only together with their gradients, so that a forward pass
-    without a backward pass leaves no trace.
+    without a backward pass leaves no trace. Under the forward-only Fisher they enter at once.
 
     Args:
         model: The model.
         blocks: The blocks of its layers.
         due: Says whether the current step captures.
-        sampled: Whether the gradients are of the loss on drawn labels, else of the training loss.
+        fisher: Whose gradients are taken: of the training loss under ``"empirical"``, none under
+            ``"forward-only"``, else those of :meth:`backpropagate`.
         mean: Whether the training loss is a mean over its terms.
         terms_per_example: Terms of each example that a mean is divided by.
         accumulation_steps: Number that each micro-batch's loss is divided by.
+        loss_scale: Gives the number that the training loss is multiplied by.
 
     Attributes:
-        calls: Calls that wait for :meth:`sample`.
+        calls: Calls that wait for :meth:`backpropagate`.
         sharing: How rows are shared in the calls of layers of these names, until the step's end.
     """
 
@@ -113,19 +124,23 @@ class Capture:
         blocks: Sequence[Block],
         due: Callable[[], bool],
         *,
-        sampled: bool,
+        fisher: Fisher,
         mean: bool,
         terms_per_example: int,
         accumulation_steps: int,
+        loss_scale: Callable[[], float],
     ) -> None:
         self.calls: list[Call] = []
         self.sharing: dict[str, Sharing] = {}
         self._due = due
-        self._sampled = sampled
+        self._fisher = fisher
         self._mean = mean
         self._terms_per_example = terms_per_example
         self._accumulation_steps = accumulation_steps
+        self._loss_scale = loss_scale
+        self._scale: float | None = None  # asked for once a pass: a scaler's may make the host wait
         self._passes = 0
+        self._terms: dict[int, Count] = {}
         self._batch: int | None = None
         self._input_grams = InputGrams()
         begin = self._begin_hook(model)
@@ -150,7 +165,8 @@ class Capture:
 
     def forget(self) -> None:
         """Drop the calls that still wait and the shared sums, at the end of a step."""
-        self.calls, self.sharing, self._passes = [], {}, 0
+        self.calls, self.sharing = [], {}
+        self._passes, self._terms, self._scale = 0, {}, None
         self._input_grams = InputGrams()
 
     def remove(self) -> None:
@@ -160,23 +176,27 @@ class Capture:
         self._hooks = []
         self.forget()
 
-    def sample(self, draw: Callable[[], tuple[Tensor, int]], *, samples: int) -> None:
-        """Add the waiting calls that the loss on drawn labels depends on, averaged over draws.
+    def count(self, terms: Count) -> None:
+        """Take note of the number of the training loss's terms in the latest forward pass."""
+        self._terms[self._passes] = terms
+
+    def backpropagate(self, scalars: Iterable[Tensor], terms: Count) -> None:
+        """Add the waiting calls that some scalars depend on, with the gradients of all of these.
 
         Args:
-            draw: Draws labels; gives the sum of the loss's terms on them, and their number.
-            samples: Number of draws.
+            scalars: They are taken and backpropagated one by one, so that the gradients of only one
+                are in memory.
+            terms: Number of the loss's terms.
         """
         if not self.calls:
             return
         sums: dict[int, tuple[Tensor, Tensor | None]] = {}
-        for _ in range(samples):
-            total, terms = draw()
-            edges = [call.output for call in self.calls]
-            gradients = torch.autograd.grad(total, edges, retain_graph=True, allow_unused=True)
+        edges = [call.output for call in self.calls]
+        for scalar in scalars:
+            gradients = torch.autograd.grad(scalar, edges, retain_graph=True, allow_unused=True)
             for index, gradient in enumerate(gradients):
                 if gradient is not None:
-                    gram, squares = self.calls[index].sums(gradient, 1 / samples)
+                    gram, squares = self.calls[index].sums(gradient, 1.0)
                     if index in sums:
                         old_gram, old_squares = sums[index]
                         gram = old_gram + gram
@@ -200,6 +220,7 @@ class Capture:
                 return
             tensors = [x for x in tree_leaves((inputs, named)) if isinstance(x, Tensor)]
             self._passes += 1
+            self._scale = None
             self._batch = next((x.shape[0] for x in tensors if x.dim() > 0), None)
 
         return begin
@@ -246,9 +267,12 @@ class Capture:
         """Form a call's sum of inputs, which waits for the gradients of its output."""
         layer = layer.shared(self.sharing[layer.name]) if layer.name in self.sharing else layer
         outer = self._input_grams.of(layer, x, output)
+        if self._fisher == "forward-only":
+            block.add(outer, (_identity(layer, output), 1))
+            return
         kept = x.detach() if layer.keeps_input or block.correction is not None else None
         call = Call(block, layer, kept, get_gradient_edge(output), outer)
-        if self._sampled:
+        if self._fisher != "empirical":
             self.calls.append(call)
             return
         # Flattened tokens or windows come first in a layer, but are no examples.
@@ -260,11 +284,19 @@ class Capture:
         """Add a call's outer products under the training loss."""
         if torch.is_grad_enabled():
             return  # a backward pass that is differentiated again is not that of the training loss
-        terms = examples * self._terms_per_example
-        scale = float(self._accumulation_steps * (terms if self._mean else 1))
+        if self._scale is None:
+            self._scale = self._loss_scale()
+        terms = self._terms.get(forward_pass, examples * self._terms_per_example)
+        divisor = terms if self._mean else 1
+        scale = self._accumulation_steps / self._scale
         # A layer called twice in one pass sees the same terms of the loss twice.
         block = call.block
         first_call = forward_pass == 0 or block.counted_pass != forward_pass
         block.counted_pass = forward_pass
-        gram, squares = call.sums(gradient, scale**2)
+        if isinstance(divisor, Tensor):
+            gram, squares = call.sums(gradient, scale**2)
+            gram = divisor**2 * gram
+            squares = None if squares is None else divisor**2 * squares
+        else:
+            gram, squares = call.sums(gradient, (scale * divisor) ** 2)
         block.add(call.inputs, (gram, terms if first_call else 0), squares)

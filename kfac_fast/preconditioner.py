@@ -14,12 +14,13 @@ from torch.utils.hooks import RemovableHandle
 
 from kfac_fast.blocks import Block, Form
 from kfac_fast.capture import Capture
-from kfac_fast.curvature import Fisher, check_sampled_loss, sampled_loss
+from kfac_fast.curvature import Fisher, backpropagated
 from kfac_fast.eigenbases import apply_eigenbases, refresh_eigenbases
 from kfac_fast.factors import multiply_sides
 from kfac_fast.grafting import AdamNorm
 from kfac_fast.inverses import apply_inverses, refine_inverses, refresh_inverses
 from kfac_fast.layers import Approximation, Sharing
+from kfac_fast.losses import Loss, Outputs, find_loss
 from kfac_fast.selection import find_blocks
 
 DampingMode = Literal["factored", "plain", "exact"]
@@ -29,7 +30,7 @@ SAVED_OPTIONS = ("approx", "fisher", "loss_reduction")
 
 _CHOICES = {
     "approx": ("expand", "reduce"),
-    "fisher": ("empirical", "mc"),
+    "fisher": ("empirical", "mc", "exact", "forward-only"),
     "loss_reduction": ("mean", "sum"),
     "damping_mode": ("factored", "plain", "exact"),
     "grafting": (None, "adam"),
@@ -46,6 +47,7 @@ _BOUNDS = {  # lowest value, and the value to stay below
     "factor_update_steps": (1, math.inf),
     "inverse_update_steps": (1, math.inf),
     "kl_clip": (0, math.inf),
+    "loss_scale": (1e-30, math.inf),
 }
 
 
@@ -78,21 +80,37 @@ class KFAC:
 
     Inputs have the batch first; its size is taken from the model's first input. Layers that are fed
     one tensor, such as the projections of an attention block, have their input covariance formed
-    once. Loss scaling and several processes are not served yet. Options marked *schedule* are a
-    number, or a function of the number of steps taken. A batch whose inputs or gradients hold NaN
-    or infinity leaves the factors as they were, and is counted in :meth:`summary`.
+    once. Several processes are not served yet. Options marked *schedule* are a number, or a
+    function of the number of steps taken. A batch whose inputs or gradients hold NaN or infinity
+    leaves the factors as they were, and is counted in :meth:`summary`.
+
+    The Fisher types ``"mc"`` and ``"exact"`` run backward passes of their own between those of the
+    training loop, which a loss scale does not touch::
+
+        outputs = model(inputs)
+        kfac.update_curvature(outputs, loss="cross_entropy")
+        loss_function(outputs, targets).backward()
 
     Args:
         model: The model; layers of the types in :data:`kfac_fast.layers.RULES` are preconditioned.
         approx: ``"expand"`` or ``"reduce"``, for layers that share their weights over positions.
-        fisher: ``"empirical"`` takes the gradients of the training loss as they pass, ``"mc"``
-            those of the loss on labels drawn from the model, in :meth:`update_curvature`.
+        fisher: Whose gradients make :math:`G`. ``"empirical"``: those of the training loss as they
+            pass. ``"mc"``: those of the loss on labels drawn from the model, in
+            :meth:`update_curvature`. ``"exact"``: the same in expectation over all labels (the
+            type-2 generalised Gauss-Newton matrix), at the cost of a backward pass for each entry
+            of an example's outputs. ``"forward-only"``: none, :math:`G` is the identity, whatever
+            the loss and its reduction; every forward pass with gradients enabled counts, and
+            normalisations, whose only factor needs gradients, are left alone.
         loss_reduction: ``"mean"`` or ``"sum"``, as of the training loss.
         loss_terms_per_example: Terms of each example that a mean loss is divided by: 1 for one
-            label an example, the sequence length for one label a token. The Monte-Carlo Fisher
-            counts by itself.
+            label an example, the sequence length for one label a token. It serves the empirical
+            Fisher where :meth:`update_curvature` does not count the terms.
         accumulation_steps: Micro-batches whose losses are divided by this number and summed up in
             ``.grad``.
+        loss_scale: Number that the training loss is multiplied by before ``backward()``
+            (*schedule*), for the empirical Fisher; with a ``torch.amp.GradScaler``,
+            ``lambda step: scaler.get_scale()``. Call :meth:`step` between ``scaler.unscale_`` and
+            ``scaler.step``, which skips the optimizer after an overflow and :meth:`attach` with it.
         mc_samples: Draws of labels in each :meth:`update_curvature`.
         damping: Tikhonov damping :math:`\lambda` (*schedule*).
         damping_mode: ``"factored"`` as above; ``"plain"``: :math:`\lambda` on each factor;
@@ -135,6 +153,7 @@ class KFAC:
         loss_reduction: Literal["mean", "sum"] = "mean",
         loss_terms_per_example: int = 1,
         accumulation_steps: int = 1,
+        loss_scale: Schedule = 1.0,
         mc_samples: int = 1,
         damping: Schedule = 1e-3,
         damping_mode: DampingMode = "factored",
@@ -154,6 +173,7 @@ class KFAC:
         self.loss_reduction = loss_reduction
         self.loss_terms_per_example = loss_terms_per_example
         self.accumulation_steps = accumulation_steps
+        self.loss_scale = loss_scale
         self.mc_samples = mc_samples
         self.damping = damping
         self.damping_mode = damping_mode
@@ -170,16 +190,19 @@ class KFAC:
         form: Form = "inverse"
         if damping_mode == "exact":
             form = "corrected" if eigenvalue_correction else "eigenbasis"
-        self._blocks, self._left_alone = find_blocks(model, approx, skip, form)
+        self._blocks, self._left_alone = find_blocks(
+            model, approx, skip, form, forward_only=fisher == "forward-only"
+        )
         self._optimizer_hook: RemovableHandle | None = None
         self._capture = Capture(
             model,
             self._blocks,
             lambda: self._due("factor_update_steps"),
-            sampled=fisher == "mc",
+            fisher=fisher,
             mean=loss_reduction == "mean",
             terms_per_example=loss_terms_per_example,
             accumulation_steps=accumulation_steps,
+            loss_scale=lambda: self._now("loss_scale"),
         )
 
     def _check_options(self) -> None:
@@ -201,6 +224,11 @@ class KFAC:
             raise ValueError(
                 "KFAC: refinement_steps must be 0 with damping_mode 'exact', which has no "
                 f"inverses, got {self.refinement_steps}"
+            )
+        if self.eigenvalue_correction and self.fisher == "forward-only":
+            raise ValueError(
+                "KFAC: eigenvalue_correction must be False with fisher 'forward-only', which has "
+                "no gradients, got True"
             )
         self._check_schedules()
         if self.kl_clip is not None and (self.learning_rate is None or not self.learning_rate > 0):
@@ -235,34 +263,56 @@ class KFAC:
         return self.steps % self._now(option) == 0
 
     def update_curvature(
-        self, outputs: Tensor, *, loss: str, generator: torch.Generator | None = None
+        self,
+        outputs: Outputs,
+        *,
+        loss: str | nn.Module | Loss[Outputs],
+        targets: Tensor | None = None,
+        generator: torch.Generator | None = None,
     ) -> None:
-        r"""Form the gradient covariances from labels drawn from the model, for ``fisher="mc"``.
+        r"""Form the gradient covariances from the loss's curvature in the model's outputs.
 
-        .. math:: G = c \sum_n \sum_s g_{n,s} g_{n,s}^\top, \qquad
-            g = \partial \textstyle\sum_m \ell(f_m, y_m) / \partial z, \quad y_m \sim p(y \mid f_m)
+        .. math:: G = c \sum_k \sum_n \sum_s g_{k,n,s} g_{k,n,s}^\top, \qquad
+            g_{k,n,s} = \left(\frac{\partial f_n}{\partial z_{n,s}}\right)^\top r_{k,n}, \qquad
+            \sum_k r_{k,n} r_{k,n}^\top = \nabla_{f_n}^2 \sum_m \ell_m
 
-        with :math:`c = 1/M` for a mean of M terms, 1 for a sum. Call it after the forward pass and
-        before ``backward()``. It keeps the graph and touches no ``.grad``; on steps whose factors
-        are not updated it does nothing. One call serves one forward pass: a model with several
-        outputs takes them in a single loss.
+        with :math:`c = 1/M` for a mean of M terms, 1 for a sum. The vectors :math:`r` are the
+        columns of a root of the Hessian under ``fisher="exact"``, and gradients of the loss on
+        drawn labels under ``"mc"``, where the last equation holds in expectation. Under
+        ``"empirical"`` only the terms of the loss are counted, for losses that ignore some labels;
+        under ``"forward-only"`` there is nothing to do.
+
+        Call it after the forward pass and before ``backward()``. It keeps the graph and touches no
+        ``.grad``; on steps whose factors are not updated it does nothing. One call serves one
+        forward pass: a model with several outputs takes them in a single loss.
 
         Args:
-            outputs: The model's outputs, as the loss takes them.
-            loss: ``"cross_entropy"``, ``"mse"`` or ``"bce_with_logits"``.
+            outputs: The model's outputs, as the loss takes them; for ``"gaussian_nll"`` a tuple
+                ``(mean, variance)``. The first dimension is the examples: under ``"exact"``, tokens
+                of one example must not be flattened into it.
+            loss: ``"cross_entropy"``, ``"mse"``, ``"bce_with_logits"`` or ``"gaussian_nll"``; or
+                ``nn.CrossEntropyLoss(...)``, ``nn.MSELoss()``, ``nn.BCEWithLogitsLoss(...)`` or
+                ``nn.GaussianNLLLoss()``; or your own, a :class:`kfac_fast.losses.Loss`.
+            targets: Training labels. The curvature depends on them only where the loss ignores or
+                weighs some.
             generator: Source of randomness; PyTorch's default if None.
 
         Raises:
-            RuntimeError: If the Fisher is not ``"mc"``.
-            ValueError: If ``loss`` is unknown.
+            TypeError: If the outputs are not what the loss takes.
+            ValueError: If ``loss`` is unknown or has another reduction than ``loss_reduction``, if
+                outputs or targets have the wrong shape, or targets are needed.
 
-        Source: Martens & Grosse (2015), section 5.
+        Source: Martens & Grosse (2015), section 5; Eschenhagen et al. (2023), section 2.
         """
-        if self.fisher != "mc":
-            raise RuntimeError(f"update_curvature: fisher must be 'mc', got {self.fisher!r}")
-        check_sampled_loss(outputs, loss)
-        self._capture.sample(
-            lambda: sampled_loss(outputs, loss, generator), samples=self.mc_samples
+        known = find_loss(loss, self.loss_reduction)
+        if self.fisher == "forward-only" or not self._due("factor_update_steps"):
+            return
+        terms = known.terms(outputs, targets)
+        if self.fisher == "empirical":
+            self._capture.count(terms)
+            return
+        self._capture.backpropagate(
+            backpropagated(self.fisher, known, outputs, targets, self.mc_samples, generator), terms
         )
 
     def share_rows(
@@ -323,8 +373,9 @@ class KFAC:
         The host never waits for the device.
 
         Raises:
-            RuntimeError: If ``fisher="mc"`` and :meth:`update_curvature` was not called on a step
-                that updates the factors, if no pass of the model was seen, or after :meth:`detach`.
+            RuntimeError: If the Fisher needs :meth:`update_curvature` and it was not called on a
+                step that updates the factors, if no pass of the model was seen, or after
+                :meth:`detach`.
             ValueError: If a schedule's number is refused; nothing has changed then.
         """
         if not self._capture.hooked:
@@ -332,7 +383,8 @@ class KFAC:
         pending = any(block.pending for block in self._blocks)
         if self._capture.calls and not pending:
             raise RuntimeError(
-                "KFAC.step: fisher='mc' needs update_curvature() after the forward pass, got none"
+                f"KFAC.step: fisher={self.fisher!r} needs update_curvature() after the forward "
+                "pass, got none"
             )
         if not pending and self._untouched() and any(p.grad is not None for p in self.parameters()):
             raise RuntimeError(
@@ -351,8 +403,10 @@ class KFAC:
         had_factors = [bool(block.factors) for block in self._blocks]
         update = self._due("factor_update_steps")
         if update:
+            # Forward-only identities are averaged over the calls.
+            reduction = "mean" if self.fisher == "forward-only" else self.loss_reduction
             for block in self._blocks:
-                block.update(self._now("factor_decay"), self.loss_reduction)
+                block.update(self._now("factor_decay"), reduction)
         known = [block for block in self._blocks if block.factors]
         if self._due("inverse_update_steps") or len(known) > sum(had_factors):
             self._refresh(known)

@@ -16,7 +16,12 @@ NamedModules = Sequence[tuple[str, nn.Module]]
 
 
 def find_blocks(
-    model: nn.Module, approx: Approximation, skip: Sequence[str], form: Form = "inverse"
+    model: nn.Module,
+    approx: Approximation,
+    skip: Sequence[str],
+    form: Form = "inverse",
+    *,
+    forward_only: bool = False,
 ) -> tuple[list[Block], dict[str, str]]:
     """The blocks of a model's layers, and why each other module that owns parameters has none.
 
@@ -27,6 +32,7 @@ def find_blocks(
         approx: ``"expand"`` or ``"reduce"``.
         skip: Regular expressions, searched for in qualified and in class names.
         form: As for :class:`Block`.
+        forward_only: Whether there are no gradients to form factors of.
 
     Returns:
         The blocks in the model's order, and reasons by qualified name.
@@ -58,7 +64,7 @@ def find_blocks(
         elif not own:
             left_alone[name] = f"no rule for {type(module).__name__}"
         else:
-            reasons = {layer.name: layer.reason_against() for layer in own}
+            reasons = {layer.name: _reason_against(layer, forward_only) for layer in own}
             left_alone |= {name: reason for name, reason in reasons.items() if reason is not None}
             layers += [layer for layer in own if reasons[layer.name] is None]
     blocks = []
@@ -75,6 +81,13 @@ def find_blocks(
     if not blocks:
         raise ValueError(f"KFAC: model must have a layer to precondition, got none: {left_alone}")
     return blocks, left_alone
+
+
+def _reason_against(layer: Layer, forward_only: bool) -> str | None:
+    reason = layer.reason_against()
+    if reason is None and forward_only and "input" not in layer.factor_shapes():
+        return "its only factor needs gradients"
+    return reason
 
 
 def _tied(layers: Sequence[Layer]) -> list[list[Layer]]:

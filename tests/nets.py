@@ -58,7 +58,7 @@ def train_step(model: nn.Module, kfac: KFAC, x: Tensor, y: Tensor) -> None:
     """A step on cross entropy that leaves the weights alone."""
     model.zero_grad()
     outputs = model(x)
-    if kfac.fisher == "mc":
+    if kfac.fisher in ("mc", "exact"):
         kfac.update_curvature(outputs, loss="cross_entropy")
     F.cross_entropy(outputs, y).backward()
     kfac.step()

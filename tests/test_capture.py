@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from kfac_fast import KFAC
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-fishers = pytest.mark.parametrize("fisher", ["empirical", "mc"])
+fishers = pytest.mark.parametrize("fisher", ["empirical", "mc", "exact"])
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +62,7 @@ def test_checkpointed_activations_give_the_same_factors(use_reentrant: bool) -> 
     assert_covariances(kfac, {f"net.{name}": pair for name, pair in expected.items()})
 
 
-@fishers
+@pytest.mark.parametrize("fisher", ["empirical", "mc", "exact", "forward-only"])
 def test_gradients_are_untouched_before_the_step(fisher: str) -> None:
     model, x, y = Net(), images(), torch.randint(3, (5,))
     F.cross_entropy(model(x), y).backward()
@@ -70,9 +70,8 @@ def test_gradients_are_untouched_before_the_step(fisher: str) -> None:
     model.zero_grad()
     kfac = preconditioner(model, fisher=fisher)
     outputs = model(x)
-    if fisher == "mc":
-        kfac.update_curvature(outputs, loss="cross_entropy")
-        assert all(parameter.grad is None for parameter in model.parameters())
+    kfac.update_curvature(outputs, loss="cross_entropy")
+    assert all(parameter.grad is None for parameter in model.parameters())
     F.cross_entropy(outputs, y).backward()
     for parameter, grad in zip(model.parameters(), expected, strict=True):
         assert torch.equal(bits(parameter.grad), bits(grad))
@@ -230,7 +229,7 @@ def test_the_host_never_waits_for_the_device(fisher: str, options: dict[str, Any
         model.zero_grad()
         with NeverWaits():
             outputs = model(x)
-            if fisher == "mc":
+            if fisher != "empirical":
                 kfac.update_curvature(outputs, loss="cross_entropy")
             F.cross_entropy(outputs, torch.tensor([0, 1, 2, 0, 1])).backward()
             kfac.step()

@@ -14,7 +14,7 @@ from plain_kfac import assert_solved, grad_matrices
 from torch import Tensor, nn
 
 from kfac_fast import KFAC
-from kfac_fast.curvature import sampled_loss
+from kfac_fast.losses import MSE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 approximations = pytest.mark.parametrize("approx", ["expand", "reduce"])
@@ -115,7 +115,7 @@ def test_drawn_labels_correct_the_eigenvalues_with_their_own_gradients() -> None
     rows = torch.cat([x, torch.ones(6, 1).double()], 1) @ right
     for _ in range(3):
         outputs = model(x).detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(sampled_loss(outputs, "mse")[0], outputs)
+        (gradient,) = torch.autograd.grad(MSE().sample(outputs, None, None), outputs)
         total += (gradient @ left).square().mT @ rows.square() / 3
     assert_same(block.correction.mean(), total / 18)
 

@@ -3,7 +3,9 @@
 For the squared error in float64: expand is exact if only per-position linear maps follow the layer
 and the loss sums over positions; reduce is exact if per-position maps, then a sum or mean over the
 positions, then linear maps follow. Each is wrong in the other's setting, and both are if a second
-spatial convolution follows, which mixes positions.
+spatial convolution follows, which mixes positions. The same holds for other losses where all
+outputs are alike, because their Hessians then are. A single datum without shared positions is exact
+for any network and loss. The blocks are those of ``KFAC`` with the exact Fisher.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import CONVOLUTIONS, Convolution
+from loss_cases import LOSS_CASES, LossCase
+from nets import preconditioner
 from oracle import convolution
 from torch import Tensor, nn
 
@@ -27,6 +31,7 @@ pytestmark = [
 EXACT = 1e-12
 NOT_EXACT = 1e-2
 OUTPUTS = 2
+APPROXIMATIONS: tuple[Approximation, ...] = ("expand", "reduce")
 
 
 class PerPosition(nn.Module):
@@ -83,17 +88,22 @@ def reduce_setting(layer: nn.Module, x: Tensor, features: int, mean: bool = True
     return Setting(nn.Sequential(layer, *first, PerPosition(features), Pool(mean), last), x)
 
 
-def loss_curvature(outputs: Tensor, reduction: str) -> Tensor:
-    """Diagonal of the squared error's Hessian in the flat outputs; the rest of it is zero."""
-    flat = outputs.detach().flatten().requires_grad_()
-    loss = F.mse_loss(flat, torch.randn_like(flat), reduction=reduction)
-    (gradient,) = torch.autograd.grad(loss, flat, create_graph=True)
-    return torch.autograd.grad(gradient.sum(), flat)[0]
+MSE = LOSS_CASES["mse"]
 
 
-def exact_blocks(setting: Setting, reduction: str) -> Tensor:
+def curvature_of_the_loss(case: LossCase, f: Tensor, targets: Tensor, reduction: str) -> Tensor:
+    """Hessian in the flat outputs."""
+    hessian = case.hessian(f, targets)
+    if reduction == "sum":
+        return hessian
+    return hessian * case.loss(f, targets, "mean") / case.loss(f, targets, "sum")
+
+
+def exact_blocks(
+    setting: Setting, case: LossCase, targets: Tensor, reduction: str, layer: nn.Module
+) -> Tensor:
     """``J^T H J`` of each group's matrix of parameters, ``[groups, out * in, out * in]``."""
-    rule = RULES[type(setting.layer)]("layer", setting.layer, "expand")
+    rule = RULES[type(layer)]("layer", layer, "expand")
     parameters = rule.parameters()
     outputs = setting.model(setting.x)
     rows = []
@@ -102,33 +112,46 @@ def exact_blocks(setting: Setting, reduction: str) -> Tensor:
         for parameter, gradient in zip(parameters, row, strict=True):
             parameter.grad = gradient
         rows.append(rule.gradient_matrix(torch.float64).reshape(rule.groups, -1))
+    setting.model.zero_grad()
     j = torch.stack(rows, 1)  # [groups, outputs, out * in]
-    return (j.mT * loss_curvature(outputs, reduction)) @ j
+    return j.mT @ curvature_of_the_loss(case, outputs.detach(), targets, reduction) @ j
 
 
-def kronecker_blocks(setting: Setting, approx: Approximation, reduction: str) -> Tensor:
-    """``G (x) A``, row-major like the parameters' matrix, from type-2 gradients."""
-    rule = RULES[type(setting.layer)]("layer", setting.layer, approx)
-    layer_output = setting.layer(setting.x)
-    outputs = setting.model[1:](layer_output)
-    examples = outputs.flatten(1)
-    scale = 1.0 if reduction == "sum" else 1 / outputs.numel()
-    total, count = rule.input_gram(setting.x, layer_output)
-    a = total / count
-    g = torch.zeros((), dtype=torch.float64)
-    for output in range(examples.shape[1]):
-        root = 2**0.5 * examples[:, output].sum()  # the squared error's Hessian is 2
-        (gradient,) = torch.autograd.grad(root, layer_output, retain_graph=True)
-        g = g + rule.gradient_gram(gradient, scale)
+def kronecker_blocks(
+    setting: Setting,
+    approx: Approximation,
+    case: LossCase,
+    targets: Tensor,
+    reduction: str,
+    layer: nn.Module,
+) -> Tensor:
+    """``G (x) A``, row-major like the parameters' matrix."""
+    kfac = preconditioner(setting.model, approx=approx, fisher="exact", loss_reduction=reduction)
+    outputs = case.outputs(setting.model(setting.x))
+    kfac.update_curvature(outputs, loss=case.module(reduction=reduction), targets=targets)
+    kfac.step()
+    kfac.detach()
+    (block,) = (block for block in kfac._blocks if block.layer.module is layer)
+    a, g = (factor.mean() for factor in block.factors)
     stacked = zip(g.reshape(-1, *g.shape[-2:]), a.reshape(-1, *a.shape[-2:]), strict=True)
     return torch.stack([torch.kron(gradient, inputs) for gradient, inputs in stacked])
 
 
-def relative_errors(setting: Setting, reduction: str = "sum") -> dict[Approximation, float]:
+def relative_errors(
+    setting: Setting,
+    reduction: str = "sum",
+    case: LossCase = MSE,
+    layer: nn.Module | None = None,
+) -> dict[Approximation, float]:
     """Of each approximation, the largest relative error of a group's block."""
-    exact = exact_blocks(setting, reduction)
+    layer = setting.layer if layer is None else layer
+    targets = case.targets(setting.model(setting.x).detach())
+    exact = exact_blocks(setting, case, targets, reduction, layer)
     size = torch.linalg.matrix_norm(exact)
-    errors = {a: kronecker_blocks(setting, a, reduction) - exact for a in ("expand", "reduce")}
+    errors = {
+        approx: kronecker_blocks(setting, approx, case, targets, reduction, layer) - exact
+        for approx in APPROXIMATIONS
+    }
     return {a: float((torch.linalg.matrix_norm(e) / size).max()) for a, e in errors.items()}
 
 
@@ -189,3 +212,74 @@ def test_a_second_circular_convolution_keeps_reduce_exact() -> None:
     errors = relative_errors(two_convolutions(pooled=True, padding_mode="circular"))
     assert errors["reduce"] < EXACT
     assert errors["expand"] > 0.1
+
+
+# Other losses
+
+
+class PositiveEntries(nn.Module):
+    """``[N, 4, positions]``, as every loss takes them, of outputs ``[N, 4, *positions]``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.softplus(x.reshape(*x.shape[:2], -1)) + 0.3
+
+
+# The Hessian must be that of every label and, for expand, of every position.
+ALIKE = {
+    name: LOSS_CASES[name]
+    for name in ("cross-entropy", "soft-labels", "smoothed", "mse", "bce", "bce-weights", "normal")
+}
+
+
+def alike(layer: nn.Module, x: Tensor, features: int, pooled: bool) -> Setting:
+    """The settings above with 4 outputs, which are alike because the layer's weight is zero."""
+    nn.init.zeros_(layer.weight)
+    linear = nn.Conv1d(features, 4, 1, dtype=torch.float64)
+    tail = [Pool(mean=True), nn.Unflatten(1, (4, 1))] if pooled else []
+    layers = [layer, nn.Flatten(2), linear, *tail, PositiveEntries()]
+    return Setting(nn.Sequential(*layers), x)
+
+
+@pytest.mark.parametrize("case", ALIKE.values(), ids=ALIKE)
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_every_loss_where_all_outputs_are_alike(case: LossCase, reduction: str) -> None:
+    layer = nn.Conv2d(2, 3, 2, dtype=torch.float64)
+    x = torch.randn(3, 2, 3, 4, dtype=torch.float64)
+    for pooled, exact in ((False, "expand"), (True, "reduce")):
+        errors = relative_errors(alike(layer, x, 3, pooled), reduction, case)
+        assert errors.pop(exact) < EXACT < NOT_EXACT < min(errors.values())
+
+
+@pytest.mark.parametrize("case", LOSS_CASES.values(), ids=LOSS_CASES)
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_one_datum_of_any_network_and_loss(case: LossCase, reduction: str) -> None:
+    layers = [nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4)]
+    model = nn.Sequential(*layers, nn.Unflatten(1, (4, 1)), PositiveEntries()).double()
+    setting = Setting(model, torch.randn(1, 3, dtype=torch.float64))
+    for layer in (model[0], model[2]):
+        assert max(relative_errors(setting, reduction, case, layer).values()) < EXACT
+
+
+@pytest.mark.parametrize("case", LOSS_CASES.values(), ids=LOSS_CASES)
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_corrected_eigenvalues_add_up_to_the_trace_of_any_block(
+    case: LossCase, reduction: str
+) -> None:
+    """Of any number of examples and positions, after any layers."""
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), FeaturesFirst(), nn.Conv1d(5, 4, 2))
+    setting = Setting(
+        nn.Sequential(*model, PositiveEntries()).double(), torch.randn(2, 3, 3).double()
+    )
+    f = setting.model(setting.x).detach()
+    targets = case.targets(f)
+    options = {"damping_mode": "exact", "eigenvalue_correction": True, "inverse_update_steps": 9}
+    kfac = preconditioner(setting.model, fisher="exact", loss_reduction=reduction, **options)
+    for _ in range(2):
+        outputs = case.outputs(setting.model(setting.x))
+        kfac.update_curvature(outputs, loss=case.module(reduction=reduction), targets=targets)
+        kfac.step()
+    kfac.detach()
+    for block in kfac._blocks:
+        exact = exact_blocks(setting, case, targets, reduction, block.layer.module)
+        trace = exact.diagonal(dim1=1, dim2=2).sum()
+        assert abs(block.correction.mean().sum() - trace) < EXACT * trace

@@ -33,7 +33,7 @@ from plain_kfac import (
 from torch import Tensor, nn
 
 from kfac_fast import KFAC
-from kfac_fast.curvature import sampled_loss
+from kfac_fast.losses import MSE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 approximations = pytest.mark.parametrize("approx", ["expand", "reduce"])
@@ -195,7 +195,7 @@ def test_two_calls_in_one_pass_are_one_step_of_the_running_average(
         if fisher == "empirical":
             return F.mse_loss(outputs, y)
         torch.manual_seed(3)
-        return sampled_loss(outputs, "mse")[0] / 60
+        return MSE().sample(outputs, None, None) / 60
 
     expected = plain_covariances(twin, loss_of, approx, 60, "mean")
     for _ in range(2):

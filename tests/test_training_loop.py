@@ -158,23 +158,20 @@ def test_sampled_curvature_adds_up_over_forward_passes(together: bool) -> None:
         assert_solved(pair[0], expected[name][0])
 
 
-def test_a_forgotten_update_of_the_curvature_is_an_error_and_can_be_made_up_for() -> None:
+@pytest.mark.parametrize("fisher", ["mc", "exact"])
+def test_a_forgotten_update_of_the_curvature_is_an_error_and_can_be_made_up_for(
+    fisher: str,
+) -> None:
     model = Net()
-    kfac = preconditioner(model, fisher="mc")
+    kfac = preconditioner(model, fisher=fisher)
     outputs = model(images())
-    with pytest.raises(RuntimeError, match=r"fisher='mc' needs update_curvature\(\)"):
+    with pytest.raises(RuntimeError, match=rf"fisher='{fisher}' needs update_curvature\(\)"):
         kfac.step()
     with pytest.raises(ValueError, match="loss must be one of"):
         kfac.update_curvature(outputs, loss="hinge")
     kfac.update_curvature(outputs, loss="mse")
     kfac.step()
     assert kfac.steps == 1 and len(covariances(kfac)) == 4
-
-
-def test_only_the_sampled_fisher_has_its_curvature_updated() -> None:
-    kfac = KFAC(Net())
-    with pytest.raises(RuntimeError, match="fisher must be 'mc', got 'empirical'"):
-        kfac.update_curvature(torch.zeros(2, 3), loss="mse")
 
 
 def test_the_curvatures_generator_decides_the_labels() -> None:
@@ -350,7 +347,7 @@ def test_a_failed_inverse_is_counted_in_the_summary() -> None:
 
 BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"approx": "sum"}, r"approx must be one of \('expand', 'reduce'\), got 'sum'"),
-    ({"fisher": "exact"}, r"fisher must be one of \('empirical', 'mc'\), got 'exact'"),
+    ({"fisher": "type-2"}, r"fisher must be one of \('empirical', 'mc', 'exact', .*, got 'type-2'"),
     ({"loss_reduction": "none"}, r"loss_reduction must be one of .*, got 'none'"),
     ({"damping_mode": None}, "damping_mode must be one of .*, got None"),
     ({"grafting": "sgd"}, r"grafting must be one of \(None, 'adam'\), got 'sgd'"),
@@ -369,6 +366,15 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"factor_update_steps": 0}, r"factor_update_steps must be in \[1, inf\), got 0"),
     ({"inverse_update_steps": 0.5}, r"inverse_update_steps must be in \[1, inf\), got 0.5"),
     ({"kl_clip": -1.0, "learning_rate": 0.1}, r"kl_clip must be in \[0, inf\), got -1.0"),
+    (
+        {
+            "fisher": "forward-only",
+            "damping_mode": "exact",
+            "eigenvalue_correction": True,
+        },
+        "eigenvalue_correction must be False with fisher 'forward-only'",
+    ),
+    ({"loss_scale": 0.0}, r"loss_scale must be in \[1e-30, inf\), got 0.0"),
     ({"kl_clip": 1e-3}, "learning_rate must be positive for kl_clip, got None"),
     ({"kl_clip": 1e-3, "learning_rate": 0.0}, "learning_rate must be positive .*, got 0.0"),
     ({"kl_clip": 1.0, "learning_rate": 0.1, "grafting": "adam"}, "kl_clip must be None with graft"),
