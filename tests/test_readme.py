@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 
+from kfac_fast import KFAC
+
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
@@ -27,6 +29,26 @@ def test_the_training_loop_runs_and_lowers_the_loss(capsys) -> None:
     assert "Conv2d" in capsys.readouterr().out
 
 
+def test_the_line_between_the_passes_leaves_the_gradients_alone() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 3)
+    images, labels = torch.randn(5, 4), torch.randint(3, (5,))
+    expected = torch.autograd.grad(
+        torch.nn.functional.cross_entropy(model(images), labels), model.weight
+    )[0]
+    for fisher in ("mc", "exact"):
+        model.zero_grad()
+        kfac = KFAC(model, fisher=fisher)
+        exec(
+            _blocks()[1],
+            {"torch": torch, "model": model, "images": images, "labels": labels, "kfac": kfac},
+        )
+        assert torch.equal(model.weight.grad, expected)
+        kfac.step()
+        assert not torch.equal(model.weight.grad, expected)
+        kfac.detach()
+
+
 def test_the_operators_run_and_give_what_the_comments_say() -> None:
     torch.manual_seed(0)
     x = torch.randn(30, 5)
@@ -35,7 +57,7 @@ def test_the_operators_run_and_give_what_the_comments_say() -> None:
     grads = [torch.randn(3, 5), torch.randn(2, 4)]
     images = torch.randn(2, 8, 6, 6)
     names = {"x": x, "running": running, "images": images, "grads": grads, **squares}
-    exec(_blocks()[1], names)
+    exec(_blocks()[2], names)
     rows = torch.cat([x, torch.ones(30, 1)], 1)
     torch.testing.assert_close(names["covariance"], rows.T @ rows)
     torch.testing.assert_close(running, 0.05 * rows.T @ rows)
