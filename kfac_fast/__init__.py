@@ -15,10 +15,12 @@ from kfac_fast.ops import (
     shared_gram,
 )
 from kfac_fast.preconditioner import KFAC
+from kfac_fast.steps import StepReport
 
 __all__ = [
     "KFAC",
     "LevenbergMarquardt",
+    "StepReport",
     "cholesky_precondition",
     "conv_expand_gram",
     "conv_reduce_gram",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from kfac_fast.eigenbases import Eigenbasis, eigenvalues
@@ -12,6 +13,7 @@ from kfac_fast.factors import Factor, RunningAverage
 from kfac_fast.grafting import AdamNorm
 from kfac_fast.inverses import Inverse
 from kfac_fast.layers import Count, Layer
+from kfac_fast.options import Schedule
 from kfac_fast.schema import result_dtype
 
 Sum = tuple[Tensor, Count]
@@ -31,11 +33,14 @@ class Block:
         layers: The rules of all layers with the same weight and bias, mostly one.
         form: What the factors are applied as: damped inverses, or eigenbases with the factors' own
             or with corrected eigenvalues.
+        dtype: Of the factors; that of the layer's sums if None.
 
     Attributes:
         layers: As given.
         layer: The first of them.
         form: As given.
+        dtype: Of the factors.
+        options: The block's own values of some options.
         factors: Running covariances, as the layer names them; empty before the first batch.
         inverses: Damped inverse of each factor; empty with eigenbases.
         bases: Eigenbasis of each factor; empty with inverses.
@@ -45,10 +50,17 @@ class Block:
         counted_pass: The last forward pass of the model whose loss terms are counted.
     """
 
-    def __init__(self, layers: Sequence[Layer], form: Form = "inverse") -> None:
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        form: Form = "inverse",
+        dtype: torch.dtype | None = None,
+    ) -> None:
         self.layers = tuple(layers)
         self.layer = self.layers[0]
         self.form: Form = form
+        self.dtype = result_dtype(self.layer.weight.dtype) if dtype is None else dtype
+        self.options: dict[str, Schedule] = {}
         self.factors: tuple[Factor, ...] = ()
         self.inverses: tuple[Inverse, ...] = ()
         self.bases: tuple[Eigenbasis, ...] = ()
@@ -112,12 +124,13 @@ class Block:
         batches = [gradients / divisor]
         if inputs is not None:
             batches.insert(0, inputs[0] / inputs[1])
+        batches = [batch.to(self.dtype) for batch in batches]
         if not self.factors:
             self._begin(batches)
         for factor, batch in zip(self.factors, batches, strict=True):
             factor.update(batch, decay)
         if self.correction is not None and squares is not None:
-            self.correction.update(squares / divisor, decay)
+            self.correction.update((squares / divisor).to(self.dtype), decay)
         self.forget()
 
     def forget(self) -> None:
@@ -137,6 +150,22 @@ class Block:
         self.bases = tuple(Eigenbasis(covariance) for covariance in covariances)
         if self.form == "corrected":
             self.correction = RunningAverage(eigenvalues(self.bases, None))
+
+    def describe(self) -> str:
+        """A line on the layer and its factors, with failures counted; waits for the device."""
+        kind = type(self.layer.module).__name__
+        state = "no factors yet"
+        if self.factors:
+            named = zip(self.layer.factor_shapes(), self.factors, strict=True)
+            shapes = "  ".join(f"{name} {list(f.total.shape)}" for name, f in named)
+            skipped = sum(int(factor.skipped) for factor in self.factors)
+            failed = sum(int(side.failed) for side in self.inverses or self.bases)
+            state = f"{shapes}  updates skipped {skipped}  inverses failed {failed}"
+        return f"{self.layer.name or '(model)'}: {kind}  {state}"
+
+    def condition_numbers(self) -> list[Tensor]:
+        """See :meth:`kfac_fast.KFAC.condition_numbers`."""
+        return [side.condition_number() for side in self.inverses or self.bases]
 
     def parts(self) -> dict[str, Part]:
         """What has a state, by the names that it is saved under."""
@@ -162,9 +191,8 @@ class Block:
         Raises:
             ValueError: If a part, a field or a shape does not fit the layer.
         """
-        block = Block(self.layers, self.form)
-        like = self.layer.weight
-        like = like.new_empty((), dtype=result_dtype(like.dtype))
+        block = Block(self.layers, self.form, self.dtype)
+        like = self.layer.weight.new_empty((), dtype=self.dtype)
         if set(state) - {"norm"}:
             block._begin([like.new_empty(shape) for shape in self.layer.factor_shapes().values()])
         if "norm" in state:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kfac_fast.factors import Factor, RunningAverage, multiply_sides
+from kfac_fast.factors import Damping, Factor, RunningAverage, multiply_sides, of_each
 
 LARGEST_STACKED = 256
 """Larger matrices gain nothing from a common call."""
@@ -109,6 +109,7 @@ class Eigenbasis:
     """
 
     STATE = ("vectors", "values", "failed")
+    KIND = "inverses"
 
     def __init__(self, like: Tensor) -> None:
         size = like.shape[-1]
@@ -130,6 +131,10 @@ class Eigenbasis:
             self.vectors = torch.where(valid[..., None, None], new.vectors, self.vectors)
         values = new.values.clamp(min=0)  # a covariance has no negative ones but by rounding
         self.values = torch.where(valid[..., None], values, self.values)
+
+    def condition_number(self) -> Tensor:
+        """Spectral condition number of each matrix, infinite if singular; of the batch shape."""
+        return self.values.amax(-1) / self.values.amin(-1)
 
 
 Decomposed = tuple[Sequence[Factor], Sequence[Eigenbasis]]
@@ -165,7 +170,7 @@ def apply_eigenbases(
     grads: Sequence[Tensor],
     bases: Sequence[Sequence[Eigenbasis]],
     corrections: Sequence[RunningAverage | None],
-    damping: float,
+    damping: Damping,
 ) -> tuple[list[Tensor], Tensor]:
     r"""Precondition all layers' gradients with the exactly damped Kronecker products.
 
@@ -180,7 +185,7 @@ def apply_eigenbases(
             row.
         corrections: Running averages of each layer's corrected eigenvalues ``[*, out, in]``, or
             None.
-        damping: :math:`\lambda`, above 0.
+        damping: :math:`\lambda`, above 0: one number for all or one for each layer.
 
     Returns:
         The preconditioned gradients, and the sum of their inner products with the gradients.
@@ -192,8 +197,9 @@ def apply_eigenbases(
     rotated, inner = multiply_sides(grads, right, [None if q is None else q.mT for q in left])
     inner.zero_()
     scaled = []
-    for part, own, correction in zip(rotated, bases, corrections, strict=True):
-        scaled.append(part / (eigenvalues(own, correction) + damping))
+    shifts = of_each(damping, bases)
+    for part, own, correction, shift in zip(rotated, bases, corrections, shifts, strict=True):
+        scaled.append(part / (eigenvalues(own, correction) + shift))
         inner = inner + (part * scaled[-1]).sum()
     back = [side if side.dim() == 1 else side.mT for side in right]
     return multiply_sides(scaled, back, left)[0], inner

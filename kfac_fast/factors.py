@@ -13,6 +13,9 @@ from torch import Tensor
 
 from kfac_fast import ops
 
+Damping = float | Sequence[float]
+"""One number for all layers, or one for each."""
+
 
 class RunningAverage:
     r"""A running average with bias correction, of the batches that are finite.
@@ -28,6 +31,7 @@ class RunningAverage:
     """
 
     STATE = ("total", "weight", "skipped")
+    KIND = "factors"
 
     def __init__(self, like: Tensor) -> None:
         self.total = torch.zeros_like(like)
@@ -64,6 +68,11 @@ class Factor(RunningAverage):
 
     def _witnesses(self, batch: Tensor) -> Tensor:
         return diagonal_of(batch)
+
+
+def of_each(damping: Damping, layers: Sequence[object]) -> Sequence[float]:
+    """The damping of each layer, where one number may stand for all."""
+    return [damping] * len(layers) if isinstance(damping, int | float) else damping
 
 
 def diagonal_of(covariance: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ class AdamNorm:
     """
 
     STATE = ("second_moment", "weight")
+    KIND = "norms"
 
     def __init__(self, like: Tensor, beta2: float = 0.999, epsilon: float = 1e-8) -> None:
         self.beta2 = beta2

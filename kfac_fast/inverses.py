@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kfac_fast import ops
-from kfac_fast.factors import Factor, diagonal_of, multiply_sides
+from kfac_fast.factors import Damping, Factor, diagonal_of, multiply_sides, of_each
 
 
 class Inverse:
@@ -27,6 +27,7 @@ class Inverse:
     """
 
     STATE = ("matrix", "failed", "raised")
+    KIND = "inverses"
     MOST_RAISED = 6
 
     def __init__(self, like: Tensor) -> None:
@@ -61,6 +62,12 @@ class Inverse:
         """
         valid = valid.reshape(valid.shape + (1,) * (matrix.dim() - valid.dim()))
         self.matrix = torch.where(valid, matrix, self.matrix)
+
+    def condition_number(self) -> Tensor:
+        """Spectral condition number of each matrix, by its eigenvalues; of the batch shape."""
+        full = self.matrix.dim() > 1
+        values = torch.linalg.eigvalsh(self.matrix) if full else self.matrix
+        return values.amax(-1) / values.amin(-1)
 
     def count_failures(self, failure: Tensor) -> None:
         """Take note of which matrices were not positive definite.
@@ -102,7 +109,7 @@ def factored_damping(
     return math.sqrt(damping) * pi, math.sqrt(damping) / pi
 
 
-def refresh_inverses(layers: Sequence[Inverted], damping: float, mode: str = "factored") -> None:
+def refresh_inverses(layers: Sequence[Inverted], damping: Damping, mode: str = "factored") -> None:
     """Refresh the damped inverses of all layers' factors in one call.
 
     A layer takes over new inverses only if all of its own are valid: one alone would scale its step
@@ -111,7 +118,7 @@ def refresh_inverses(layers: Sequence[Inverted], damping: float, mode: str = "fa
 
     Args:
         layers: The factors of each layer, and their inverses.
-        damping: Tikhonov damping, at least 0.
+        damping: Tikhonov damping, at least 0: one number for all or one for each layer.
         mode: ``"factored"`` as :func:`factored_damping`; ``"plain"`` adds ``damping`` to each
             factor. A layer with a single factor has it in both modes.
     """
@@ -131,7 +138,7 @@ def refresh_inverses(layers: Sequence[Inverted], damping: float, mode: str = "fa
 
 
 def refine_inverses(
-    layers: Sequence[Inverted], damping: float, mode: str = "factored", *, steps: int
+    layers: Sequence[Inverted], damping: Damping, mode: str = "factored", *, steps: int
 ) -> None:
     r"""Follow factors that have changed since the last refresh by Newton-Schulz iterations.
 
@@ -188,14 +195,14 @@ def apply_inverses(
 
 
 def _systems(
-    layers: Sequence[Inverted], damping: float, mode: str
+    layers: Sequence[Inverted], damping: Damping, mode: str
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Every factor's covariance, and its damping of the batch shape."""
-    for factors, inverses in layers:
+    for (factors, inverses), own in zip(layers, of_each(damping, layers), strict=True):
         covariances = [factor.mean() for factor in factors]
-        shares: Sequence[Tensor | float] = [damping] * len(factors)
+        shares: Sequence[Tensor | float] = [own] * len(factors)
         if mode == "factored" and len(factors) == 2:
-            shares = factored_damping(covariances[0], covariances[1], damping)
+            shares = factored_damping(covariances[0], covariances[1], own)
         for inverse, covariance, share in zip(inverses, covariances, shares, strict=True):
             yield covariance, inverse.raised_damping(covariance, share)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
@@ -15,40 +14,22 @@ from torch.utils.hooks import RemovableHandle
 from kfac_fast.blocks import Block, Form
 from kfac_fast.capture import Capture
 from kfac_fast.curvature import Fisher, backpropagated
-from kfac_fast.eigenbases import apply_eigenbases, refresh_eigenbases
-from kfac_fast.factors import multiply_sides
-from kfac_fast.grafting import AdamNorm
-from kfac_fast.inverses import apply_inverses, refine_inverses, refresh_inverses
 from kfac_fast.layers import Approximation, Sharing
 from kfac_fast.losses import Loss, Outputs, find_loss
-from kfac_fast.selection import find_blocks
+from kfac_fast.options import BOUNDS, DampingMode, Schedule, check_options, number
+from kfac_fast.selection import apply_layer_options, find_blocks
+from kfac_fast.state import restored_blocks, state_of
+from kfac_fast.steps import (
+    StepReport,
+    clip_scale,
+    graft,
+    precondition,
+    predicted_change,
+    refine,
+    refresh,
+)
 
-DampingMode = Literal["factored", "plain", "exact"]
-Schedule = float | Callable[[int], float]
-STATE_VERSION = 3
 SAVED_OPTIONS = ("approx", "fisher", "loss_reduction")
-
-_CHOICES = {
-    "approx": ("expand", "reduce"),
-    "fisher": ("empirical", "mc", "exact", "forward-only"),
-    "loss_reduction": ("mean", "sum"),
-    "damping_mode": ("factored", "plain", "exact"),
-    "grafting": (None, "adam"),
-}
-_COUNTS = {  # least value
-    "loss_terms_per_example": 1,
-    "accumulation_steps": 1,
-    "mc_samples": 1,
-    "refinement_steps": 0,
-}
-_BOUNDS = {  # lowest value, and the value to stay below
-    "damping": (0, math.inf),
-    "factor_decay": (0, 1),
-    "factor_update_steps": (1, math.inf),
-    "inverse_update_steps": (1, math.inf),
-    "kl_clip": (0, math.inf),
-    "loss_scale": (1e-30, math.inf),
-}
 
 
 def _refuse_replicas() -> None:
@@ -135,6 +116,12 @@ class KFAC:
             gradient.
         skip: Regular expressions; a layer is left alone if one is found in its qualified or its
             class name.
+        layer_options: Own values of ``approx``, ``damping`` (*schedule*) and ``factor_decay``
+            (*schedule*), by regular expressions that are searched for in qualified names; a later
+            one overrides an earlier one.
+        factor_dtype: Of the factors and inverses: ``torch.float32`` or ``torch.float64``; that of
+            the layers, and float32 for half precision, if None.
+        callback: Called at the end of each step with a :class:`StepReport`.
 
     Raises:
         RuntimeError: If several processes train one model.
@@ -166,6 +153,9 @@ class KFAC:
         learning_rate: float | None = None,
         grafting: Literal["adam"] | None = None,
         skip: Sequence[str] = (),
+        layer_options: Mapping[str, Mapping[str, Any]] | None = None,
+        factor_dtype: torch.dtype | None = None,
+        callback: Callable[[StepReport], None] | None = None,
     ) -> None:
         _refuse_replicas()
         self.approx = approx
@@ -185,14 +175,24 @@ class KFAC:
         self.kl_clip = kl_clip
         self.learning_rate = learning_rate
         self.grafting = grafting
+        self.layer_options = dict(layer_options or {})
+        self.factor_dtype = factor_dtype
+        self.callback = callback
         self.steps = 0
-        self._check_options()
+        check_options(vars(self))
         form: Form = "inverse"
         if damping_mode == "exact":
             form = "corrected" if eigenvalue_correction else "eigenbasis"
         self._blocks, self._left_alone = find_blocks(
-            model, approx, skip, form, forward_only=fisher == "forward-only"
+            model,
+            approx,
+            skip,
+            form,
+            dtype=factor_dtype,
+            forward_only=fisher == "forward-only",
         )
+        apply_layer_options(self._blocks, self.layer_options)
+        self._check_schedules()
         self._optimizer_hook: RemovableHandle | None = None
         self._capture = Capture(
             model,
@@ -205,59 +205,29 @@ class KFAC:
             loss_scale=lambda: self._now("loss_scale"),
         )
 
-    def _check_options(self) -> None:
-        for option, choices in _CHOICES.items():
-            if getattr(self, option) not in choices:
-                raise ValueError(
-                    f"KFAC: {option} must be one of {choices}, got {getattr(self, option)!r}"
-                )
-        for option, least in _COUNTS.items():
-            count = getattr(self, option)
-            if not isinstance(count, int) or count < least:
-                raise ValueError(f"KFAC: {option} must be an int from {least}, got {count!r}")
-        exact = self.damping_mode == "exact"
-        if self.eigenvalue_correction and not exact:
-            raise ValueError(
-                "KFAC: eigenvalue_correction must be False unless damping_mode is 'exact', got True"
-            )
-        if self.refinement_steps and exact:
-            raise ValueError(
-                "KFAC: refinement_steps must be 0 with damping_mode 'exact', which has no "
-                f"inverses, got {self.refinement_steps}"
-            )
-        if self.eigenvalue_correction and self.fisher == "forward-only":
-            raise ValueError(
-                "KFAC: eigenvalue_correction must be False with fisher 'forward-only', which has "
-                "no gradients, got True"
-            )
-        self._check_schedules()
-        if self.kl_clip is not None and (self.learning_rate is None or not self.learning_rate > 0):
-            raise ValueError(
-                f"KFAC: learning_rate must be positive for kl_clip, got {self.learning_rate}"
-            )
-        if self.kl_clip is not None and self.grafting is not None:
-            raise ValueError(
-                "KFAC: kl_clip must be None with grafting, which sets the step's length, got both"
-            )
-
     def _check_schedules(self) -> None:
         """Read every schedule at the current step, so that a bad one stops before any change."""
-        for option in _BOUNDS:
+        for option in BOUNDS:
             if option != "kl_clip" or self.kl_clip is not None:
                 self._now(option)
-
-    def _now(self, option: str) -> float:
-        """An option's number at the current step, checked."""
-        value: Schedule = getattr(self, option)
-        number = value(self.steps) if callable(value) else value
-        low, high = _BOUNDS[option]
-        if not isinstance(number, int | float) or not low <= number < high:
+        for block in self._blocks:
+            for option in block.options:
+                self._now(option, block)
+        if self.damping_mode == "exact" and 0 in self._dampings(self._blocks):
             raise ValueError(
-                f"KFAC: {option} must be in [{low}, {high}), got {number!r} at step {self.steps}"
+                "KFAC: damping must be positive with damping_mode 'exact', whose eigenvalues may be "
+                "zero, got 0"
             )
-        if option.endswith("_steps") and number != int(number):
-            raise ValueError(f"KFAC: {option} must be whole, got {number!r} at step {self.steps}")
-        return number
+
+    def _now(self, option: str, block: Block | None = None) -> float:
+        """An option's number at the current step, checked; a block may have its own."""
+        schedule: Schedule = getattr(self, option)
+        if block is not None:
+            schedule = block.options.get(option, schedule)
+        return number(option, schedule, self.steps)
+
+    def _dampings(self, blocks: Sequence[Block]) -> list[float]:
+        return [self._now("damping", block) for block in blocks]
 
     def _due(self, option: str) -> bool:
         return self.steps % self._now(option) == 0
@@ -392,61 +362,61 @@ class KFAC:
             )
         self._check_schedules()
         self._capture.forget()
-        self._update_factors()
-        self._precondition()
+        updated, refreshed = self._update_factors()
+        clip, inner_product = self._precondition()
+        if self.callback is not None:
+            damping, counts = self._now("damping"), self._counts()
+            self.callback(
+                StepReport(self.steps, damping, updated, refreshed, clip, inner_product, *counts)
+            )
         self.steps += 1
+
+    def _counts(self) -> tuple[Tensor, Tensor]:
+        """Batches left out, and matrices not inverted, in all blocks together."""
+        skipped = [factor.skipped for block in self._blocks for factor in block.factors]
+        failed = [side.failed for block in self._blocks for side in block.inverses or block.bases]
+        zero = torch.zeros((), dtype=torch.int64)
+        return sum(skipped, zero), sum(failed, zero)
 
     def _untouched(self) -> bool:
         return self._due("factor_update_steps") and not any(b.factors for b in self._blocks)
 
-    def _update_factors(self) -> None:
+    def _update_factors(self) -> tuple[bool, bool]:
+        """Whether factors were updated and inverses refreshed."""
         had_factors = [bool(block.factors) for block in self._blocks]
         update = self._due("factor_update_steps")
         if update:
             # Forward-only identities are averaged over the calls.
             reduction = "mean" if self.fisher == "forward-only" else self.loss_reduction
             for block in self._blocks:
-                block.update(self._now("factor_decay"), reduction)
+                block.update(self._now("factor_decay", block), reduction)
         known = [block for block in self._blocks if block.factors]
-        if self._due("inverse_update_steps") or len(known) > sum(had_factors):
-            self._refresh(known)
+        due = self._due("inverse_update_steps") or len(known) > sum(had_factors)
+        if due:
+            refresh(known, self._dampings(known), self.damping_mode)
         elif update and self.refinement_steps:
-            layers = [(block.factors, block.inverses) for block in known]
-            mode, steps = self.damping_mode, self.refinement_steps
-            refine_inverses(layers, self._now("damping"), mode, steps=steps)
+            count, dampings = self.refinement_steps, self._dampings(known)
+            refine(known, dampings, self.damping_mode, steps=count)
+        return update, due
 
-    def _refresh(self, blocks: Sequence[Block]) -> None:
-        if self.damping_mode != "exact":
-            layers = [(block.factors, block.inverses) for block in blocks]
-            refresh_inverses(layers, self._now("damping"), self.damping_mode)
-            return
-        refresh_eigenbases([(block.factors, block.bases) for block in blocks])
-        for block in blocks:
-            block.restart_correction()
-
-    def _precondition(self) -> None:
+    def _precondition(self) -> tuple[Tensor | None, Tensor | None]:
+        """The clip's scale, and the inner product of gradients and preconditioned ones."""
         ready = [b for b in self._blocks if b.factors and b.layer.has_gradient]
         if not ready:
-            return
+            return None, None
         grads = [block.layer.gradient_matrix(block.factors[0].total.dtype) for block in ready]
-        if self.damping_mode == "exact":
-            corrections = [block.correction for block in ready]
-            bases = [block.bases for block in ready]
-            applied = apply_eigenbases(grads, bases, corrections, self._now("damping"))
-        else:
-            applied = apply_inverses(grads, [block.inverses for block in ready])
-        directions, inner_product = applied
+        directions, inner_product = precondition(
+            ready, grads, self._dampings(ready), self.damping_mode
+        )
+        scale = None
         if self.kl_clip is not None and self.learning_rate is not None:
-            bound = self._now("kl_clip") / self.learning_rate**2
-            scale = (bound / inner_product.clamp(min=0)).sqrt().nan_to_num(nan=1.0).clamp(max=1)
+            scale = clip_scale(inner_product, self._now("kl_clip"), self.learning_rate)
             torch._foreach_mul_(directions, scale)
         for block, grad, direction in zip(ready, grads, directions, strict=True):
             if self.grafting is not None:
-                if block.norm is None:
-                    block.norm = AdamNorm(grad)
-                length = torch.linalg.vector_norm(direction)
-                direction *= block.norm.update(grad) / torch.where(length > 0, length, 1)
+                direction = graft(block, grad, direction)
             block.layer.write_gradient(direction)
+        return scale, inner_product
 
     @torch.no_grad()
     def predicted_change(
@@ -469,20 +439,7 @@ class KFAC:
         Source: Martens & Grosse (2015), section 6.5.
         """
         known = [block for block in self._blocks if block.factors]
-        right = [block.factors[0].mean() for block in known]
-        left = [block.factors[1].mean() if len(block.factors) > 1 else None for block in known]
-        grads, deltas = (
-            [
-                block.layer.matrix([tensors[p] for p in block.layer.parameters()], a.dtype)
-                for block, a in zip(known, right, strict=True)
-            ]
-            for tensors in (gradients, steps)
-        )
-        _, change = multiply_sides(deltas, right, left)
-        change = change / 2
-        for grad, delta in zip(grads, deltas, strict=True):
-            change = change + ((grad + self._now("damping") / 2 * delta) * delta).sum()
-        return change
+        return predicted_change(known, gradients, steps, self._dampings(known))
 
     # Around the training loop
 
@@ -549,22 +506,38 @@ class KFAC:
         Returns:
             A table, one line for each module that owns parameters.
         """
-        lines = [f"K-FAC {self.approx}, {self.fisher} Fisher, {self.steps} steps"]
-        for block in self._blocks:
-            layer = block.layer
-            state = "no factors yet"
-            if block.factors:
-                named = zip(layer.factor_shapes(), block.factors, strict=True)
-                shapes = "  ".join(f"{name} {list(f.total.shape)}" for name, f in named)
-                skipped = sum(int(factor.skipped) for factor in block.factors)
-                failed = sum(int(i.failed) for i in block.inverses or block.bases)
-                state = f"{shapes}  updates skipped {skipped}  inverses failed {failed}"
-            lines.append(f"  {layer.name or '(model)'}: {type(layer.module).__name__}  {state}")
-        lines += [
-            f"  {name or '(model)'}: left alone, {reason}"
+        head = f"K-FAC {self.approx}, {self.fisher} Fisher, {self.steps} steps"
+        left_alone = [
+            f"{name or '(model)'}: left alone, {reason}"
             for name, reason in self._left_alone.items()
         ]
-        return "\n".join(lines)
+        described = [block.describe() for block in self._blocks]
+        memory = ", ".join(f"{kind} {size / 2**20:.1f}" for kind, size in self.memory().items())
+        return "\n  ".join([head, *described, *left_alone, f"MiB: {memory}"])
+
+    def memory(self) -> dict[str, int]:
+        """Bytes that the preconditioner holds between steps.
+
+        Returns:
+            By kind: running averages, inverses or eigenbases, and Adam's second moments.
+        """
+        kinds = dict.fromkeys(("factors", "inverses", "norms"), 0)
+        for block in self._blocks:
+            for part in block.parts().values():
+                tensors = [getattr(part, field) for field in part.STATE]
+                kinds[part.KIND] += sum(tensor.nbytes for tensor in tensors)
+        return kinds
+
+    def condition_numbers(self) -> dict[str, list[Tensor]]:
+        """Spectral condition numbers of the factors as of the last refresh, by layer.
+
+        Each call computes eigenvalues, unless there are eigenbases.
+
+        Returns:
+            A tensor of the batch shape for each factor: of the damped one, or under exact damping
+            of the factor itself.
+        """
+        return {b.layer.name: b.condition_numbers() for b in self._blocks if b.factors}
 
     # State
 
@@ -575,20 +548,10 @@ class KFAC:
             A nested dictionary that ``torch.load(weights_only=True)`` accepts. Save it between
             steps.
         """
-        layers = {
-            block.layer.name: {
-                part: {field: getattr(holder, field) for field in holder.STATE}
-                for part, holder in block.parts().items()
-            }
-            for block in self._blocks
-        }
-        options = {option: getattr(self, option) for option in SAVED_OPTIONS}
-        return {
-            "version": STATE_VERSION,
-            "options": options,
-            "steps": self.steps,
-            "layers": layers,
-        }
+        return state_of(self.steps, self._saved_options(), self._blocks)
+
+    def _saved_options(self) -> dict[str, str]:
+        return {option: getattr(self, option) for option in SAVED_OPTIONS}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved state; nothing changes unless all of it fits.
@@ -601,28 +564,7 @@ class KFAC:
             ValueError: If the version, an option, the steps, a layer, a part or a shape does not
                 fit.
         """
-        names = sorted(block.layer.name for block in self._blocks)
-        expected = {
-            "version": STATE_VERSION,
-            "options": {option: getattr(self, option) for option in SAVED_OPTIONS},
-        }
-        for key, value in expected.items():
-            if state.get(key) != value:
-                raise ValueError(f"load_state_dict: {key} must be {value}, got {state.get(key)}")
-        if sorted(state) != ["layers", "options", "steps", "version"]:
-            raise ValueError(
-                "load_state_dict: state must hold layers, options, steps and version, "
-                f"got {sorted(state)}"
-            )
-        if not isinstance(state["steps"], int) or state["steps"] < 0:
-            raise ValueError(
-                f"load_state_dict: steps must be an int from 0, got {state['steps']!r}"
-            )
-        if sorted(state["layers"]) != names:
-            raise ValueError(
-                f"load_state_dict: layers must be {names}, got {sorted(state['layers'])}"
-            )
-        restored = [block.restored(state["layers"][block.layer.name]) for block in self._blocks]
+        restored = restored_blocks(state, self._saved_options(), self._blocks)
         self.steps = state["steps"]
         self._capture.forget()
         for block, saved in zip(self._blocks, restored, strict=True):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import torch
 from torch import nn
 
 from kfac_fast.blocks import Block, Form
@@ -21,6 +23,7 @@ def find_blocks(
     skip: Sequence[str],
     form: Form = "inverse",
     *,
+    dtype: torch.dtype | None = None,
     forward_only: bool = False,
 ) -> tuple[list[Block], dict[str, str]]:
     """The blocks of a model's layers, and why each other module that owns parameters has none.
@@ -32,6 +35,7 @@ def find_blocks(
         approx: ``"expand"`` or ``"reduce"``.
         skip: Regular expressions, searched for in qualified and in class names.
         form: As for :class:`Block`.
+        dtype: As for :class:`Block`.
         forward_only: Whether there are no gradients to form factors of.
 
     Returns:
@@ -74,13 +78,44 @@ def find_blocks(
             reason = f"shares a parameter with {', '.join(map(repr, others))}"
             left_alone |= {layer.name: reason for layer in tied}
         else:
-            blocks.append(Block(tied, form))
+            blocks.append(Block(tied, form, dtype))
     kinds = {(b.layer.weight.device, result_dtype(b.layer.weight.dtype)) for b in blocks}
     if len(kinds) > 1:
         raise ValueError(f"KFAC: layers must be on one device and of one precision, got {kinds}")
     if not blocks:
         raise ValueError(f"KFAC: model must have a layer to precondition, got none: {left_alone}")
     return blocks, left_alone
+
+
+def apply_layer_options(
+    blocks: Sequence[Block], layer_options: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Give blocks their own values of some options.
+
+    Args:
+        blocks: The blocks.
+        layer_options: Values by option, by regular expressions searched for in qualified names.
+
+    Raises:
+        ValueError: If a pattern is found in no name.
+    """
+    for pattern, options in layer_options.items():
+        own = dict(options)
+        approx = own.pop("approx", None)
+        found = [
+            (block, layer)
+            for block in blocks
+            for layer in block.layers
+            if re.search(pattern, layer.name)
+        ]
+        if not found:
+            raise ValueError(
+                f"KFAC: layer_options must match preconditioned layers, got {pattern!r} that "
+                "matches none"
+            )
+        for block, layer in found:
+            layer.approx = approx or layer.approx
+            block.options |= own
 
 
 def _reason_against(layer: Layer, forward_only: bool) -> str | None:

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "kfac_fast"
 
 # Lower rooms first: a module imports from its own room and from those before it.
 ROOMS = [
-    {"conv", "checkpoint"},
+    {"conv", "checkpoint", "options"},
     {"schema", "reference", "conv_kernels", "_C"},
     {"kernels"},
     {"backends"},
@@ -26,7 +26,7 @@ ROOMS = [
     {"layers", "factors", "losses", "curvature", "grafting"},
     {"inverses", "eigenbases"},
     {"blocks"},
-    {"capture", "selection"},
+    {"capture", "selection", "state", "steps"},
     {"preconditioner"},
     {"damping"},
     {"__init__"},

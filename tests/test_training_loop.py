@@ -331,6 +331,7 @@ def test_the_summary_names_every_module_with_parameters() -> None:
         "  2: Linear  input [4, 4]  gradient [2, 2]  updates skipped 0  inverses failed 0",
         "  0: left alone, skipped by pattern '^0$'",
         "  3: left alone, its weight is frozen",
+        "  MiB: factors 0.0, inverses 0.0, norms 0.0",
     ]
     expected = [*model[1].parameters(), *model[2].parameters()]
     assert [id(p) for p in kfac.parameters()] == [id(p) for p in expected]
@@ -378,6 +379,17 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"kl_clip": 1e-3}, "learning_rate must be positive for kl_clip, got None"),
     ({"kl_clip": 1e-3, "learning_rate": 0.0}, "learning_rate must be positive .*, got 0.0"),
     ({"kl_clip": 1.0, "learning_rate": 0.1, "grafting": "adam"}, "kl_clip must be None with graft"),
+    ({"damping_mode": "exact", "damping": 0.0}, "damping must be positive with damping_mode"),
+    (
+        {"damping_mode": "exact", "layer_options": {"head": {"damping": 0}}},
+        "damping must be positive with damping_mode 'exact'",
+    ),
+    ({"eigenvalue_correction": True}, "eigenvalue_correction must be False unless damping_mode"),
+    (
+        {"damping_mode": "exact", "refinement_steps": 1},
+        "refinement_steps must be 0 with damping_mode 'exact'",
+    ),
+    ({"refinement_steps": -1}, "refinement_steps must be an int from 0, got -1"),
     ({"skip": ["nothing"]}, "skip must match modules with parameters, got 'nothing'"),
     ({"skip": "head"}, "skip must be a sequence of patterns, got the string 'head'"),
     ({"skip": ["Linear", "Conv"]}, "model must have a layer to precondition, got none"),

@@ -1,0 +1,160 @@
+"""What a step does with the blocks of all layers at once: refresh, precondition, predict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kfac_fast.blocks import Block
+from kfac_fast.eigenbases import apply_eigenbases, refresh_eigenbases
+from kfac_fast.factors import multiply_sides
+from kfac_fast.grafting import AdamNorm
+from kfac_fast.inverses import apply_inverses, refine_inverses, refresh_inverses
+from kfac_fast.options import DampingMode
+
+
+class StepReport(NamedTuple):
+    """What a step did, for a callback. Reading a tensor makes the host wait for the device.
+
+    Attributes:
+        step: Number of the step, from 0.
+        damping: Damping of the layers without one of their own.
+        updated: Whether the factors were updated.
+        refreshed: Whether the inverses or eigenbases were refreshed.
+        clip_scale: What ``kl_clip`` scaled the step by, a scalar tensor; None without a clip.
+        inner_product: Sum of the gradients' inner products with the preconditioned ones, a scalar
+            tensor; None if no layer was preconditioned.
+        skipped: Batches that were left out so far, one count a factor, a scalar tensor.
+        failed: Matrices that could not be inverted so far, a scalar tensor.
+    """
+
+    step: int
+    damping: float
+    updated: bool
+    refreshed: bool
+    clip_scale: Tensor | None
+    inner_product: Tensor | None
+    skipped: Tensor
+    failed: Tensor
+
+
+def refresh(blocks: Sequence[Block], damping: Sequence[float], mode: DampingMode) -> None:
+    """Refresh the inverses, or under exact damping the eigenbases, of blocks with factors.
+
+    Args:
+        blocks: The blocks.
+        damping: That of each block.
+        mode: How the damping enters.
+    """
+    if mode != "exact":
+        layers = [(block.factors, block.inverses) for block in blocks]
+        refresh_inverses(layers, damping, mode)
+        return
+    refresh_eigenbases([(block.factors, block.bases) for block in blocks])
+    for block in blocks:
+        block.restart_correction()
+
+
+def refine(
+    blocks: Sequence[Block], damping: Sequence[float], mode: DampingMode, *, steps: int
+) -> None:
+    """Follow factors that have changed since the last refresh; see :func:`refine_inverses`.
+
+    Args:
+        blocks: Blocks with inverses.
+        damping: That of each block.
+        mode: How the damping enters.
+        steps: Newton-Schulz iterations.
+    """
+    layers = [(block.factors, block.inverses) for block in blocks]
+    refine_inverses(layers, damping, mode, steps=steps)
+
+
+def precondition(
+    blocks: Sequence[Block], grads: Sequence[Tensor], damping: Sequence[float], mode: DampingMode
+) -> tuple[list[Tensor], Tensor]:
+    """Precondition the gradients of blocks with factors.
+
+    Args:
+        blocks: The blocks.
+        grads: The gradient matrix of each.
+        damping: That of each block, which acts only under exact damping; inverses have it in them.
+        mode: How the damping enters.
+
+    Returns:
+        The preconditioned gradients, and the sum of their inner products with the gradients.
+    """
+    if mode != "exact":
+        return apply_inverses(grads, [block.inverses for block in blocks])
+    corrections = [block.correction for block in blocks]
+    return apply_eigenbases(grads, [block.bases for block in blocks], corrections, damping)
+
+
+def clip_scale(inner_product: Tensor, kl_clip: float, learning_rate: float) -> Tensor:
+    r"""Scale of a step that bounds its squared length in the Fisher metric.
+
+    .. math:: \nu = \min\Big(1, \sqrt{\frac{\kappa}{\eta^2 \sum \langle V, P V \rangle}}\Big)
+
+    Args:
+        inner_product: :math:`\sum \langle V, P V \rangle`, a scalar tensor.
+        kl_clip: :math:`\kappa`.
+        learning_rate: :math:`\eta`.
+
+    Returns:
+        :math:`\nu` as a scalar tensor; 1 where there is no step.
+    """
+    bound = kl_clip / learning_rate**2
+    return (bound / inner_product.clamp(min=0)).sqrt().nan_to_num(nan=1.0).clamp(max=1)
+
+
+def graft(block: Block, grad: Tensor, direction: Tensor) -> Tensor:
+    """A direction, scaled in place to the length of Adam's step on the block's raw gradient.
+
+    Args:
+        block: The block, which keeps Adam's second moment.
+        grad: Its raw gradient.
+        direction: Its preconditioned gradient.
+
+    Returns:
+        The direction.
+    """
+    if block.norm is None:
+        block.norm = AdamNorm(grad)
+    length = torch.linalg.vector_norm(direction)
+    return direction.mul_(block.norm.update(grad) / torch.where(length > 0, length, 1))
+
+
+def predicted_change(
+    blocks: Sequence[Block],
+    gradients: Mapping[nn.Parameter, Tensor],
+    steps: Mapping[nn.Parameter, Tensor],
+    damping: Sequence[float],
+) -> Tensor:
+    """See :meth:`kfac_fast.KFAC.predicted_change`.
+
+    Args:
+        blocks: Blocks with factors.
+        gradients: Gradients of the loss.
+        steps: What was added to the parameters.
+        damping: That of each block.
+
+    Returns:
+        Scalar tensor.
+    """
+    right = [block.factors[0].mean() for block in blocks]
+    left = [block.factors[1].mean() if len(block.factors) > 1 else None for block in blocks]
+    grads, deltas = (
+        [
+            block.layer.matrix([tensors[p] for p in block.layer.parameters()], a.dtype)
+            for block, a in zip(blocks, right, strict=True)
+        ]
+        for tensors in (gradients, steps)
+    )
+    _, change = multiply_sides(deltas, right, left)
+    change = change / 2
+    for grad, delta, own in zip(grads, deltas, damping, strict=True):
+        change = change + ((grad + own / 2 * delta) * delta).sum()
+    return change
