@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, MutableMapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdRef, WeakTensorKeyDictionary
 
+from kfac_fast import compiled
 from kfac_fast.blocks import Block, Sum
 from kfac_fast.curvature import Fisher
 from kfac_fast.layers import Count, Layer, ProjectionCalls, ProjectionLayer, Sharing
@@ -26,7 +27,7 @@ class Call(NamedTuple):
     block: Block
     layer: Layer
     x: Tensor | None
-    output: GradientEdge
+    output: GradientEdge | None
     inputs: Sum | None
 
     def sums(self, gradient: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
@@ -96,6 +97,18 @@ def _identity(layer: Layer, like: Tensor) -> Tensor:
     return identity.expand(shape).clone()
 
 
+def _numbered(
+    recorded: Iterable[tuple[int, int, Call, Tensor]],
+) -> list[tuple[Hashable, Call, Tensor]]:
+    """Recorded calls with keys that are the same in every backward pass."""
+    seen: Counter[tuple[int, int]] = Counter()
+    numbered: list[tuple[Hashable, Call, Tensor]] = []
+    for index, forward_pass, call, gradient in recorded:
+        numbered.append(((index, forward_pass, seen[index, forward_pass]), call, gradient))
+        seen[index, forward_pass] += 1
+    return numbered
+
+
 class Capture:
     """Hooks that add the outer products of every layer's inputs and output gradients to its block.
 
@@ -143,6 +156,11 @@ class Capture:
         self._terms: dict[int, Count] = {}
         self._batch: int | None = None
         self._input_grams = InputGrams()
+        self._handle = compiled.register(self)
+        self._tapped: list[tuple[Block, Layer]] = []
+        self._traced = False
+        self._pass_number = torch.tensor(0)
+        self._recorded: list[tuple[int, int, Call, Tensor]] | None = None
         begin = self._begin_hook(model)
         self._hooks: list[RemovableHandle] = [
             model.register_forward_pre_hook(begin, with_kwargs=True)
@@ -188,30 +206,68 @@ class Capture:
                 are in memory.
             terms: Number of the loss's terms.
         """
-        if not self.calls:
+        if not self.calls and not self._traced:
             return
-        sums: dict[int, tuple[Tensor, Tensor | None]] = {}
-        edges = [call.output for call in self.calls]
+        edges = [call.output for call in self.calls if call.output is not None]
+        # Outputs inside of a compiled graph are out of reach; on the way to the weights it meets
+        # the operators that record them.
+        weights = [block.layer.parameters()[0] for block, _ in self._tapped] if self._traced else []
+        sums: dict[Hashable, tuple[Call, Tensor, Tensor | None]] = {}
         for scalar in scalars:
-            gradients = torch.autograd.grad(scalar, edges, retain_graph=True, allow_unused=True)
-            for index, gradient in enumerate(gradients):
-                if gradient is not None:
-                    gram, squares = self.calls[index].sums(gradient, 1.0)
-                    if index in sums:
-                        old_gram, old_squares = sums[index]
-                        gram = old_gram + gram
-                        squares = (
-                            None
-                            if squares is None or old_squares is None
-                            else old_squares + squares
-                        )
-                    sums[index] = gram, squares
+            self._recorded = []
+            inputs: list[Any] = [*edges, *dict.fromkeys(weights)]
+            gradients = torch.autograd.grad(scalar, inputs, retain_graph=True, allow_unused=True)
+            found = zip(self.calls, gradients[: len(edges)], strict=True)
+            made = [(index, call, g) for index, (call, g) in enumerate(found) if g is not None]
+            for key, call, gradient in [*made, *_numbered(self._recorded)]:
+                gram, squares = call.sums(gradient, 1.0)
+                if key in sums:
+                    call, old_gram, old_squares = sums[key]
+                    gram = old_gram + gram
+                    if squares is not None and old_squares is not None:
+                        squares = old_squares + squares
+                sums[key] = call, gram, squares
+        self._recorded = None
         counted: set[Block] = set()
-        for index, (gram, squares) in sums.items():
-            block, inputs = self.calls[index].block, self.calls[index].inputs
-            block.add(inputs, (gram, 0 if block in counted else terms), squares)
-            counted.add(block)
+        for call, gram, squares in sums.values():
+            call.block.add(call.inputs, (gram, 0 if call.block in counted else terms), squares)
+            counted.add(call.block)
         self.calls = [call for index, call in enumerate(self.calls) if index not in sums]
+
+    def begin(self, examples: int) -> int:
+        """Take note of a forward pass.
+
+        Args:
+            examples: Number of examples in the model's first input; 0 if it has none.
+
+        Returns:
+            The pass' number in this step.
+        """
+        self._passes += 1
+        self._scale = None
+        self._batch = examples or None
+        return self._passes
+
+    def record(self, index: int, x: Tensor, gradient: Tensor, forward_pass: int) -> None:
+        """Take down a call of a compiled layer on its way back.
+
+        Args:
+            index: Which of the layers.
+            x: Its input.
+            gradient: The gradient of its output.
+            forward_pass: Number of the pass.
+        """
+        if not self.hooked or not self._due():
+            return
+        block, layer = self._tapped[index]
+        if self._fisher == "forward-only":
+            self._take_down(block, layer, x, gradient)
+        elif self._fisher == "empirical":
+            call = self._call(block, layer, x, gradient)
+            self._add(call, self._examples(call.layer, gradient), forward_pass, gradient)
+        elif self._recorded is not None:
+            call = self._call(block, layer, x, gradient)
+            self._recorded.append((index, forward_pass, call, gradient))
 
     def _begin_hook(self, model: nn.Module) -> Callable[..., None]:
         def begin(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -219,9 +275,11 @@ class Capture:
             if module is not model or not torch.is_grad_enabled():
                 return
             tensors = [x for x in tree_leaves((inputs, named)) if isinstance(x, Tensor)]
-            self._passes += 1
-            self._scale = None
-            self._batch = next((x.shape[0] for x in tensors if x.dim() > 0), None)
+            examples = next((x.shape[0] for x in tensors if x.dim() > 0), 0)
+            if torch.compiler.is_compiling() and tensors:
+                self._pass_number = compiled.begin(tensors[0], examples, self._handle)
+            else:
+                self._pass_number = torch.tensor(self.begin(examples))
 
         return begin
 
@@ -249,36 +307,51 @@ class Capture:
             attention.register_forward_hook(leave, always_call=True),
         ]
 
-    def _layer_hook(self, block: Block, layer: Layer) -> Callable[..., None]:
-        # A compiler's trace has neither memory nor a graph of gradients.
-        why = "K-FAC takes down the tensors themselves"
-        take_down = torch.compiler.disable(self._take_down, reason=why)
+    def _layer_hook(self, block: Block, layer: Layer) -> Callable[..., Tensor | None]:
+        index = len(self._tapped)
+        self._tapped.append((block, layer))
+        keep = compiled.record if self._fisher == "forward-only" else compiled.tap
 
         def capture(
             module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor
-        ) -> None:
-            ours = module is layer.module  # a deep copy of the model takes the hooks along
-            if ours and output.requires_grad and self._due():
-                take_down(block, layer, inputs[0] if inputs else named["input"], output)
+        ) -> Tensor | None:
+            # A deep copy of the model takes the hooks along.
+            if module is not layer.module or not output.requires_grad:
+                return None
+            x = inputs[0] if inputs else named["input"]
+            if torch.compiler.is_compiling():
+                self._traced = True
+                return keep(output, x, self._pass_number, self._handle, index)
+            if self._due():
+                self._take_down(block, layer, x, output)
+            return None
 
         return capture
 
     def _take_down(self, block: Block, layer: Layer, x: Tensor, output: Tensor) -> None:
-        """Form a call's sum of inputs, which waits for the gradients of its output."""
-        layer = layer.shared(self.sharing[layer.name]) if layer.name in self.sharing else layer
-        outer = self._input_grams.of(layer, x, output)
+        """Take down a call, which waits for the gradients of its output."""
+        call = self._call(block, layer, x, output)
         if self._fisher == "forward-only":
-            block.add(outer, (_identity(layer, output), 1))
+            block.add(call.inputs, (_identity(layer, output), 1))
             return
-        kept = x.detach() if layer.keeps_input or block.correction is not None else None
-        call = Call(block, layer, kept, get_gradient_edge(output), outer)
+        call = call._replace(output=get_gradient_edge(output))
         if self._fisher != "empirical":
             self.calls.append(call)
             return
+        examples = self._examples(call.layer, output)
+        output.register_hook(partial(self._add, call, examples, self._passes))
+
+    def _call(self, block: Block, layer: Layer, x: Tensor, output: Tensor) -> Call:
+        """A call with its sum of inputs."""
+        layer = layer.shared(self.sharing[layer.name]) if layer.name in self.sharing else layer
+        outer = self._input_grams.of(layer, x, output)
+        kept = x.detach() if layer.keeps_input or block.correction is not None else None
+        return Call(block, layer, kept, None, outer)
+
+    def _examples(self, layer: Layer, output: Tensor) -> int:
         # Flattened tokens or windows come first in a layer, but are no examples.
         examples = layer.examples(output)
-        examples = examples if self._batch is None else min(examples, self._batch)
-        output.register_hook(partial(self._add, call, examples, self._passes))
+        return examples if self._batch is None else min(examples, self._batch)
 
     def _add(self, call: Call, examples: int, forward_pass: int, gradient: Tensor) -> None:
         """Add a call's outer products under the training loss."""

@@ -215,8 +215,8 @@ class KFAC:
                 self._now(option, block)
         if self.damping_mode == "exact" and 0 in self._dampings(self._blocks):
             raise ValueError(
-                "KFAC: damping must be positive with damping_mode 'exact', whose eigenvalues may be "
-                "zero, got 0"
+                "KFAC: damping must be positive with damping_mode 'exact', which divides by "
+                "eigenvalues, got 0"
             )
 
     def _now(self, option: str, block: Block | None = None) -> float:

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "kfac_fast"
 
 # Lower rooms first: a module imports from its own room and from those before it.
 ROOMS = [
-    {"conv", "checkpoint", "options"},
+    {"conv", "checkpoint", "compiled", "options"},
     {"schema", "reference", "conv_kernels", "_C"},
     {"kernels"},
     {"backends"},

@@ -1,0 +1,164 @@
+"""Compiled models: one graph, no compilation anew, and the factors of the eager model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch._functorch.config
+import torch.nn.functional as F
+from nets import Net, images, preconditioner
+from plain_kfac import assert_covariances, assert_solved, covariances
+from torch import Tensor, nn
+
+from kfac_fast import KFAC
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    # What PyTorch's own compiler does, and hides outside of tests.
+    pytest.mark.filterwarnings("default:.*should not be instantiated:DeprecationWarning"),
+    pytest.mark.filterwarnings("default:The .grad attribute"),
+]
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def train(model: nn.Module, kfac: KFAC, run: Any, steps: int = 3) -> list[Tensor]:
+    """Steps on fresh batches, and the gradients of the last one."""
+    torch.manual_seed(1)
+    for _ in range(steps):
+        x, y = images(), torch.randint(3, (5,))
+        model.zero_grad()
+        outputs = run(x)
+        if kfac.fisher in ("mc", "exact"):
+            generator = torch.Generator().manual_seed(2)
+            kfac.update_curvature(outputs, loss="cross_entropy", generator=generator)
+        F.cross_entropy(outputs, y).backward()
+        kfac.step()
+    return [parameter.grad for parameter in model.parameters()]
+
+
+def both(backend: str, **options: Any) -> None:
+    """Compare a compiled run with an eager one."""
+    results = []
+    for is_compiled in (False, True):
+        torch.manual_seed(0)
+        model = Net(inplace=True)
+        kfac = preconditioner(model, **options)
+        run = torch.compile(model, backend=backend, fullgraph=True) if is_compiled else model
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            gradients = train(model, kfac, run)
+        results.append((covariances(kfac), gradients, kfac))
+    (expected, eager_gradients, _), (_, gradients, kfac) = results
+    assert len(expected) == 4
+    assert_covariances(kfac, expected)
+    for gradient, eager in zip(gradients, eager_gradients, strict=True):
+        assert_solved(gradient, eager, condition=1e5)
+
+
+@pytest.mark.parametrize(
+    ("backend", "approx"), [("eager", "expand"), ("aot_eager", "expand"), ("inductor", "reduce")]
+)
+def test_a_compiled_model_has_the_factors_of_the_eager_one(backend: str, approx: str) -> None:
+    both(backend, approx=approx, factor_update_steps=2)
+
+
+@pytest.mark.parametrize(
+    ("backend", "fisher"),
+    [("aot_eager", "mc"), ("inductor", "exact"), ("aot_eager", "forward-only")],
+)
+def test_every_fisher_is_that_of_the_eager_model(backend: str, fisher: str) -> None:
+    with torch._functorch.config.patch(donated_buffer=False):
+        both(backend, fisher=fisher, mc_samples=2)
+
+
+def test_corrected_eigenvalues_are_those_of_the_eager_model() -> None:
+    options = {"damping_mode": "exact", "eigenvalue_correction": True, "inverse_update_steps": 9}
+    both("aot_eager", **options)
+
+
+class Twice(nn.Module):
+    """A layer that is called twice in a pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.layer(x).tanh())
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "exact"])
+def test_two_calls_in_a_pass_are_two_calls(fisher: str) -> None:
+    results = []
+    for is_compiled in (False, True):
+        torch.manual_seed(0)
+        model = Twice()
+        kfac = preconditioner(model, fisher=fisher, loss_terms_per_example=3)
+        run = torch.compile(model, backend="aot_eager", fullgraph=True) if is_compiled else model
+        with torch._functorch.config.patch(donated_buffer=False):
+            for _ in range(2):  # two passes of a step
+                outputs = run(torch.randn(4, 3, dtype=torch.float64))
+                kfac.update_curvature(outputs, loss="mse")
+                F.mse_loss(outputs, torch.zeros_like(outputs)).backward()
+        kfac.step()
+        results.append(kfac)
+    assert_covariances(results[1], covariances(results[0]))
+
+
+def test_a_compiled_part_of_a_model_is_captured_too() -> None:
+    results = []
+    for is_compiled in (False, True):
+        torch.manual_seed(0)
+        model = Net()
+        kfac = preconditioner(model)
+        if is_compiled:
+            model.shared = torch.compile(model.shared, backend="aot_eager", fullgraph=True)
+        F.cross_entropy(model(images()), torch.randint(3, (5,))).backward()
+        kfac.step()
+        results.append(kfac)
+    assert_covariances(results[1], covariances(results[0]))
+
+
+def test_evaluation_records_nothing() -> None:
+    model = Net()
+    kfac = preconditioner(model)
+    run = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        run(images())
+    run(images())  # without a backward pass
+    assert not any(block.pending for block in kfac._blocks)
+
+
+def test_a_detached_preconditioner_records_nothing_in_a_graph_that_was_compiled_with_it() -> None:
+    model = Net()
+    kfac = preconditioner(model)
+    run = torch.compile(model, backend="aot_eager")
+    outputs = run(images())
+    kfac.detach()
+    outputs.sum().backward()
+    del kfac
+    run(images()).sum().backward()
+
+
+def test_attention_breaks_the_graph_and_is_captured() -> None:
+    results = []
+    for is_compiled in (False, True):
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+        layer = layer.double()
+        kfac = preconditioner(layer)
+        run = torch.compile(layer, backend="aot_eager") if is_compiled else layer
+        x = torch.randn(3, 5, 4, dtype=torch.float64)
+        run(x).square().sum(dim=(1, 2)).mean().backward()
+        kfac.step()
+        results.append(kfac)
+    assert_covariances(results[1], covariances(results[0]))
