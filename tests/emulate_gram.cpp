@@ -26,7 +26,7 @@ int64_t run(const Arguments& a) {
   for (int64_t i = 0; i < a.dimensions; ++i) {
     if (!in.add({a.sizes[i], a.strides[i], a.mask_strides[i]})) return -1;
   }
-  const int64_t tiles = gram_tiles(a.width, tile), programs = a.groups * tiles;
+  const int64_t tiles = lower_tiles(a.width, tile), programs = a.groups * tiles;
   const int64_t steps = (in.rows + kGramDepth - 1) / kGramDepth;
   const Acc unwritten = std::numeric_limits<Acc>::quiet_NaN();
   std::vector<Acc> part_tiles(a.split * programs * tile * tile, unwritten);
@@ -62,8 +62,6 @@ int64_t gram_double_64(const Arguments* a) { return run<double, double, 4>(*a); 
 int64_t gram_split_of(int64_t programs, int64_t rows, int64_t tile_bytes, int64_t slots) {
   return gram_split(programs, rows, tile_bytes, slots);
 }
-int64_t gram_tile_row(int64_t program, int64_t tiles) { return gram_tile(program, tiles).row; }
-int64_t gram_tile_column(int64_t program, int64_t tiles) {
-  return gram_tile(program, tiles).column;
-}
+int lower_tile_row(int64_t tile) { return lower_tile(tile).row; }
+int lower_tile_column(int64_t tile) { return lower_tile(tile).column; }
 }

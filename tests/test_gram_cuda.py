@@ -203,9 +203,9 @@ def test_merged_axes(emulated: ctypes.CDLL) -> None:
 def test_tiles_of_the_triangle(emulated: ctypes.CDLL) -> None:
     side = 400
     tiles = side * (side + 1) // 2
-    row, column = emulated.gram_tile_row, emulated.gram_tile_column
-    row.argtypes = column.argtypes = (ctypes.c_int64,) * 2
-    found = [(row(n, tiles), column(n, tiles)) for n in range(tiles)]
+    row, column = emulated.lower_tile_row, emulated.lower_tile_column
+    row.argtypes = column.argtypes = (ctypes.c_int64,)
+    found = [(row(n), column(n)) for n in range(tiles)]
     assert found == [(i, j) for i in range(side) for j in range(i + 1)]
 
 

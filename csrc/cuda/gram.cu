@@ -46,7 +46,7 @@ void launch(const Arguments& a, const GramRows<In>& in) {
   const torch::stable::accelerator::DeviceGuard guard(device);
   const cudaStream_t stream = current_stream(device);
 
-  const int64_t tiles = gram_tiles(in.width, tile), programs = a.groups * tiles;
+  const int64_t tiles = lower_tiles(in.width, tile), programs = a.groups * tiles;
   const int64_t split =
       gram_split(programs, in.rows, tile * tile * sizeof(Acc), multiprocessors(device, "gram"));
   const int64_t steps = (in.rows + kGramDepth - 1) / kGramDepth;

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "triangle.cuh"
 #include "value.cuh"
 
 namespace kfac_fast {
@@ -62,16 +63,6 @@ struct GramParts {
   int64_t* counted = nullptr;
 };
 
-struct GramTile {
-  int64_t group;
-  int row, column;  // in tiles
-};
-
-__host__ __device__ inline int64_t gram_tiles(int64_t width, int tile) {
-  const int64_t side = (width + tile - 1) / tile;
-  return side > 1 ? side * (side + 1) / 2 : 1;
-}
-
 // Into how many parts to cut the rows, so that few tiles still fill the device evenly: the number
 // with which the busiest of the `slots` thread blocks that it holds at once, and the finishing
 // kernel, have the least to do. The costs of storing and of reading a tile are estimates, in steps.
@@ -88,15 +79,6 @@ inline int64_t gram_split(int64_t programs, int64_t rows, int64_t tile_bytes, in
     if (cost < least) least = cost, best = split;
   }
   return best;
-}
-
-// Programs count the tiles of a group's lower triangle row by row, then the next group's.
-__device__ inline GramTile gram_tile(int64_t program, int64_t tiles) {
-  const int64_t t = program % tiles;
-  int64_t row = static_cast<int64_t>((sqrt(8.0 * t + 1) - 1) / 2);
-  if (row * (row + 1) / 2 > t) --row;
-  if ((row + 1) * (row + 2) / 2 <= t) ++row;
-  return {program / tiles, static_cast<int>(row), static_cast<int>(t - row * (row + 1) / 2)};
 }
 
 // Offset of a row in x, or -1 if it does not exist or count.
@@ -167,11 +149,13 @@ __global__ void __launch_bounds__(kGramThreads)
   __shared__ typename Piece::Shared left, right;
   __shared__ int64_t row_offset[2][kGramDepth];
   const int thread = threadIdx.x, lane_row = thread / 16, lane_column = thread % 16;
-  const GramTile tile = gram_tile(blockIdx.x, tiles);
+  // Programs count the tiles of a group's lower triangle, then the next group's.
+  const LowerTile tile = lower_tile(blockIdx.x % tiles);
+  const int64_t group = blockIdx.x / tiles;
   const int64_t steps = (in.rows + kGramDepth - 1) / kGramDepth;
   const int64_t begin = blockIdx.y * steps_per_part;
   const int64_t end = min(steps, begin + steps_per_part);
-  const In* x = in.x + tile.group * in.width * in.column_stride;
+  const In* x = in.x + group * in.width * in.column_stride;
   const bool sums_columns = parts.bias && tile.row == tile.column;
 
   Acc total[kPer][kPer] = {}, chain[kPer][kPer] = {}, column_sum = 0;
@@ -253,7 +237,7 @@ __global__ void __launch_bounds__(kGramThreads)
   const int64_t column = tile.column * int64_t{kTile} + thread;
   if (sums_columns && thread < kTile && column < in.width) {
     const int64_t groups = gridDim.x / tiles;
-    parts.columns[(blockIdx.y * groups + tile.group) * in.width + column] = column_sum;
+    parts.columns[(blockIdx.y * groups + group) * in.width + column] = column_sum;
   }
   if (parts.bias && blockIdx.x == 0) {
     if (thread < kGramDepth) row_offset[0][thread] = counted;
@@ -270,14 +254,15 @@ template <typename Acc>
 __global__ void gram_finish_kernel(GramParts<Acc> parts, Acc* out, Acc alpha, Acc beta,
                                    int64_t width, int64_t tiles, int tile_side, int64_t split) {
   __shared__ Acc patch[kGramPatch][kGramPatch + 1];
-  const GramTile tile = gram_tile(blockIdx.x, tiles);
+  const LowerTile tile = lower_tile(blockIdx.x % tiles);
+  const int64_t group = blockIdx.x / tiles;
   const int patches = tile_side / kGramPatch;
   const int patch_row = blockIdx.y / patches * kGramPatch;
   const int patch_column = blockIdx.y % patches * kGramPatch;
   const int64_t first_row = tile.row * int64_t{tile_side} + patch_row;
   const int64_t first_column = tile.column * int64_t{tile_side} + patch_column;
   const int64_t edge = width + parts.bias;
-  out += tile.group * edge * edge;
+  out += group * edge * edge;
   auto finish = [&](const auto* part, int64_t part_stride, Acc* target) {
     Acc sum = 0;
     for (int64_t s = 0; s < split; ++s) sum += static_cast<Acc>(part[s * part_stride]);
@@ -306,7 +291,7 @@ __global__ void gram_finish_kernel(GramParts<Acc> parts, Acc* out, Acc alpha, Ac
   if (!parts.bias || !diagonal) return;
   const int64_t column = first_column + x;
   if (column < width) {
-    out[column * edge + width] = finish(parts.columns + tile.group * width + column,
+    out[column * edge + width] = finish(parts.columns + group * width + column,
                                         gridDim.x / tiles * width, out + width * edge + column);
   }
   if (column == 0) finish(parts.counted, 1, out + width * edge + width);
