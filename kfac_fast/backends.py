@@ -254,6 +254,10 @@ for _op in schema.CHECKING:
     TABLE[_op, "cpu"] = (_native_list(_op), _reference(_op))
 TABLE["gram", "cuda"] = (_triton("gram", "cuda"), _native("gram", "cuda"), _reference("gram"))
 TABLE["shared_gram", "cuda"] = (_triton("shared_gram", "cuda"), _reference("shared_gram"))
+TABLE["damped_inverse", "cuda"] = (
+    _native("damped_inverse", "cuda"),
+    _reference("damped_inverse"),
+)
 TABLE["conv_window_sum", "cuda"] = (
     _native_conv("conv_window_sum", "cuda"),
     *TABLE["conv_window_sum", "cuda"],

@@ -18,6 +18,7 @@
 #define __host__
 #define __shared__ static
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
@@ -45,12 +46,18 @@ inline float __half2float(__half v) {
   return v.bits >> 15 ? -value : value;
 }
 
+using std::fma;
+using std::log;
+using std::max;
 using std::min;
 using std::sqrt;
 
+// As far from the root as a GPU's may be.
+inline float rsqrt(float v) { return (1 + 0x1p-22f) / sqrt(v); }
+
 class Emulator {
  public:
-  // Turns in ascending or descending order of the threads. Dynamic shared memory begins as NaN.
+  // Blocks and turns in ascending or descending order. Dynamic shared memory begins as NaN.
   // False if a block wrote beyond it.
   bool run(dim3 grid, dim3 block, bool descending, const std::function<void()>& kernel,
            size_t shared_bytes = 0) {
@@ -58,16 +65,15 @@ class Emulator {
     bool inside = true;
     const unsigned count = block.x * block.y * block.z;
     if (fibers_.size() < count) fibers_.resize(count);
-    for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z) {
-      for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y) {
-        for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) {
-          shared_.assign((shared_bytes + kBeyond) / sizeof(uint64_t) + 1, ~uint64_t{0});
-          run_block(count, descending);
-          const char* begin = reinterpret_cast<const char*>(shared_.data());
-          inside = inside && std::all_of(begin + shared_bytes, begin + shared_bytes + kBeyond,
-                                         [](char byte) { return byte == ~char{0}; });
-        }
-      }
+    const unsigned blocks = grid.x * grid.y * grid.z;
+    for (unsigned n = 0; n < blocks; ++n) {
+      const unsigned b = descending ? blocks - 1 - n : n;
+      blockIdx = {b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y};
+      shared_.assign((shared_bytes + kBeyond) / sizeof(uint64_t) + 1, ~uint64_t{0});
+      run_block(count, descending);
+      const char* begin = reinterpret_cast<const char*>(shared_.data());
+      inside = inside && std::all_of(begin + shared_bytes, begin + shared_bytes + kBeyond,
+                                     [](char byte) { return byte == ~char{0}; });
     }
     return inside;
   }
