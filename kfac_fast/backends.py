@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import filterfalse
 from operator import attrgetter
@@ -89,23 +89,22 @@ def _native(op: str, device: str) -> Implementation:
 
 
 _requires_grad = attrgetter("requires_grad")
-_is_cpu = attrgetter("is_cpu")
 
 
-def _native_list(op: str) -> Implementation:
+def _native_list(op: str, device: str) -> Implementation:
     """The compiled extension's kernel on lists, which checks faster than Python could."""
-    overload = getattr(torch.ops.kfac_fast_native, op).default
+    native = _native(op, device)
+    is_there = attrgetter(f"is_{device}")
 
-    def run(*args: Any) -> bool:
+    def run(*args: Any) -> bool | None:
         # Not known there: which tensors require gradients, and those that other kernels are for.
         if True in map(_requires_grad, _written(op, args)):
             return False
-        if not all(all(map(_is_cpu, value)) for value in args if type(value) is list):
+        if not all(all(map(is_there, value)) for value in args if type(value) is list):
             return False
-        accepted: bool = overload(*args)
-        return accepted
+        return native.run(*args)
 
-    return Implementation("cpp", run, _missing(op, "cpu"), checks=True)
+    return replace(native, run=run, checks=True)
 
 
 class Convolution(NamedTuple):
@@ -251,11 +250,11 @@ for _op, _run in _TRITON_CONV.items():
     TABLE[_op, "cpu"] = (_native_conv(_op, "cpu"), _reference(_op), _triton(_op, "cpu", _run))
     TABLE[_op, "cuda"] = (_triton(_op, "cuda", _run), _reference(_op))
 for _op in schema.CHECKING:
-    TABLE[_op, "cpu"] = (_native_list(_op), _reference(_op))
+    TABLE[_op, "cpu"] = (_native_list(_op, "cpu"), _reference(_op))
 TABLE["gram", "cuda"] = (_triton("gram", "cuda"), _native("gram", "cuda"), _reference("gram"))
 TABLE["shared_gram", "cuda"] = (_triton("shared_gram", "cuda"), _reference("shared_gram"))
 TABLE["damped_inverse", "cuda"] = (
-    _native("damped_inverse", "cuda"),
+    _native_list("damped_inverse", "cuda"),
     _reference("damped_inverse"),
 )
 TABLE["conv_window_sum", "cuda"] = (

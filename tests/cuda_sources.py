@@ -19,7 +19,7 @@ from compile_kernels import ROOT, cached, toolkit
 from torch import Tensor
 
 CUDA = ROOT / "csrc" / "cuda"
-HEADERS = sorted((*CUDA.glob("*.cuh"), *CUDA.glob("*.h")))
+HEADERS = sorted((*CUDA.glob("*.cuh"), *CUDA.glob("*.h"), CUDA.parent / "tensor_lists.h"))
 TORCH = Path(torch.__file__).parent
 
 
@@ -135,8 +135,14 @@ def _instantiations(log: str) -> dict[tuple[str, str], tuple[int, int, int]]:
     return found
 
 
-def assert_loads_where_torch_has_no_cuda(name: str, op: str) -> None:
-    """Check that a torch without CUDA loads the kernels' library: the stream's symbol is weak."""
+def assert_loads_where_torch_has_no_cuda(name: str, op: str, then: str = "") -> None:
+    """Check that a torch without CUDA loads the kernels' library: the stream's symbol is weak.
+
+    Args:
+        name: Of the source file.
+        op: Operator that it registers.
+        then: Python code that is run with the library loaded.
+    """
     home = toolkit()
     if home is None or torch.version.cuda:
         pytest.skip("needs nvcc and a torch without CUDA")
@@ -156,5 +162,6 @@ import torch
 from kfac_fast import schema
 torch.ops.load_library({str(linked)!r})
 assert torch._C._dispatch_has_kernel_for_dispatch_key("kfac_fast_native::{op}", "CUDA")
+{then}
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -295,7 +295,17 @@ def test_every_barrier_is_needed(emulated: ctypes.CDLL) -> None:
 
 
 def test_loads_where_torch_has_no_cuda() -> None:
-    assert_loads_where_torch_has_no_cuda("damped_inverse", "damped_inverse")
+    refuses_lists_on_the_cpu = """
+matrix, out, info = torch.eye(3), torch.zeros(3, 3), torch.zeros(1, dtype=torch.int32)
+op = torch.ops.kfac_fast_native.damped_inverse.default
+cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+for logdet in (None, torch.zeros(1)):
+    assert op.redispatch(cuda, [matrix], [torch.tensor(0.1)], [out], info, logdet) is False
+assert not out.any()
+"""
+    assert_loads_where_torch_has_no_cuda(
+        "damped_inverse", "damped_inverse", refuses_lists_on_the_cpu
+    )
 
 
 def test_compiles_without_spills(record_property: Callable[[str, str], None]) -> None:

@@ -134,3 +134,24 @@ def test_the_host_does_not_wait() -> None:
         _run(matrices, damping)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_refused_lists_are_not_touched() -> None:
+    matrix, out = _matrix(4), poisoned(4, 4, device="cuda")
+    scalar, info = torch.tensor(0.1, device="cuda"), torch.zeros(1, dtype=torch.int32).cuda()
+    native = torch.ops.kfac_fast_native.damped_inverse
+    refused = [
+        ([matrix[:3]], [scalar], [out], info),
+        ([matrix], [scalar.cpu()], [out], info),
+        ([matrix.cpu()], [scalar], [out], info),
+        ([matrix], [scalar], [out.cpu()], info),
+        ([matrix], [scalar], [out], info.cpu()),
+        ([matrix], [scalar.double()], [out], info),
+        ([matrix], [scalar], [out.mT], info),
+        ([matrix], [scalar], [matrix], info),
+    ]
+    for arguments in refused:
+        assert native(*arguments, None) is False
+    assert out.isnan().all()
+    with pytest.raises(ValueError, match=r"^damped_inverse: damping\[0\] must be on cuda:0"):
+        torch.ops.kfac_fast.damped_inverse([matrix], [scalar.cpu()], [out], info, None)

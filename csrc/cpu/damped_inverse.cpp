@@ -136,37 +136,11 @@ void invert_all(const std::vector<Tensor>& list, const std::vector<Tensor>& damp
   });
 }
 
-bool acceptable(const std::vector<Tensor>& matrices, const std::vector<Tensor>& damping,
-                const std::vector<Tensor>& out, const Tensor& info,
-                const std::optional<Tensor>& logdet) {
-  const size_t count = matrices.size();
-  if (out.size() != count || (damping.size() != 1 && damping.size() != count)) return false;
-  const ScalarType type = matrices[0].scalar_type();
-  if (type != ScalarType::Float && type != ScalarType::Double) return false;
-  ListCheck check(type);
-  int64_t total = 0;
-  for (size_t i = 0; i < count; ++i) {
-    const int64_t dims = matrices[i].dim();
-    if (dims < 2 || matrices[i].size(dims - 1) != matrices[i].size(dims - 2)) return false;
-    if (!check.reads(matrices[i]) || !check.writes(out[i])) return false;
-    if (!same_shape(matrices[i], out[i], dims)) return false;
-    const Tensor& shift = damping[damping.size() == 1 ? 0 : i];
-    if (shift.dim() != 0 && !same_shape(shift, matrices[i], dims - 2)) return false;
-    if (i < damping.size() && !check.reads(shift)) return false;
-    int64_t batch = 1;
-    for (int64_t d = 0; d < dims - 2; ++d) batch *= matrices[i].size(d);
-    total += batch;
-  }
-  if (!is_vector(info, total) || !check.writes(info, ScalarType::Int)) return false;
-  if (logdet && (!is_vector(*logdet, total) || !check.writes(*logdet))) return false;
-  return check.apart();
-}
-
 bool damped_inverse(std::vector<Tensor> matrices, std::vector<Tensor> damping,
                     std::vector<Tensor> out, const Tensor& info,
                     const std::optional<Tensor>& logdet) {
   if (matrices.empty()) return out.empty();
-  if (!acceptable(matrices, damping, out, info, logdet)) return false;
+  if (!damped_lists_pass(matrices, damping, out, info, logdet)) return false;
   if (matrices[0].scalar_type() == ScalarType::Double) {
     invert_all<double>(matrices, damping, out, info, logdet);
   } else {

@@ -1,5 +1,4 @@
-// kfac_fast_native::damped_inverse on CUDA; the operator's schema and checks are in
-// kfac_fast/schema.py.
+// kfac_fast_native::damped_inverse on CUDA.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -7,13 +6,12 @@
 #include <optional>
 #include <vector>
 
+#include "../tensor_lists.h"
 #include "inverse_plan.cuh"
 #include "launch.h"
 
 namespace kfac_fast {
 namespace {
-
-using torch::stable::Tensor;
 
 template <typename T>
 void add(const Tensor& matrices, const Tensor& damping, const Tensor& out, InversePlan<T>& plan) {
@@ -53,8 +51,11 @@ void run(const std::vector<Tensor>& matrices, const std::vector<Tensor>& damping
 bool damped_inverse(std::vector<Tensor> matrices, std::vector<Tensor> damping,
                     std::vector<Tensor> out, const Tensor& info,
                     const std::optional<Tensor>& logdet) {
+  if (matrices.empty()) return out.empty();
+  const int32_t device = matrices[0].get_device_index();
+  if (!damped_lists_pass(matrices, damping, out, info, logdet, device)) return false;
   if (info.numel() == 0) return true;
-  if (matrices[0].scalar_type() == torch::headeronly::ScalarType::Double) {
+  if (matrices[0].scalar_type() == ScalarType::Double) {
     run<double>(matrices, damping, out, info, logdet);
   } else {
     run<float>(matrices, damping, out, info, logdet);

@@ -4,14 +4,17 @@
 // check in Python tells why.
 
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 #include <vector>
 
-#include "tensors.h"
-
 namespace kfac_fast {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
 
 // Whether the first `dims` sizes are the same and `a` has no more.
 inline bool same_shape(const Tensor& a, const Tensor& b, int64_t dims) {
@@ -48,11 +51,11 @@ const T* entry_of(const Tensor& tensor, int64_t dims, int64_t index) {
   return data;
 }
 
-// Tensors of one dtype, or another that is named, on the CPU, of which what is written shares
-// memory with nothing else.
+// Tensors of one dtype, or another that is named, on the CPU or on one GPU, of which what is
+// written shares memory with nothing else.
 class ListCheck {
  public:
-  explicit ListCheck(ScalarType type) : type_(type) {}
+  explicit ListCheck(ScalarType type, std::optional<int32_t> gpu = {}) : type_(type), gpu_(gpu) {}
 
   bool reads(const Tensor& tensor) { return add(tensor, type_, false); }
   bool writes(const Tensor& tensor) { return writes(tensor, type_); }
@@ -79,7 +82,9 @@ class ListCheck {
   };
 
   bool add(const Tensor& tensor, ScalarType type, bool is_written) {
-    if (!tensor.is_cpu() || tensor.scalar_type() != type) return false;
+    const bool here =
+        gpu_ ? tensor.is_cuda() && tensor.get_device_index() == *gpu_ : tensor.is_cpu();
+    if (!here || tensor.scalar_type() != type) return false;
     const uintptr_t size = type == ScalarType::Double ? 8 : 4;
     uintptr_t last = 0;
     for (int64_t d = 0; d < tensor.dim(); ++d) {
@@ -92,7 +97,36 @@ class ListCheck {
   }
 
   const ScalarType type_;
+  const std::optional<int32_t> gpu_;
   std::vector<Span> spans_;
 };
+
+// The check of damped_inverse, of a list that is not empty.
+inline bool damped_lists_pass(const std::vector<Tensor>& matrices,
+                              const std::vector<Tensor>& damping, const std::vector<Tensor>& out,
+                              const Tensor& info, const std::optional<Tensor>& logdet,
+                              std::optional<int32_t> gpu = {}) {
+  const size_t count = matrices.size();
+  if (out.size() != count || (damping.size() != 1 && damping.size() != count)) return false;
+  const ScalarType type = matrices[0].scalar_type();
+  if (type != ScalarType::Float && type != ScalarType::Double) return false;
+  ListCheck check(type, gpu);
+  int64_t total = 0;
+  for (size_t i = 0; i < count; ++i) {
+    const int64_t dims = matrices[i].dim();
+    if (dims < 2 || matrices[i].size(dims - 1) != matrices[i].size(dims - 2)) return false;
+    if (!check.reads(matrices[i]) || !check.writes(out[i])) return false;
+    if (!same_shape(matrices[i], out[i], dims)) return false;
+    const Tensor& shift = damping[damping.size() == 1 ? 0 : i];
+    if (shift.dim() != 0 && !same_shape(shift, matrices[i], dims - 2)) return false;
+    if (i < damping.size() && !check.reads(shift)) return false;
+    int64_t batch = 1;
+    for (int64_t d = 0; d < dims - 2; ++d) batch *= matrices[i].size(d);
+    total += batch;
+  }
+  if (!is_vector(info, total) || !check.writes(info, ScalarType::Int)) return false;
+  if (logdet && (!is_vector(*logdet, total) || !check.writes(*logdet))) return false;
+  return check.apart();
+}
 
 }  // namespace kfac_fast
