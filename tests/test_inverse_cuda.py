@@ -178,6 +178,7 @@ def test_stacks_strides_and_dampings(emulated: ctypes.CDLL, dtype: torch.dtype) 
         layouts = [
             (stack, damping),
             (spread(stack), spread(damping)),
+            (stack, damping.T),
             (stack.transpose(0, 1), damping.T),
             (stack.mT, scalar),
             (stack[:, 1], damping[:, 0]),

@@ -65,6 +65,7 @@ def test_mixed_sizes_stacks_strides_and_dampings(dtype: torch.dtype) -> None:
         layouts += [
             (stack, damping),
             (spread(stack), spread(damping)),
+            (stack, damping.as_strided((2, 3), (1, 2))),
             (stack.transpose(0, 1), damping.T),
             (lower_only(stack), scalar),
             (stack[0, 0], damping[0, 0]),
