@@ -254,23 +254,27 @@ def test_bad_entries_off_the_diagonal_are_found(emulated: ctypes.CDLL) -> None:
 
 
 def test_mixed_sizes_share_launches(emulated: ctypes.CDLL) -> None:
-    upload, load, phase, finish = 1, 1, 3, 1
+    upload, load, finish = 1, 1, 1
 
     def launches(*sizes: int) -> tuple[int, int]:
         counts = _launch(emulated, [torch.eye(n) for n in sizes])[1]
         return counts.launches, counts.thread_blocks
 
+    def large(*sizes: int) -> tuple[int, int]:
+        """A matrix has thread blocks in its own phases only, which are those of the largest."""
+        thread_blocks = 0
+        for size in sizes:
+            blocks = math.ceil(size / 64)
+            tiles = blocks * (blocks + 1) // 2
+            thread_blocks += 2 * tiles + blocks * (1 + blocks + tiles)
+        return upload + load + 3 * math.ceil(max(sizes) / 64) + finish, upload + thread_blocks
+
     assert launches(3, 32, 9) == (upload + 1, upload + 3)
     assert launches(3, 100, 96, 33, 70) == (upload + 4, upload + 5)
-    blocks, tiles = 5, 15  # of 300 rows
-    phases = load + phase * blocks + finish
-    large = 2 * tiles + blocks * (1 + blocks + tiles)
-    assert launches(300) == (upload + phases, upload + large)
-    # A matrix has its three launches in its own phases only.
-    blocks, tiles = 3, 6  # of 130 rows
-    both = large + 2 * tiles + blocks * (1 + blocks + tiles)
-    assert launches(130, 300) == (upload + phases, upload + both)
-    assert launches(130, 1, 300) == (upload + phases + 1, upload + both + 1)
+    assert launches(300) == large(300)
+    assert launches(130, 256) == large(130, 256)
+    count, thread_blocks = large(130, 300)
+    assert launches(130, 1, 300) == (count + 1, thread_blocks + 1)
 
 
 def test_stacks_are_one_row_of_the_table(emulated: ctypes.CDLL) -> None:
