@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 from nets import preconditioner
 from oracle import bits
