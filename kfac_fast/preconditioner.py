@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from kfac_fast.blocks import Block, Form
 from kfac_fast.capture import Capture
 from kfac_fast.curvature import Fisher, backpropagated
+from kfac_fast.host_copy import HostCopy
 from kfac_fast.layers import Approximation, Sharing
 from kfac_fast.losses import Loss, Outputs, find_loss
 from kfac_fast.options import BOUNDS, DampingMode, Schedule, check_options, number
@@ -179,6 +181,8 @@ class KFAC:
         self.factor_dtype = factor_dtype
         self.callback = callback
         self.steps = 0
+        self._failures = HostCopy()
+        self._warned = False
         check_options(vars(self))
         form: Form = "inverse"
         if damping_mode == "exact":
@@ -375,8 +379,9 @@ class KFAC:
         """Batches left out, and matrices not inverted, in all blocks together."""
         skipped = [factor.skipped for block in self._blocks for factor in block.factors]
         failed = [side.failed for block in self._blocks for side in block.inverses or block.bases]
-        zero = torch.zeros((), dtype=torch.int64)
-        return sum(skipped, zero), sum(failed, zero)
+        if not skipped:
+            return torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.int64)
+        return torch.stack(skipped).sum(), torch.stack(failed).sum()
 
     def _untouched(self) -> bool:
         return self._due("factor_update_steps") and not any(b.factors for b in self._blocks)
@@ -393,11 +398,25 @@ class KFAC:
         known = [block for block in self._blocks if block.factors]
         due = self._due("inverse_update_steps") or len(known) > sum(had_factors)
         if due:
+            self._warn_of_failures()
             refresh(known, self._dampings(known), self.damping_mode)
+            self._failures.send(self._counts()[1])
         elif update and self.refinement_steps:
             count, dampings = self.refinement_steps, self._dampings(known)
             refine(known, dampings, self.damping_mode, steps=count)
         return update, due
+
+    def _warn_of_failures(self) -> None:
+        """Warn once, a refresh later: by then the count has come without the host's waiting."""
+        failed = self._failures.read()
+        if failed and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"KFAC: {failed} matrices could not be inverted; their layers keep what they had, "
+                "and their damping is raised until it suffices; summary() says which",
+                RuntimeWarning,
+                stacklevel=4,
+            )
 
     def _precondition(self) -> tuple[Tensor | None, Tensor | None]:
         """The clip's scale, and the inner product of gradients and preconditioned ones."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from host import NeverWaits
 from nets import DAMPING, Net, images, preconditioner, train_step
 from plain_kfac import assert_solved, covariances, plain_covariances
 from torch import Tensor, nn
@@ -344,6 +346,25 @@ def test_a_failed_inverse_is_counted_in_the_summary() -> None:
     kfac.step()
     assert "inverses failed 2" in kfac.summary()
     assert torch.equal(head(kfac)[1].matrix, torch.eye(3).double())
+
+
+def test_failed_inverses_are_warned_of_once_at_the_next_refresh() -> None:
+    model = nn.Linear(2, 3, dtype=torch.float64)
+    kfac = preconditioner(model, damping=0.0)
+
+    def step() -> None:
+        model(torch.zeros(4, 2, dtype=torch.float64)).square().sum().backward()
+        with NeverWaits():
+            kfac.step()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step()
+    with pytest.warns(RuntimeWarning, match="KFAC: 2 matrices could not be inverted"):
+        step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step()
 
 
 BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
