@@ -74,8 +74,8 @@ class KFAC:
         kfac.update_curvature(outputs, loss="cross_entropy")
         loss_function(outputs, targets).backward()
 
-    A model may be compiled, if its first run comes after this. ``nn.MultiheadAttention`` then breaks
-    its graph, and ``update_curvature`` needs ``torch._functorch.config.donated_buffer = False`` for
+    A model may be compiled, if its first run comes after this. ``nn.MultiheadAttention`` breaks its
+    graph, and ``update_curvature`` needs ``torch._functorch.config.donated_buffer = False`` for
     another way back through it.
 
     Args:
