@@ -98,6 +98,9 @@ class BlockSweep {
       }
       const int64_t done = invert_factor(y, block_stride, count, rest, logdet);
       if (done < count) return first + done;
+      const Panels<T> factor{y, count, block_stride, width_, width_};
+      multiply_panels(product_, factor, count, factor, count, true, corner, stride, false);
+      if (count == size_) break;  // nothing lies beside it
       turn(y, block_stride, count, y_turned, block_stride);
       const auto panels = static_cast<double>(count) * static_cast<double>(size_);
       share(divide_up(size_, width_), panels * count, [&](int64_t panel) {
@@ -110,8 +113,6 @@ class BlockSweep {
         multiply_lower(y, block_stride, count, v_panel, columns, u_panel);
         write_panel(u_panel, first, count, column, columns, a, stride);
       });
-      const Panels<T> factor{y, count, block_stride, width_, width_};
-      multiply_panels(product_, factor, count, factor, count, true, corner, stride, false);
       update(a, stride, {v, count, width_, width_, panel_size_}, share);
     }
     return size_;

