@@ -1,5 +1,6 @@
 #pragma once
-// The inverse of a symmetric positive definite matrix by sweeps of blocks of pivots.
+// The inverse of a symmetric positive definite matrix by sweeps of blocks of pivots, and its
+// Cholesky factor.
 //
 // Sweeping a block P of rows and columns of the symmetric matrix A makes it
 //
@@ -21,6 +22,9 @@
 // Signs: the matrix is kept as -A, in its lower triangle, so that products are added; L^-1 as
 // Y = -L^-1, which comes in pairs. L^-1 itself is found by the same steps with blocks as wide as a
 // vector, each of which eliminates itself from the rows below it only.
+//
+// Without W, and with the block eliminated from the rows below it only, the same steps leave the
+// Cholesky factor: L in the block's own rows and columns, V^T below them.
 
 #include <algorithm>
 #include <cmath>
@@ -39,7 +43,7 @@ namespace kfac_fast {
 #include "compile_for_instruction_sets.h"
 
 template <typename T>
-using SquareInverse = int64_t (*)(T* square, int64_t stride, T* pivots);
+using SquareInverse = int64_t (*)(T* square, int64_t stride, T* turned);
 
 template <typename T>
 SquareInverse<T> square_inverse(InstructionSet set) {
@@ -50,16 +54,19 @@ SquareInverse<T> square_inverse(InstructionSet set) {
   return portable::invert_square<T>;
 }
 
+enum class Sweep { inverse, cholesky };
+
 // For matrices of `size` rows, which must be a multiple of a vector's lanes.
 template <typename T>
 class BlockSweep {
  public:
-  BlockSweep(InstructionSet set, int64_t size)
+  BlockSweep(InstructionSet set, Sweep sweep, int64_t size)
       : product_(tile_product<T>(set)),
         invert_square_(square_inverse<T>(set)),
         store_square_(square_store<T>(set)),
         lanes_(product_.lanes),
         width_(product_.panel_width()),
+        inverts_(sweep == Sweep::inverse),
         size_(size),
         // Blocks that are small beside the matrix cost little on top of the n^3 / 2 multiply-adds
         // of its updates; larger ones leave tiles longer in registers.
@@ -79,9 +86,9 @@ class BlockSweep {
     return 2 * panels * panel_size_ + 2 * block_ * row_stride(block_) + 2 * lanes_ * lanes_;
   }
 
-  // a <- A^-1 where a = -A, in and below the diagonal. Returns the first pivot that is not positive
-  // and finite, or `size`; adds the logarithms of those before to `logdet`. `share` runs loops
-  // whose passes may go to several threads; see InOrder.
+  // a <- A^-1, or A's Cholesky factor, where a = -A, in and below the diagonal. Returns the first
+  // pivot that is not positive and finite, or `size`; adds the logarithms of those before to
+  // `logdet`. `share` runs loops whose passes may go to several threads; see InOrder.
   template <typename Share>
   int64_t operator()(T* a, T* scratch, double& logdet, const Share& share) const {
     const int64_t stride = row_stride(), block_stride = row_stride(block_);
@@ -96,24 +103,30 @@ class BlockSweep {
       for (int64_t r = 0; r < count; ++r) {
         std::copy_n(corner + r * stride, count, y + r * block_stride);
       }
-      const int64_t done = invert_factor(y, block_stride, count, rest, logdet);
+      const int64_t done =
+          invert_factor(y, block_stride, count, rest, logdet, inverts_ ? nullptr : corner, stride);
       if (done < count) return first + done;
-      const Panels<T> factor{y, count, block_stride, width_, width_};
-      multiply_panels(product_, factor, count, factor, count, true, corner, stride, false);
-      if (count == size_) break;  // nothing lies beside it
+      if (inverts_) {
+        const Panels<T> factor{y, count, block_stride, width_, width_};
+        multiply_panels(product_, factor, count, factor, count, true, corner, stride, false);
+      }
+      const int64_t begin = inverts_ ? 0 : first + count;  // of the rows that it is eliminated from
+      const int64_t left = size_ - begin;
+      if (left == 0 || count == size_) break;
       turn(y, block_stride, count, y_turned, block_stride);
-      const auto panels = static_cast<double>(count) * static_cast<double>(size_);
-      share(divide_up(size_, width_), panels * count, [&](int64_t panel) {
-        const int64_t column = panel * width_;
+      const double products = static_cast<double>(count * count) * static_cast<double>(left);
+      share(divide_up(left, width_), products, [&](int64_t panel) {
+        const int64_t column = begin + panel * width_;
         const int64_t columns = std::min(width_, size_ - column);
         T* u_panel = u + panel * panel_size_;
         T* v_panel = v + panel * panel_size_;
         read_panel(a, stride, first, count, column, columns, u_panel);
         multiply_upper(y_turned, block_stride, count, u_panel, columns, v_panel);
-        multiply_lower(y, block_stride, count, v_panel, columns, u_panel);
-        write_panel(u_panel, first, count, column, columns, a, stride);
+        if (inverts_) multiply_lower(y, block_stride, count, v_panel, columns, u_panel);
+        write_panel(inverts_ ? u_panel : v_panel, first, count, column, columns, a, stride);
       });
-      update(a, stride, {v, count, width_, width_, panel_size_}, share);
+      update(a + begin * stride + begin, stride, left, {v, count, width_, width_, panel_size_},
+             share);
     }
     return size_;
   }
@@ -121,18 +134,25 @@ class BlockSweep {
  private:
   int64_t row_stride(int64_t size) const { return size + (size / lanes_ % 2 == 0 ? lanes_ : 0); }
 
-  // y <- -L^-1 where y = -L L^T in and below the diagonal, above which it becomes zero. Returns as
-  // operator().
-  int64_t invert_factor(T* y, int64_t stride, int64_t size, T* scratch, double& logdet) const {
+  // y <- -L^-1 where y = -L L^T in and below the diagonal, above which it becomes zero; `factor` <-
+  // L, unless it is null. Returns as operator().
+  int64_t invert_factor(T* y, int64_t stride, int64_t size, T* scratch, double& logdet, T* factor,
+                        int64_t factor_stride) const {
     T* square_turned = scratch;
-    T* pivots = square_turned + lanes_ * lanes_;
-    T* u = pivots + lanes_ * lanes_;
+    T* factor_turned = square_turned + lanes_ * lanes_;
+    T* u = factor_turned + lanes_ * lanes_;
     T* v = u + divide_up(size, width_) * panel_size_;
     for (int64_t first = 0; first < size; first += lanes_) {
       T* square = y + first * stride + first;
-      const int64_t done = invert_square_(square, stride, pivots);
-      for (int64_t k = 0; k < done; ++k) logdet += std::log(static_cast<double>(pivots[k]));
+      const int64_t done = invert_square_(square, stride, factor_turned);
+      for (int64_t k = 0; k < done; ++k) {
+        logdet += 2 * std::log(static_cast<double>(factor_turned[k * lanes_ + k]));
+      }
       if (done < lanes_) return first + done;
+      if (factor) {
+        T* place = factor + first * factor_stride + first;
+        store_square_(factor_turned, lanes_, lanes_, place, factor_stride);
+      }
       if (size == lanes_) return size;
       turn(square, stride, lanes_, square_turned, lanes_);
       for (int64_t column = 0; column < size; column += width_) {
@@ -144,6 +164,13 @@ class BlockSweep {
         // The block's own columns meet an identity, whose product is the square.
         if (column <= first && first < column + columns) {
           copy_vectors(square, stride, lanes_, v_panel + first - column, width_);
+        }
+        if (factor) {
+          const int64_t skipped = std::max(first + lanes_ - column, int64_t{0});
+          for (int64_t i = skipped; i < columns; i += lanes_) {
+            T* place = factor + (column + i) * factor_stride + first;
+            store_square_(v_panel + i, width_, lanes_, place, factor_stride);
+          }
         }
         if (column < first) {  // what lies beyond the diagonal is made zero below
           const int64_t vectors = std::min(columns, first - column);
@@ -193,16 +220,16 @@ class BlockSweep {
 
   // a += V^T V in and below the diagonal, by tiles that leave the panels in the caches.
   template <typename Share>
-  void update(T* a, int64_t stride, const Panels<T>& v, const Share& share) const {
+  void update(T* a, int64_t stride, int64_t size, const Panels<T>& v, const Share& share) const {
     const int64_t edge = 4 * width_;
-    const int64_t side = divide_up(size_, edge);
-    const auto products = static_cast<double>(v.depth) * static_cast<double>(size_ * size_ / 2);
+    const int64_t side = divide_up(size, edge);
+    const auto products = static_cast<double>(v.depth) * static_cast<double>(size * size / 2);
     share(side * (side + 1) / 2, products, [&](int64_t tile) {
       int64_t r = side - 1;  // the longest rows first
       while (tile > r) tile -= r-- + 1;
       const int64_t row = r * edge, column = tile * edge;
-      multiply_panels(product_, v.from(row), std::min(edge, size_ - row), v.from(column),
-                      std::min(edge, size_ - column), row == column, a + row * stride + column,
+      multiply_panels(product_, v.from(row), std::min(edge, size - row), v.from(column),
+                      std::min(edge, size - column), row == column, a + row * stride + column,
                       stride, true);
     });
   }
@@ -261,6 +288,7 @@ class BlockSweep {
   const SquareInverse<T> invert_square_;
   const SquareStore<T> store_square_;
   const int64_t lanes_, width_;
+  const bool inverts_;
   const int64_t size_, block_;
   const int64_t panel_size_;  // of U, V or W
 };

@@ -1,16 +1,15 @@
 // One vector's width of pivots for one instruction set; see block_sweep.h.
 
 // square <- -L^-1, zero above the diagonal, where square = -L L^T and only its lower triangle is
-// read. Returns the first pivot that is not positive and finite, or LANES; `pivots` receives those
-// before, the squares of L's diagonal.
+// read; `turned` <- L^T, below whose diagonal anything may stand. Returns the first pivot that is
+// not positive and finite, or LANES; `turned` then has the rows before.
 //
 // Row k is divided by the root of its pivot and then eliminates itself from the rows below, as it
 // does from the identity, whose entries take the places of those that became zero.
 template <typename T>
-KFAC_FAST_TARGET int64_t invert_square(T* square, int64_t stride, T* pivots) {
+KFAC_FAST_TARGET int64_t invert_square(T* square, int64_t stride, T* turned) {
   using Vector = typename VectorOf<T>::type;
   constexpr int LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
-  T line[LANES];  // scalars of it are multiplied from memory
   Vector rows[LANES];
   for (int i = 1; i < LANES; ++i) {
     for (int j = 0; j < i; ++j) square[j * stride + i] = square[i * stride + j];
@@ -23,11 +22,12 @@ KFAC_FAST_TARGET int64_t invert_square(T* square, int64_t stride, T* pivots) {
   for (int k = 0; k < LANES; ++k) {
     const T pivot = rows[k][k];
     if (!(pivot > 0 && pivot <= std::numeric_limits<T>::max())) return k;
-    pivots[k] = pivot;
-    const T scale = 1 / std::sqrt(pivot);
-    rows[k] *= scale;
+    const T root = std::sqrt(pivot);
+    rows[k] *= 1 / root;
+    T* line = turned + k * LANES;  // scalars of it are multiplied from memory
     *reinterpret_cast<Vector*>(line) = rows[k];
-    rows[k][k] = scale;
+    line[k] = root;
+    rows[k][k] = 1 / root;
 #pragma GCC unroll 16
     for (int i = k + 1; i < LANES; ++i) {
       rows[i][k] = 0;

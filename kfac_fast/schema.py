@@ -548,7 +548,9 @@ NATIVE: dict[str, str] = {
     "conv_window_sum": f"(Tensor x, Tensor plan, int[] cells, int[] taps, {_TARGET}) -> ()",
     # Long lists are checked by the kernels, which refuse by False; see CHECKING.
     "damped_inverse": f"({_DAMPED}) -> bool",
+    "damped_cholesky": f"({_DAMPED}) -> bool",
     "precondition": f"({_SIDES}) -> bool",
+    "cholesky_precondition": f"({_SIDES}) -> bool",
 }
 
 
@@ -573,7 +575,7 @@ LIBRARY = _define(
 )
 
 
-CHECKING = ("damped_inverse", "precondition")
+CHECKING = ("damped_inverse", "damped_cholesky", "precondition", "cholesky_precondition")
 
 
 def _accepting(*args: Any) -> bool:

@@ -1,8 +1,8 @@
-"""Matrices to invert, their exact inverses, and the bound on the errors of many."""
+"""Matrices to invert, their exact inverses and factors, and the bound on the errors of many."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -20,47 +20,66 @@ def covariance(size: int, dtype: torch.dtype = torch.float32, decades: float = 2
     return ((matrix + matrix.T) / 2).to(dtype)
 
 
-def exact_inverses(matrices: Sequence[Tensor], damping: float) -> list[Tensor]:
-    """In float64, or for float64 matrices in extended precision, by a step of Newton's method."""
-    damped = [m.double() + damping * torch.eye(m.shape[-1]).to(m).double() for m in matrices]
-    inverses = [torch.linalg.inv(m) for m in damped]
-    if matrices[0].dtype == torch.float32:
-        return inverses
-    refined = []
-    for matrix, inverse in zip(damped, inverses, strict=True):
-        a, x = (t.cpu().numpy().astype(np.longdouble) for t in (matrix, inverse))
-        step = (x + x @ (np.eye(len(a)) - a @ x)).astype(np.float64)
-        refined.append(torch.from_numpy(step).to(inverse))
-    return refined
+def exact_factor(damped: Tensor, extended: bool) -> Tensor:
+    """The Cholesky factor in float64, or column by column in extended precision."""
+    if not extended:
+        return torch.linalg.cholesky(damped)
+    a = damped.cpu().numpy().astype(np.longdouble)
+    factor = np.zeros_like(a)
+    for i in range(len(a)):
+        column = a[i:, i] - factor[i:, :i] @ factor[i, :i]
+        factor[i:, i] = column / np.sqrt(column[0])
+    return torch.from_numpy(factor.astype(np.float64)).to(damped)
+
+
+def exact_inverse(damped: Tensor, extended: bool) -> Tensor:
+    """In float64, or in extended precision by a step of Newton's method."""
+    inverse = torch.linalg.inv(damped)
+    if not extended:
+        return inverse
+    a, x = (t.cpu().numpy().astype(np.longdouble) for t in (damped, inverse))
+    step = (x + x @ (np.eye(len(a)) - a @ x)).astype(np.float64)
+    return torch.from_numpy(step).to(inverse)
 
 
 def assert_as_accurate(
-    result: ops.DampedInverses, matrices: Sequence[Tensor], damping: float
+    result: ops.DampedInverses,
+    matrices: Sequence[Tensor],
+    damping: float,
+    op: Callable[..., ops.DampedInverses] = ops.damped_inverse,
 ) -> None:
     """Check that errors, root mean square over the matrices, are at most twice PyTorch's.
 
     One matrix may come out better or worse by chance.
 
     Args:
-        result: The inverses under test and their log-determinants.
-        matrices: What was inverted, each ``[n, n]``.
+        result: The inverses or factors under test and their log-determinants.
+        matrices: What was inverted or factorised, each ``[n, n]``.
         damping: The damping of all.
+        op: :func:`kfac_fast.ops.damped_inverse` or :func:`kfac_fast.ops.damped_cholesky`.
     """
     with kfac_fast.use("reference"):
-        theirs = ops.damped_inverse(matrices, damping, logdet=True)
-    exact = exact_inverses(matrices, damping)
+        theirs = op(matrices, damping, logdet=True)
+    extended = matrices[0].dtype == torch.float64
+    damped = [m.double() + damping * torch.eye(m.shape[-1]).to(m).double() for m in matrices]
+    factors = [exact_factor(m, extended) for m in damped]
+    inverts = op is ops.damped_inverse
+    exact = [exact_inverse(m, extended) for m in damped] if inverts else factors
 
-    def error(inverses: Sequence[Tensor]) -> Tensor:
-        pairs = zip(inverses, exact, strict=True)
+    def error(found: Sequence[Tensor]) -> Tensor:
+        pairs = zip(found, exact, strict=True)
         errors = torch.stack([(x.double() - e).norm() / e.norm() for x, e in pairs])
         return errors.square().mean().sqrt()
 
     eps = torch.finfo(matrices[0].dtype).eps
     assert not result.info.any()
     assert error(result.matrices) <= 2 * error(theirs.matrices) + 4 * eps
-    for inverse in result.matrices:
-        assert_symmetric(inverse)
-    logdets = torch.stack([-torch.logdet(inverse) for inverse in exact])
+    for matrix in result.matrices:
+        if inverts:
+            assert_symmetric(matrix)
+        else:
+            assert torch.equal(matrix, matrix.tril())
+    logdets = torch.stack([2 * factor.diagonal().log().sum() for factor in factors])
 
     def logdet_error(found: Tensor | None) -> Tensor:
         assert found is not None

@@ -1,4 +1,4 @@
-"""The C++ kernels on lists of matrices: damped inverses by block sweeps, and preconditioning."""
+"""The C++ kernels on lists of matrices: inverses and Cholesky factors, and preconditioning."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
+import numpy as np
 import pytest
 import torch
 from guard_page import before_a_guard_page
@@ -29,94 +30,119 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
-def run(matrices: Sequence[Tensor], damping: float = 1e-3) -> ops.DampedInverses:
+Damped = Callable[..., ops.DampedInverses]
+DAMPED: tuple[Damped, ...] = (ops.damped_inverse, ops.damped_cholesky)
+damped = pytest.mark.parametrize("op", DAMPED, ids=lambda op: op.__name__)
+
+
+def run(op: Damped, matrices: Sequence[Tensor], damping: float = 1e-3) -> ops.DampedInverses:
     with kfac_fast.use("cpp"):
-        return ops.damped_inverse(matrices, damping, logdet=True)
+        return op(matrices, damping, logdet=True)
 
 
-def check(matrices: Sequence[Tensor], damping: float = 1e-3) -> None:
-    assert_as_accurate(run(matrices, damping), matrices, damping)
+def check(op: Damped, matrices: Sequence[Tensor], damping: float = 1e-3) -> None:
+    assert_as_accurate(run(op, matrices, damping), matrices, damping, op)
 
 
+@damped
 @dtypes
 @pytest.mark.parametrize("size", SIZES)
-def test_every_size(size: int, dtype: torch.dtype) -> None:
-    check([covariance(size, dtype) for _ in range(8)])
+def test_every_size(op: Damped, size: int, dtype: torch.dtype) -> None:
+    check(op, [covariance(size, dtype) for _ in range(8)])
 
 
-def test_blocks_wider_than_a_vector(instruction_set: str) -> None:
+@damped
+def test_blocks_wider_than_a_vector(op: Damped, instruction_set: str) -> None:
     for size in LARGE if instruction_set != "portable" else LARGE[:1]:
-        check([covariance(size)])
+        check(op, [covariance(size)])
 
 
+@damped
 @pytest.mark.parametrize("size", [16, 32, 64, 256])
 @pytest.mark.parametrize("decades", [4, 6])
-def test_ill_conditioned_matrices(size: int, decades: int) -> None:
-    check([covariance(size, decades=decades) for _ in range(20)], damping=1e-7)
+def test_ill_conditioned_matrices(op: Damped, size: int, decades: int) -> None:
+    check(op, [covariance(size, decades=decades) for _ in range(20)], damping=1e-7)
 
 
+@damped
 @dtypes
-def test_stacks_and_strides(dtype: torch.dtype) -> None:
+def test_stacks_and_strides(op: Damped, dtype: torch.dtype) -> None:
     stack = torch.stack([covariance(19, dtype) for _ in range(6)]).view(2, 3, 19, 19)
     layouts = [stack, spread(stack), stack.transpose(0, 1), stack.mT, stack[0, 0], stack[:0]]
-    for layout, inverse in zip(layouts, run(layouts).matrices, strict=True):
+    for layout, result in zip(layouts, run(op, layouts).matrices, strict=True):
         plain = layout.reshape(-1, 19, 19)
-        assert inverse.shape == layout.shape
+        assert result.shape == layout.shape
         assert torch.equal(
-            inverse.reshape(-1, 19, 19),
-            torch.stack([*run([plain]).matrices[0]]) if len(plain) else plain,
+            result.reshape(-1, 19, 19),
+            torch.stack([*run(op, [plain]).matrices[0]]) if len(plain) else plain,
         )
 
 
-def test_only_lower_triangles_are_read() -> None:
+@damped
+def test_only_lower_triangles_are_read(op: Damped) -> None:
     matrices = [covariance(size) for size in (5, 33, 150)]
-    inverses = run([lower_only(m) for m in matrices]).matrices
-    for got, expected in zip(inverses, run(matrices).matrices, strict=True):
+    results = run(op, [lower_only(m) for m in matrices]).matrices
+    for got, expected in zip(results, run(op, matrices).matrices, strict=True):
         assert torch.equal(got, expected)
 
 
-def test_one_damping_of_each_matrix_of_a_stack() -> None:
+@damped
+def test_one_damping_of_each_matrix_of_a_stack(op: Damped) -> None:
     stack = torch.stack([covariance(9) for _ in range(4)])
     damping = torch.rand(4)
-    result = ops.damped_inverse([stack, stack[0]], [damping, 0.5])
+    result = op([stack, stack[0]], [damping, 0.5])
     for i in range(4):
-        assert torch.equal(result.matrices[0][i], run([stack[i]], damping[i].item()).matrices[0])
-    assert torch.equal(result.matrices[1], run([stack[0]], 0.5).matrices[0])
+        alone = run(op, [stack[i]], damping[i].item())
+        assert torch.equal(result.matrices[0][i], alone.matrices[0])
+    assert torch.equal(result.matrices[1], run(op, [stack[0]], 0.5).matrices[0])
 
 
+@damped
 @pytest.mark.parametrize("size", [1, 16, 40, 129, 300])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -5.0])
-def test_a_failure_touches_only_its_own_matrix(size: int, value: float) -> None:
+def test_a_failure_touches_only_its_own_matrix(op: Damped, size: int, value: float) -> None:
     good = [covariance(n) for n in (7, size, 130)]
-    expected = run(good)
+    expected = run(op, good)
     bad = [m.clone() for m in good]
     place = 2 * size // 3
     bad[1][place, place] = value
-    result = run(bad)
+    result = run(op, bad)
     assert result.info.tolist() == [0, place + 1, 0]
     assert result.matrices[1].isnan().all() and result.logdet[1].isnan()
     for i in (0, 2):
         assert torch.equal(bits(result.matrices[i]), bits(expected.matrices[i]))
 
 
-def test_a_bad_entry_off_the_diagonal_is_found() -> None:
+@damped
+def test_a_bad_entry_off_the_diagonal_is_found(op: Damped) -> None:
     for value in (math.nan, math.inf):
         for row, column in ((39, 0), (20, 19), (39, 38)):
             matrix = covariance(40)
             matrix[row, column] = value
-            assert run([matrix]).info.item() > 0
+            assert run(op, [matrix]).info.item() > 0
+
+
+Precondition = Callable[..., ops.Preconditioned]
+PRECONDITION: tuple[Precondition, ...] = (ops.precondition, ops.cholesky_precondition)
+precondition = pytest.mark.parametrize("op", PRECONDITION, ids=lambda op: op.__name__)
+
+
+def factors(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Lower Cholesky factors of well-conditioned matrices."""
+    rows = torch.randn(shape, dtype=dtype)
+    return torch.linalg.cholesky(rows @ rows.mT / max(shape[-1], 1) + torch.eye(shape[-1]))
 
 
 def test_same_bits_for_any_number_of_threads(set_threads: Callable[[int], None]) -> None:
     matrices = [covariance(size) for size in (600, 16, 16, 100, 33)]
     grads = [torch.randn(40, 600), torch.randn(16, 16), torch.randn(600, 500)]
-    sides = [torch.randn(n, n) for n in (600, 16, 500)], [torch.randn(n, n) for n in (40, 16, 600)]
+    sides = [factors(n, n) for n in (600, 16, 500)], [factors(n, n) for n in (40, 16, 600)]
     results = []
     for threads in (1, 2, 3):
         set_threads(threads)
-        inverses = run(matrices)
-        steps = ops.precondition(grads, *sides)
-        results.append([*inverses.matrices, inverses.logdet, *steps.grads, steps.inner_product])
+        found = [run(op, matrices) for op in DAMPED]
+        steps = [op(grads, *sides) for op in PRECONDITION]
+        results.append([x for result in (*found, *steps) for x in (*result[0], result[-1])])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
@@ -127,48 +153,105 @@ def test_nothing_past_the_ends_is_read_or_written() -> None:
             covariance(size),
             torch.zeros(size, size),
             torch.randn(size, 2 * size),
-            torch.randn(2 * size, 2 * size),
+            factors(2 * size, 2 * size),
             torch.zeros(size, 2 * size),
         )
         with ExitStack() as guarded:
             matrix, out, grad, right, step = (
                 guarded.enter_context(before_a_guard_page(tensor)) for tensor in tensors
             )
-            ops.damped_inverse([matrix], 1e-3, out=[out])
-            assert torch.equal(out, run([matrix]).matrices[0])
-            ops.precondition([grad], [right], [matrix], out=[step])
-            assert torch.equal(step, ops.precondition([grad], [right], [matrix]).grads[0])
+            for invert in DAMPED:
+                invert([matrix], 1e-3, out=[out])
+                assert torch.equal(out, run(invert, [matrix]).matrices[0])
+            for apply in PRECONDITION:
+                apply([grad], [right], [matrix], out=[step])
+                assert torch.equal(step, apply([grad], [right], [matrix]).grads[0])
 
 
 SHAPES = ((1, 1), (1, 9), (9, 1), (3, 5), (16, 16), (17, 47), (49, 33), (64, 100), (150, 20))
 
 
+def sides_of(op: Precondition, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Inverses that are not symmetric, so that a transposed one shows; or factors."""
+    if op is ops.precondition:
+        return torch.randn(shape, dtype=dtype)
+    return lower_only(factors(*shape, dtype=dtype))
+
+
+def exact_steps(op: Precondition, *arguments: Sequence[Tensor]) -> list[Tensor]:
+    """In float64; solves in float64 are improved by their residuals in extended precision."""
+    doubles = [[x.double() for x in tensors] for tensors in arguments]
+    with kfac_fast.use("reference"):
+        steps = op(*doubles).grads
+        if op is ops.precondition or arguments[0][0].dtype == torch.float32:
+            return steps
+        residuals = []
+        for step, *layer in zip(steps, *doubles, strict=True):
+            p, v, *sides = (x.numpy().astype(np.longdouble) for x in (step, *layer))
+            a, g = (np.tril(x) @ np.tril(x).swapaxes(-1, -2) for x in sides)
+            residuals.append(torch.from_numpy((v - g @ p @ a).astype(np.float64)))
+        errors = op(residuals, *doubles[1:]).grads
+    return [step + error for step, error in zip(steps, errors, strict=True)]
+
+
+@precondition
 @dtypes
-def test_precondition(dtype: torch.dtype) -> None:
+def test_precondition(op: Precondition, dtype: torch.dtype) -> None:
     shapes = [*SHAPES, (2, 3, 5, 4), (0, 3, 3), (3, 0)]
     grads = [torch.randn(shape, dtype=dtype) for shape in shapes]
-    # Not symmetric, so that a transposed one shows.
-    rights = [torch.randn(*shape[:-2], shape[-1], shape[-1], dtype=dtype) for shape in shapes]
-    lefts = [torch.randn(*shape[:-1], shape[-2], dtype=dtype) for shape in shapes]
+    rights = [sides_of(op, *shape[:-2], shape[-1], shape[-1], dtype=dtype) for shape in shapes]
+    lefts = [sides_of(op, *shape[:-1], shape[-2], dtype=dtype) for shape in shapes]
     for layout in (lambda x: x, spread, lambda x: x.mT.contiguous().mT):
         arguments = [[layout(x) for x in tensors] for tensors in (grads, rights, lefts)]
         with kfac_fast.use("cpp"):
-            result = ops.precondition(*arguments)
+            result = op(*arguments)
         with kfac_fast.use("reference"):
-            theirs = ops.precondition(*arguments)
-            exact = ops.precondition(*[[x.double() for x in tensors] for tensors in arguments])
-        for out, torch_result, ref64 in zip(result.grads, theirs.grads, exact.grads, strict=True):
+            theirs = op(*arguments)
+        exact = exact_steps(op, *arguments)
+        for out, torch_result, ref64 in zip(result.grads, theirs.grads, exact, strict=True):
             if out.numel():
                 assert_within_budget(out, torch_result, ref64)
-        scale = sum((g.double() * p).abs().sum() for g, p in zip(grads, exact.grads, strict=True))
-        assert (result.inner_product - exact.inner_product).abs() <= 1e-6 * scale
+        products = [g.double() * p for g, p in zip(grads, exact, strict=True)]
+        scale = sum(product.abs().sum() for product in products)
+        inner = sum(product.sum() for product in products)
+        assert (result.inner_product - inner).abs() <= 1e-6 * scale
 
 
-def test_deep_products() -> None:
-    grad, right, left = torch.randn(40, 700), torch.randn(700, 700), torch.randn(40, 40)
-    result = ops.precondition([grad], [right], [left]).grads[0]
-    exact = left.double() @ grad.double() @ right.double()
-    assert_within_budget(result, left @ grad @ right, exact)
+@precondition
+@pytest.mark.parametrize("shape", [(40, 700), (300, 97)])
+def test_deep_products(op: Precondition, shape: tuple[int, int]) -> None:
+    sides = [sides_of(op, n, n) for n in reversed(shape)]
+    arguments = [[torch.randn(shape)], *([side] for side in sides)]
+    with kfac_fast.use("reference"):
+        theirs = op(*arguments).grads[0]
+    assert_within_budget(op(*arguments).grads[0], theirs, *exact_steps(op, *arguments))
+
+
+@pytest.mark.parametrize("decades", [4, 6])
+def test_solves_with_ill_conditioned_factors(decades: int) -> None:
+    sizes = (16, 40, 100, 200)
+    rights, lefts = (
+        [torch.linalg.cholesky(covariance(n, torch.float64, decades)).float() for n in sizes]
+        for _ in range(2)
+    )
+    arguments = [torch.randn(n, n) for n in sizes], rights, lefts
+    result = ops.cholesky_precondition(*arguments).grads
+    with kfac_fast.use("reference"):
+        theirs = ops.cholesky_precondition(*arguments).grads
+    exact = exact_steps(ops.cholesky_precondition, *arguments)
+    for out, torch_result, ref64 in zip(result, theirs, exact, strict=True):
+        assert_within_budget(out, torch_result, ref64)
+
+
+def test_a_bad_factor_touches_only_its_own_layer() -> None:
+    grads = [torch.randn(20, 33) for _ in range(3)]
+    rights, lefts = ([factors(n, n) for _ in grads] for n in (33, 20))
+    expected = ops.cholesky_precondition(grads, rights, lefts).grads
+    rights[1] = torch.full_like(rights[1], math.nan)
+    result = ops.cholesky_precondition(grads, rights, lefts).grads
+    assert result[1].isnan().all()
+    for i in (0, 2):
+        assert torch.equal(bits(result[i]), bits(expected[i]))
 
 
 def test_refused_lists_are_not_touched() -> None:
@@ -191,9 +274,11 @@ def test_refused_lists_are_not_touched() -> None:
     ]
     for arguments in refused:
         assert native.damped_inverse(*arguments, None) is False
+        assert native.damped_cholesky(*arguments, None) is False
     inner = torch.zeros(())
     for sides in (([matrix[:3]], [matrix]), ([matrix], [matrix[None]]), ([matrix], [out])):
         assert native.precondition([matrix], *sides, [out], inner) is False
+        assert native.cholesky_precondition([matrix], *sides, [out], inner) is False
     assert native.precondition([matrix], [matrix], [matrix], [out], inner[None]) is False
     assert native.precondition([matrix], [matrix], [matrix], [out], matrix[0, 0]) is False
     memory = poisoned(16)
@@ -210,5 +295,5 @@ def test_an_output_that_requires_gradients_is_refused() -> None:
 
 
 def test_the_kernels_serve_the_cpu() -> None:
-    for op in ("damped_inverse", "precondition"):
+    for op in ("damped_inverse", "damped_cholesky", "precondition", "cholesky_precondition"):
         assert [i.name for i in backends.TABLE[op, "cpu"]] == ["cpp", "reference"]

@@ -1,4 +1,5 @@
-// Inverses of damped symmetric matrices of mixed sizes on the CPU; see block_sweep.h.
+// Inverses and Cholesky factors of damped symmetric matrices of mixed sizes on the CPU; see
+// block_sweep.h.
 
 #include <torch/csrc/stable/library.h>
 
@@ -52,12 +53,13 @@ std::vector<Matrix<T>> matrices_of(const std::vector<Tensor>& matrices,
 }
 
 template <typename T>
-class Inverter {
+class DampedSweep {
  public:
-  Inverter(InstructionSet set, int64_t size)
-      : lanes_(tile_product<T>(set).lanes),
+  DampedSweep(InstructionSet set, Sweep sweep, int64_t size)
+      : inverts_(sweep == Sweep::inverse),
+        lanes_(tile_product<T>(set).lanes),
         size_(round_up(size, lanes_)),
-        sweep_(set, size_),
+        sweep_(set, sweep, size_),
         stride_(sweep_.row_stride()) {}
 
   int64_t scratch_size() const { return size_ * stride_ + sweep_.scratch_size(); }
@@ -80,20 +82,20 @@ class Inverter {
       std::fill_n(m.out, m.size * m.size, nan);
       return;
     }
-    if (size_ == lanes_) {  // both triangles came from the same sums
-      for (int64_t r = 0; r < m.size; ++r) {
-        std::copy_n(scratch + r * stride_, m.size, m.out + r * m.size);
-      }
-      return;
-    }
     const SymmetricStore<T> store{T{1}, T{0}, m.size};
     const int64_t strips = divide_up(m.size, strip);
     share(strips, static_cast<double>(m.size) * m.size, [&](int64_t i) {
       const int64_t row = i * strip;
       const int64_t rows = std::min(strip, m.size - row);
       const TileSums<T> sums{scratch + row * stride_, stride_, 1, 0};
-      store.wide(sums, rows, row, false, m.out, row, 0);
-      store(sums.at(0, row), rows, rows, true, m.out, row, row);
+      if (!inverts_) {
+        store_rows(m, row, rows, sums.data, false);
+      } else if (size_ == lanes_) {
+        store_rows(m, row, rows, sums.data, true);  // both triangles came from the same sums
+      } else {
+        store.wide(sums, rows, row, false, m.out, row, 0);
+        store(sums.at(0, row), rows, rows, true, m.out, row, row);
+      }
     });
   }
 
@@ -118,45 +120,53 @@ class Inverter {
     }
   }
 
+  // Rows as they are, or what is below the diagonal and zeros.
+  void store_rows(const Matrix<T>& m, int64_t first, int64_t rows, const T* from,
+                  bool whole) const {
+    T* to = m.out + first * m.size;
+    for (int64_t r = first; r < first + rows; ++r, from += stride_, to += m.size) {
+      const int64_t columns = whole ? m.size : r + 1;
+      std::fill(std::copy_n(from, columns, to), to + m.size, T{0});
+    }
+  }
+
+  const bool inverts_;
   const int64_t lanes_, size_;
   const BlockSweep<T> sweep_;
   const int64_t stride_;
 };
 
 template <typename T>
-void invert_all(const std::vector<Tensor>& list, const std::vector<Tensor>& damping,
-                const std::vector<Tensor>& out, const Tensor& info,
-                const std::optional<Tensor>& logdet) {
-  const std::vector<Matrix<T>> matrices = matrices_of<T>(list, damping, out, info, logdet);
+void sweep_all(Sweep sweep, const std::vector<Matrix<T>>& matrices) {
   const InstructionSet set = instruction_set_in_use();
   std::vector<Job> jobs;
   jobs.reserve(matrices.size());
   for (const Matrix<T>& m : matrices) {
     const double n = static_cast<double>(m.size) + 24;  // short loops take longer
-    const int64_t scratch = Inverter<T>(set, m.size).scratch_size();
-    jobs.push_back({n * n * n / 2, scratch, scratch});
+    const int64_t scratch = DampedSweep<T>(set, sweep, m.size).scratch_size();
+    jobs.push_back({n * n * n / (sweep == Sweep::inverse ? 2 : 6), scratch, scratch});
   }
   for_each_job<T>(jobs, [&](int64_t job, T* scratch, const auto& share) {
-    const Inverter<T> invert(set, matrices[job].size);
-    invert(matrices[job], scratch, share);
+    DampedSweep<T>(set, sweep, matrices[job].size)(matrices[job], scratch, share);
   });
 }
 
-bool damped_inverse(std::vector<Tensor> matrices, std::vector<Tensor> damping,
-                    std::vector<Tensor> out, const Tensor& info,
-                    const std::optional<Tensor>& logdet) {
+template <Sweep sweep>
+bool damped(std::vector<Tensor> matrices, std::vector<Tensor> damping, std::vector<Tensor> out,
+            const Tensor& info, const std::optional<Tensor>& logdet) {
   if (matrices.empty()) return out.empty();
   if (!damped_lists_pass(matrices, damping, out, info, logdet)) return false;
   if (matrices[0].scalar_type() == ScalarType::Double) {
-    invert_all<double>(matrices, damping, out, info, logdet);
+    sweep_all(sweep, matrices_of<double>(matrices, damping, out, info, logdet));
   } else {
-    invert_all<float>(matrices, damping, out, info, logdet);
+    sweep_all(sweep, matrices_of<float>(matrices, damping, out, info, logdet));
   }
   return true;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kfac_fast_native, CPU, m) {
-  m.impl("damped_inverse", TORCH_BOX(&damped_inverse));
+  m.impl("damped_inverse", TORCH_BOX(&damped<Sweep::inverse>));
+  m.impl("damped_cholesky", TORCH_BOX(&damped<Sweep::cholesky>));
 }
 
 }  // namespace

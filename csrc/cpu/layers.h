@@ -1,0 +1,153 @@
+#pragma once
+// What the operators that precondition the gradients of all layers share on the CPU: the layers in
+// their lists, a gradient in panels, and the store of a result with its inner product.
+
+#include <numeric>
+#include <vector>
+
+#include "gram_layout.h"
+#include "instruction_set.h"
+#include "list_loop.h"
+#include "strided.h"
+#include "tensor_lists.h"
+#include "tensors.h"
+#include "tile_product.h"
+
+namespace kfac_fast {
+
+template <typename T>
+struct Layer {
+  int64_t rows, columns;  // of the gradient
+  Strided<T> grad, left, right;
+  T* out;
+};
+
+// The matrix `index` of a stacked batch.
+template <typename T>
+Strided<T> matrix_of(const Tensor& tensor, int64_t index) {
+  const int64_t dims = tensor.dim();
+  return {entry_of<T>(tensor, dims - 2, index), tensor.stride(dims - 2), tensor.stride(dims - 1)};
+}
+
+// A layer's panels. A panel holds rows of whole vectors, and as many as whole vectors would have,
+// so that it can be transposed by squares; and panels a power of two apart would displace each
+// other.
+template <typename T>
+class LayerPanels {
+ protected:
+  LayerPanels(InstructionSet set, const Layer<T>& layer)
+      : layer_(layer),
+        product_(tile_product<T>(set)),
+        pack_(packing<T, T>(set)),
+        width_(product_.panel_width()) {}
+
+  int64_t panels(int64_t columns) const { return divide_up(columns, width_); }
+  int64_t panel_size(int64_t rows) const {
+    return round_up(rows, product_.lanes) * width_ + 64 / static_cast<int64_t>(sizeof(T));
+  }
+  int64_t columns_of(int64_t panel, int64_t columns) const {
+    return std::min(width_, columns - panel * width_);
+  }
+
+  // Panels that are there at the same time, of those that one pass fills and reads.
+  int64_t slots(int64_t columns, bool is_parallel) const {
+    return is_parallel ? panels(columns) : 1;
+  }
+
+  Job job(int64_t scratch, int64_t scratch_to_share) const {
+    const auto m = static_cast<double>(layer_.rows), k = static_cast<double>(layer_.columns);
+    return {(m + 24) * (k + 24) * (m + k + 24), scratch, scratch_to_share};
+  }
+
+  void pack(const Strided<T>& from, int64_t rows, int64_t columns, int64_t panel, T* packed) const {
+    pack_(from.data + panel * width_ * from.column_stride, from.row_stride, from.column_stride,
+          rows, columns_of(panel, columns), width_, packed, width_, 0);
+  }
+
+  // Stores a panel of the result and returns its inner product with the gradient's.
+  double store(const T* sums, const T* grad, int64_t panel) const {
+    constexpr int64_t lanes = 16;  // sums side by side, which the compiler makes vectors of
+    const int64_t columns = columns_of(panel, layer_.columns);
+    double inner = 0;
+    for (int64_t r = 0; r < layer_.rows; ++r, sums += width_, grad += width_) {
+      std::copy_n(sums, columns, layer_.out + r * layer_.columns + panel * width_);
+      T row[lanes] = {};
+      int64_t c = 0;
+      for (; c + lanes <= columns; c += lanes) {
+        for (int64_t i = 0; i < lanes; ++i) row[i] += sums[c + i] * grad[c + i];
+      }
+      for (; c < columns; ++c) row[0] += sums[c] * grad[c];
+      inner += static_cast<double>(std::accumulate(row, row + lanes, T{0}));
+    }
+    return inner;
+  }
+
+  const Layer<T>& layer_;
+  const TileProduct<T>& product_;
+  const Packing<T, T> pack_;
+  const int64_t width_;
+};
+
+template <template <typename> class Way, typename T>
+void precondition_all(const std::vector<Tensor>& grads, const std::vector<Tensor>& rights,
+                      const std::vector<Tensor>& lefts, const std::vector<Tensor>& out,
+                      const Tensor& inner) {
+  std::vector<Layer<T>> layers;
+  layers.reserve(grads.size());
+  for (size_t i = 0; i < grads.size(); ++i) {
+    const int64_t dims = grads[i].dim();
+    const int64_t rows = grads[i].size(dims - 2), columns = grads[i].size(dims - 1);
+    if (grads[i].numel() == 0) continue;
+    T* target = static_cast<T*>(out[i].mutable_data_ptr());
+    const int64_t count = grads[i].numel() / (rows * columns);
+    for (int64_t n = 0; n < count; ++n, target += rows * columns) {
+      layers.push_back({rows, columns, matrix_of<T>(grads[i], n), matrix_of<T>(lefts[i], n),
+                        matrix_of<T>(rights[i], n), target});
+    }
+  }
+  const InstructionSet set = instruction_set_in_use();
+  std::vector<Job> jobs;
+  jobs.reserve(layers.size());
+  for (const Layer<T>& layer : layers) jobs.push_back(Way<T>(set, layer).job());
+  std::vector<double> products(layers.size());
+  for_each_job<T>(jobs, [&](int64_t job, T* scratch, const auto& share) {
+    products[job] = Way<T>(set, layers[job])(scratch, share);
+  });
+  double total = 0;
+  for (const double product : products) total += product;
+  *static_cast<T*>(inner.mutable_data_ptr()) = static_cast<T>(total);
+}
+
+inline bool acceptable(const std::vector<Tensor>& grads, const std::vector<Tensor>& rights,
+                       const std::vector<Tensor>& lefts, const std::vector<Tensor>& out,
+                       const Tensor& inner) {
+  const size_t count = grads.size();
+  if (rights.size() != count || lefts.size() != count || out.size() != count) return false;
+  const ScalarType type = inner.scalar_type();
+  if (type != ScalarType::Float && type != ScalarType::Double) return false;
+  ListCheck check(type);
+  for (size_t i = 0; i < count; ++i) {
+    const int64_t dims = grads[i].dim();
+    if (dims < 2 || !check.reads(grads[i]) || !check.writes(out[i])) return false;
+    if (!same_shape(grads[i], out[i], dims)) return false;
+    if (!is_side(rights[i], grads[i], dims - 1) || !check.reads(rights[i])) return false;
+    if (!is_side(lefts[i], grads[i], dims - 2) || !check.reads(lefts[i])) return false;
+  }
+  return inner.dim() == 0 && check.writes(inner) && check.apart();
+}
+
+// Way<T>(set, layer) has a Job job() and a call that returns the inner product.
+template <template <typename> class Way>
+bool precondition(std::vector<Tensor> grads, std::vector<Tensor> input_sides,
+                  std::vector<Tensor> gradient_sides, std::vector<Tensor> out,
+                  const Tensor& inner) {
+  if (!acceptable(grads, input_sides, gradient_sides, out, inner)) return false;
+  if (inner.scalar_type() == ScalarType::Double) {
+    precondition_all<Way, double>(grads, input_sides, gradient_sides, out, inner);
+  } else {
+    precondition_all<Way, float>(grads, input_sides, gradient_sides, out, inner);
+  }
+  return true;
+}
+
+}  // namespace kfac_fast
