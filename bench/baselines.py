@@ -121,67 +121,93 @@ def _grouped(tensors: Sequence[Tensor]) -> list[list[int]]:
     return list(groups.values())
 
 
-def damped_inverse(matrices: Sequence[Tensor], damping: float) -> Ways:
-    """Ways to the inverses of ``M + damping I``."""
+def _one_by_one(
+    function: Callable[..., Tensor], matrices: Sequence[Tensor], damping: float
+) -> Callable[[Any], Any]:
+    def run(out: Sequence[Tensor]) -> Sequence[Tensor]:
+        for matrix, result in zip(matrices, out, strict=True):
+            function(_damped(matrix, damping), out=result)
+        return out
+
+    return run
+
+
+def _damped_ways(
+    op: str, function: Callable[..., Tensor], matrices: Sequence[Tensor], damping: float
+) -> Ways:
+    """Ways to ``function`` of every ``M + damping I``, by Cholesky."""
     like = matrices[0]
     dampings = [like.new_tensor(damping)] * len(matrices)
     info = torch.empty(len(matrices), dtype=torch.int32, device=like.device)
 
-    def cholesky_loop(out: Sequence[Tensor]) -> Sequence[Tensor]:
-        for matrix, inverse in zip(matrices, out, strict=True):
-            factor = torch.linalg.cholesky(_damped(matrix, damping))
-            torch.cholesky_inverse(factor, out=inverse)
-        return out
-
-    def inv_loop(out: Sequence[Tensor]) -> Sequence[Tensor]:
-        for matrix, inverse in zip(matrices, out, strict=True):
-            torch.linalg.inv(_damped(matrix, damping), out=inverse)
-        return out
-
-    def cholesky_by_size(out: Sequence[Tensor]) -> Sequence[Tensor]:
+    def by_size(out: Sequence[Tensor]) -> Sequence[Tensor]:
         results = list(out)
         for indices in _grouped(matrices):
             stacked = _damped(torch.stack([matrices[i] for i in indices]), damping)
-            inverses = torch.cholesky_inverse(torch.linalg.cholesky(stacked))
-            for i, inverse in zip(indices, inverses, strict=True):
-                results[i] = inverse
+            for i, result in zip(indices, function(stacked), strict=True):
+                results[i] = result
         return results
 
     def run_reference(out: Sequence[Tensor]) -> Sequence[Tensor]:
-        reference.damped_inverse(matrices, dampings, out, info, None)
+        getattr(reference, op)(matrices, dampings, out, info, None)
         return out
 
     return {
-        "cholesky, one by one": cholesky_loop,
-        "linalg.inv, one by one": inv_loop,
-        "cholesky, grouped by size": cholesky_by_size,
+        "cholesky, one by one": _one_by_one(function, matrices, damping),
+        "cholesky, grouped by size": by_size,
         "reference": run_reference,
     }
 
 
-def precondition(
-    grads: Sequence[Tensor], input_inverses: Sequence[Tensor], gradient_inverses: Sequence[Tensor]
+def damped_inverse(matrices: Sequence[Tensor], damping: float) -> Ways:
+    """Ways to the inverses of ``M + damping I``."""
+
+    def by_cholesky(damped: Tensor, **out: Tensor) -> Tensor:
+        return torch.cholesky_inverse(torch.linalg.cholesky(damped), **out)
+
+    ways = _damped_ways("damped_inverse", by_cholesky, matrices, damping)
+    return {**ways, "linalg.inv, one by one": _one_by_one(torch.linalg.inv, matrices, damping)}
+
+
+def damped_cholesky(matrices: Sequence[Tensor], damping: float) -> Ways:
+    """Ways to the Cholesky factors of ``M + damping I``."""
+    return _damped_ways("damped_cholesky", torch.linalg.cholesky, matrices, damping)
+
+
+def _precondition_ways(
+    op: str,
+    names: tuple[str, str],
+    single: Callable[..., Tensor],
+    batched: Callable[..., Tensor],
+    lists: tuple[Sequence[Tensor], ...],
 ) -> Ways:
-    """Ways to ``G^-1 V A^-1`` of every layer and the sum of their inner products with ``V``."""
+    """Ways to every layer's result and the sum of the inner products with the gradients.
+
+    ``single`` takes a layer's left side, gradient, right side and ``out``; ``batched`` the first
+    three of a stack of layers.
+    """
+    grads, rights, lefts = lists
     groups = _grouped(grads)
-    # Whoever groups layers by shape can keep the inverses stacked; only gradients come one by one.
-    sides = (gradient_inverses, input_inverses)
-    stacked = [[torch.stack([side[i] for i in indices]) for side in sides] for indices in groups]
+    # Whoever groups layers by shape can keep the sides stacked; only gradients come one by one.
+    stacked = [
+        [torch.stack([side[i] for i in indices]) for side in (lefts, rights)] for indices in groups
+    ]
 
     def loop(out: Sequence[Tensor]) -> list[Tensor]:
         inner = grads[0].new_zeros(())
-        layers = zip(grads, input_inverses, gradient_inverses, out, strict=True)
-        for grad, right, left, result in layers:
-            torch.mm(left @ grad, right, out=result)
+        results = []
+        for grad, right, left, target in zip(*lists, out, strict=True):
+            result = single(left, grad, right, target)
             inner += torch.dot(grad.flatten(), result.flatten())
-        return [*out, inner]
+            results.append(result)
+        return [*results, inner]
 
     def by_shape(out: Sequence[Tensor]) -> list[Tensor]:
         results = list(out)
         inner = grads[0].new_zeros(())
         for indices, (left, right) in zip(groups, stacked, strict=True):
             gradients = torch.stack([grads[i] for i in indices])
-            products = torch.bmm(torch.bmm(left, gradients), right)
+            products = batched(left, gradients, right)
             inner += torch.dot(gradients.flatten(), products.flatten())
             for i, result in zip(indices, products, strict=True):
                 results[i] = result
@@ -189,7 +215,31 @@ def precondition(
 
     def run_reference(out: Sequence[Tensor]) -> list[Tensor]:
         inner = grads[0].new_zeros(())
-        reference.precondition(grads, input_inverses, gradient_inverses, out, inner)
+        getattr(reference, op)(*lists, out, inner)
         return [*out, inner]
 
-    return {"mm, one by one": loop, "bmm, grouped by shape": by_shape, "reference": run_reference}
+    return dict(zip((*names, "reference"), (loop, by_shape, run_reference), strict=True))
+
+
+def precondition(*lists: Sequence[Tensor]) -> Ways:
+    """Ways to ``G^-1 V A^-1`` of every layer, from gradients and inverses."""
+
+    def single(left: Tensor, grad: Tensor, right: Tensor, out: Tensor) -> Tensor:
+        return torch.mm(left @ grad, right, out=out)
+
+    def batched(left: Tensor, grad: Tensor, right: Tensor) -> Tensor:
+        return torch.bmm(torch.bmm(left, grad), right)
+
+    names = "mm, one by one", "bmm, grouped by shape"
+    return _precondition_ways("precondition", names, single, batched, lists)
+
+
+def cholesky_precondition(*lists: Sequence[Tensor]) -> Ways:
+    """The same from Cholesky factors."""
+
+    def solve(left: Tensor, grad: Tensor, right: Tensor, *_: Tensor) -> Tensor:
+        half = torch.cholesky_solve(grad, left)
+        return torch.cholesky_solve(half.mT, right).mT
+
+    names = "cholesky_solve, one by one", "cholesky_solve, grouped by shape"
+    return _precondition_ways("cholesky_precondition", names, solve, solve, lists)

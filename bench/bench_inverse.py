@@ -36,27 +36,34 @@ def _sizes(shape: str) -> list[int]:
 
 
 @pytest.mark.parametrize("shape", [*INVERSES, *NETWORKS])
-def bench_damped_inverse(shape: str, compare: Callable[[Case], None], device: str) -> None:
+@pytest.mark.parametrize("op", ["damped_inverse", "damped_cholesky"])
+def bench_damped(op: str, shape: str, compare: Callable[[Case], None], device: str) -> None:
     sizes = _sizes(shape)
     matrices = [_covariance(size, device) for size in sizes]
     out = [poisoned(size, size, device=device) for size in sizes]
-    ways = baselines.damped_inverse(matrices, DAMPING)
+    ways = getattr(baselines, op)(matrices, DAMPING)
     flops = sum(size**3 for size in sizes)
+    if op == "damped_cholesky":
+        flops //= 3
     beside = {name: ways[name] for name in ("cholesky, one by one", "cholesky, grouped by size")}
-    arguments = (matrices, DAMPING)
-    compare(Case("damped_inverse", shape, arguments, {}, out, ways, flops, beside=beside))
+    compare(Case(op, shape, (matrices, DAMPING), {}, out, ways, flops, beside=beside))
 
 
 @pytest.mark.parametrize("shape", NETWORKS)
-def bench_precondition(shape: str, compare: Callable[[Case], None], device: str) -> None:
+@pytest.mark.parametrize("op", ["precondition", "cholesky_precondition"])
+def bench_precondition(op: str, shape: str, compare: Callable[[Case], None], device: str) -> None:
     layers = _layers(shape)
     grads = [torch.randn(layer.outputs, layer.inputs, device=device) for layer in layers]
     # Times and rounding do not ask whether these are inverses.
-    input_sides = [_covariance(layer.inputs, device) for layer in layers]
-    gradient_sides = [_covariance(layer.outputs, device) for layer in layers]
+    sides = [
+        [_covariance(size, device) for size in sizes]
+        for sizes in zip(*((layer.inputs, layer.outputs) for layer in layers), strict=True)
+    ]
+    if op == "cholesky_precondition":
+        sides = [[torch.linalg.cholesky(side) for side in each] for each in sides]
     out = [poisoned(*grad.shape, device=device) for grad in grads]
     flops = sum(2 * v.numel() * (sum(v.shape) + 1) for v in grads)
-    arguments = (grads, input_sides, gradient_sides)
-    ways = baselines.precondition(*arguments)
-    beside = {"mm, one by one": ways["mm, one by one"]}
-    compare(Case("precondition", shape, arguments, {}, out, ways, flops, beside=beside))
+    ways = getattr(baselines, op)(grads, *sides)
+    loop = next(iter(ways))
+    beside = {loop: ways[loop]}
+    compare(Case(op, shape, (grads, *sides), {}, out, ways, flops, beside=beside))

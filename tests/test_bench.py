@@ -26,7 +26,9 @@ OPERATORS = {
     "conv_reduce_gram",
     "conv_window_sum",
     "damped_inverse",
+    "damped_cholesky",
     "precondition",
+    "cholesky_precondition",
 }
 # What is measured beside the smallest shapes, other than peaks.
 BESIDE = {
