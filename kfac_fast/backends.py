@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from itertools import filterfalse
 from operator import attrgetter
 from typing import Any, NamedTuple, TypeVar
 
@@ -398,8 +397,7 @@ def run(op: str, *args: Any) -> None:
 
 def _increment_versions(op: str, args: tuple[Any, ...]) -> None:
     """Let autograd see that what it may have saved has changed."""
-    written = filterfalse(torch.Tensor.is_inference, _written(op, args))
-    torch.autograd.graph.increment_version(written)
+    torch.autograd.graph.increment_version(_written(op, args))  # none of inference tensors'
 
 
 def _written(op: str, args: tuple[Any, ...]) -> list[torch.Tensor]:
