@@ -62,9 +62,8 @@ def assert_as_accurate(
         theirs = op(matrices, damping, logdet=True)
     extended = matrices[0].dtype == torch.float64
     damped = [m.double() + damping * torch.eye(m.shape[-1]).to(m).double() for m in matrices]
-    factors = [exact_factor(m, extended) for m in damped]
     inverts = op is ops.damped_inverse
-    exact = [exact_inverse(m, extended) for m in damped] if inverts else factors
+    exact = [(exact_inverse if inverts else exact_factor)(m, extended) for m in damped]
 
     def error(found: Sequence[Tensor]) -> Tensor:
         pairs = zip(found, exact, strict=True)
@@ -79,7 +78,9 @@ def assert_as_accurate(
             assert_symmetric(matrix)
         else:
             assert torch.equal(matrix, matrix.tril())
-    logdets = torch.stack([2 * factor.diagonal().log().sum() for factor in factors])
+    logdets = torch.stack(
+        [-torch.logdet(e) if inverts else 2 * e.diagonal().log().sum() for e in exact]
+    )
 
     def logdet_error(found: Tensor | None) -> Tensor:
         assert found is not None
