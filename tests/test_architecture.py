@@ -30,7 +30,7 @@ ROOMS = [
     {"preconditioner"},
     {"damping"},
     {"__init__"},
-    {"env"},
+    {"env", "integrations"},
 ]
 FLOOR = {name: level for level, room in enumerate(ROOMS) for name in room}
 OUTSIDE = {"bench", "tests", "examples"}

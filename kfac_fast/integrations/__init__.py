@@ -1,0 +1,1 @@
+"""Adapters by which other libraries compute with these operators; importing one changes nothing."""

@@ -1,0 +1,252 @@
+"""curvlinops' KFAC and EKFAC operators, computed and inverted by kfac_fast.
+
+Use the classes of this module in place of curvlinops' own, which they are subclasses of; or have
+everything that uses curvlinops, such as laplace-torch, use them for a while::
+
+    with kfac_fast.integrations.curvlinops.enabled():
+        laplace.fit(data)
+
+Results are those of curvlinops to rounding, with its scales, and its treatment of grouped
+convolutions: inputs are averaged over the groups, though each group has a block of its own in the
+Fisher. Other is how they are computed: patches are never written out, one triangle of a factor is
+enough, gradients of the weights are not computed on the way, all inverses are one call, and
+per-example gradients are formed for a few examples at a time.
+
+Tested with curvlinops-for-pytorch 3.0.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from kfac_fast import ops
+from kfac_fast.conv import ConvGeometry
+from kfac_fast.eigenbases import eigendecompositions
+from kfac_fast.integrations.versions import require
+from kfac_fast.layers import RULES
+
+require("curvlinops-for-pytorch", "3.0.1")
+
+import curvlinops  # noqa: E402  # isort: skip
+from curvlinops.kfac import FisherType, KFACType  # noqa: E402  # isort: skip
+
+
+class KFACLinearOperator(curvlinops.KFACLinearOperator):  # type: ignore[misc]
+    """:class:`curvlinops.KFACLinearOperator`, its factors formed by kfac_fast.
+
+    Takes the same arguments. Source: Eschenhagen et al. (2023), section 3.
+    """
+
+    def _hook_accumulate_input_covariance(
+        self, module: nn.Module, inputs: tuple[Tensor, ...], module_name: str
+    ) -> None:
+        if len(inputs) != 1:
+            raise ValueError(f"{module_name}: modules must have one input, got {len(inputs)}")
+        x, expand = inputs[0].detach(), self._kfac_approx == KFACType.EXPAND
+        options: dict[str, Any] = {"bias": self._is_joint(module_name)}
+        options |= _added_to(self._input_covariances, module_name)
+        if isinstance(module, nn.Conv2d):
+            result = self._convolution(module, x, expand, options)
+        elif expand or x.dim() == 2:
+            scale = 1 / (self._N_data * x.shape[1:-1].numel())
+            result = ops.gram(x, alpha=scale, **options)
+        else:
+            result = ops.shared_gram(x, reduction="mean", alpha=1 / self._N_data, **options)
+        self._input_covariances[module_name] = result
+
+    def _convolution(
+        self, module: nn.Conv2d, x: Tensor, expand: bool, options: dict[str, Any]
+    ) -> Tensor:
+        geometry = {name: getattr(module, name) for name in ("stride", "padding", "dilation")}
+        if module.groups > 1:
+            x = x.unflatten(1, (module.groups, -1)).mean(1)
+        plan = ConvGeometry.normalize("curvlinops", 2, module.kernel_size, **geometry)
+        height, width = plan.output_size(x.shape[2:])
+        positions = height * width if expand else 1
+        form = ops.conv_expand_gram if expand else ops.conv_reduce_gram
+        scale = 1 / (self._N_data * positions)
+        return form(x, module.kernel_size, alpha=scale, **geometry, **options)
+
+    def _accumulate_gradient_covariance(
+        self, grad_output: Tensor, module: nn.Module, module_name: str
+    ) -> None:
+        g = grad_output.detach()
+        if isinstance(module, nn.Conv2d):
+            g = g.movedim(1, -1)
+        options: dict[str, Any] = {"alpha": self._scale(len(g))}
+        options |= _added_to(self._gradient_covariances, module_name)
+        if self._kfac_approx == KFACType.EXPAND or g.dim() == 2:
+            result = ops.gram(g, **options)
+        else:
+            result = ops.shared_gram(g, reduction="sum", **options)
+        self._gradient_covariances[module_name] = result
+
+    def _register_tensor_hook_on_output_to_accumulate_gradient_covariance(
+        self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, module_name: str
+    ) -> None:
+        self._edges.append(get_gradient_edge(output))
+        super()._register_tensor_hook_on_output_to_accumulate_gradient_covariance(
+            module, inputs, output, module_name
+        )
+
+    def _register_tensor_hook_on_output_to_accumulate_corrected_eigenvalues(
+        self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, module_name: str
+    ) -> None:
+        self._edges.append(get_gradient_edge(output))
+        super()._register_tensor_hook_on_output_to_accumulate_corrected_eigenvalues(
+            module, inputs, output, module_name
+        )
+
+    @property
+    def _edges(self) -> list[GradientEdge]:
+        """Outputs of the layers in the present pass; their gradients are all that is needed."""
+        edges: list[GradientEdge] = self.__dict__.setdefault("_outputs", [])
+        return edges
+
+    def _compute_loss_and_backward(self, output: Tensor, y: Tensor) -> None:
+        if self._fisher_type == FisherType.FORWARD_ONLY:
+            self._edges.clear()
+            super()._compute_loss_and_backward(output, y)
+            return
+        weights: Any = self._params
+        self._params: Any = list(self._edges)
+        self._edges.clear()
+        try:
+            super()._compute_loss_and_backward(output, y)
+        finally:
+            self._params = weights
+
+    def _is_joint(self, name: str) -> bool:
+        """Whether weight and bias of a layer are one block."""
+        return {"weight", "bias"} <= set(self._mapping[name]) and not self._separate_weight_and_bias
+
+    def _scale(self, batch_size: int) -> float:
+        """What outer products of the loss's gradients are multiplied by."""
+        samples, examples = int(self._mc_samples), int(self._N_data)
+        if self._loss_func.reduction == "sum":
+            return 1 / samples
+        return batch_size**2 * int(self._num_per_example_loss_terms) / (examples * samples)
+
+
+def _added_to(covariances: dict[str, Tensor], name: str) -> dict[str, Any]:
+    """Options of an operator that adds to a covariance, if there is one."""
+    return {"out": covariances[name], "beta": 1.0} if name in covariances else {}
+
+
+class EKFACLinearOperator(KFACLinearOperator, curvlinops.EKFACLinearOperator):  # type: ignore[misc]
+    """:class:`curvlinops.EKFACLinearOperator`, computed by kfac_fast.
+
+    Takes the same arguments. Source: George et al. (2018), section 3.
+    """
+
+    def _compute_eigenvectors(self) -> None:
+        if not (self._input_covariances or self._gradient_covariances):
+            self.compute_kronecker_factors()
+        sides = (
+            (self._input_covariances, self._input_covariances_eigenvectors),
+            (self._gradient_covariances, self._gradient_covariances_eigenvectors),
+        )
+        for covariances, eigenvectors in sides:
+            found = eigendecompositions(list(covariances.values()))
+            eigenvectors |= {n: d.vectors for n, d in zip(covariances, found, strict=True)}
+            covariances.clear()
+
+    def _accumulate_corrected_eigenvalues(
+        self, grad_output: Tensor, module: nn.Module, module_name: str
+    ) -> None:
+        right = self._input_covariances_eigenvectors.get(module_name)
+        if right is None or getattr(module, "groups", 1) > 1:
+            super()._accumulate_corrected_eigenvalues(grad_output, module, module_name)
+            return
+        g, scale = grad_output.detach(), self._scale(len(grad_output))
+        left = self._gradient_covariances_eigenvectors[module_name]
+        layer = RULES[type(module)](module_name, module, "expand")
+        layer.has_bias = self._is_joint(module_name)
+        x = self._cached_activations[module_name]
+        corrected, totals = layer.squared_gradients(x, g, right, left, scale), {}
+        if not layer.has_bias:
+            positions = g.flatten(2).sum(2) if isinstance(module, nn.Conv2d) else g
+            sums = positions if positions.dim() == 2 else positions.flatten(1, -2).sum(1)
+            parts = {"weight": corrected, "bias": scale * (sums @ left).square().sum(0)}
+            totals = {pos: parts[name] for name, pos in self._mapping[module_name].items()}
+        known = self._corrected_eigenvalues
+        if layer.has_bias:
+            known[module_name] = known.get(module_name, 0) + corrected
+        else:
+            before = known.get(module_name, {})
+            known[module_name] = {pos: before.get(pos, 0) + new for pos, new in totals.items()}
+
+
+class KFACInverseLinearOperator(curvlinops.KFACInverseLinearOperator):  # type: ignore[misc]
+    """:class:`curvlinops.KFACInverseLinearOperator` that inverts all layers in one call.
+
+    Takes the same arguments. A matrix that is not positive definite in float32 is inverted by
+    curvlinops itself, which tries again in float64.
+    """
+
+    def _compute_or_get_cached_inverse(self, name: str) -> Any:
+        inverts = not self._use_exact_damping and self._cache
+        if inverts and name not in self._inverse_gradient_covariances:
+            self._invert_all()
+        return super()._compute_or_get_cached_inverse(name)
+
+    def _invert_all(self) -> None:
+        operator = self._A
+        sides = (
+            (operator._input_covariances, self._inverse_input_covariances),
+            (operator._gradient_covariances, self._inverse_gradient_covariances),
+        )
+        matrices, dampings = [], []
+        for name in operator._mapping:
+            pair = [covariances.get(name) for covariances, _ in sides]
+            for matrix, damping in zip(pair, self._compute_damping(*pair), strict=True):
+                if matrix is not None:
+                    matrices.append(matrix)
+                    dampings.append(damping)
+        inverses, info, _ = ops.damped_inverse(matrices, dampings)
+        solved = iter(zip(inverses, info.tolist(), strict=True))
+        for name in operator._mapping:
+            found = [next(solved) if name in covs else (None, 0) for covs, _ in sides]
+            pair = [inverse for inverse, _ in found]
+            if any(failed for _, failed in found):
+                pair = self._compute_inverse_factors(*(covs.get(name) for covs, _ in sides))
+            for (_, cache), inverse in zip(sides, pair, strict=True):
+                cache[name] = inverse
+
+
+_OURS = {
+    curvlinops.KFACLinearOperator: KFACLinearOperator,
+    curvlinops.EKFACLinearOperator: EKFACLinearOperator,
+    curvlinops.KFACInverseLinearOperator: KFACInverseLinearOperator,
+}
+
+
+@contextmanager
+def enabled() -> Iterator[None]:
+    """Have operators that are made inside of a ``with`` block be of this module's classes.
+
+    Yields:
+        Nothing.
+    """
+    makers = [curvlinops.KFACLinearOperator, curvlinops.KFACInverseLinearOperator]
+    originals = [maker.__init__ for maker in makers]
+
+    def replaced(original: Any) -> Any:
+        def make(self: Any, *args: Any, **options: Any) -> None:
+            self.__class__ = _OURS.get(type(self), type(self))
+            original(self, *args, **options)
+
+        return make
+
+    for maker, original in zip(makers, originals, strict=True):
+        maker.__init__ = replaced(original)
+    try:
+        yield
+    finally:
+        for maker, original in zip(makers, originals, strict=True):
+            maker.__init__ = original

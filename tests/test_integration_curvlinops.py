@@ -1,0 +1,169 @@
+"""curvlinops' operators by this package against curvlinops itself, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from plain_kfac import assert_solved
+from torch import Tensor, nn
+
+curvlinops = pytest.importorskip("curvlinops", reason="needs curvlinops-for-pytorch")
+
+from kfac_fast.integrations import curvlinops as ours  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+FISHERS = ["type-2", "mc", "empirical", "forward-only"]
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def images(groups: int = 1) -> nn.Module:
+    """A network whose activations overwrite what a naive hook would look at."""
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding="same", groups=groups),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(4, 3, (2, 3), stride=2, dilation=(1, 2), padding=(1, 0)),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(30, 5, bias=False),
+        nn.ReLU(),
+        nn.Linear(5, 3),
+    ).double()
+
+
+def tokens() -> nn.Module:
+    """Linear layers on sequences, averaged before the last one."""
+
+    class Mean(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.mean(1)
+
+    layers = (nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4), Mean(), nn.Linear(4, 3))
+    return nn.Sequential(*layers).double()
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "images": (images, (2, 8, 8)),
+    "groups": (lambda: images(2), (2, 8, 8)),
+    "tokens": (tokens, (6, 4)),
+}
+
+
+def arguments(network: str, reduction: str, loss: str = "cross-entropy") -> list[Any]:
+    """Model, loss, parameters and two unequal batches."""
+    make, shape = NETWORKS[network]
+    model = make()
+    kind = {"cross-entropy": nn.CrossEntropyLoss, "mse": nn.MSELoss, "bce": nn.BCEWithLogitsLoss}
+    data = []
+    for n in (5, 3):
+        y = torch.randint(3, (n,)) if loss == "cross-entropy" else torch.rand(n, 3).double()
+        data.append((torch.randn(n, *shape, dtype=torch.float64), y))
+    return [model, kind[loss](reduction=reduction), list(model.parameters()), data]
+
+
+def both(kind: str, given: list[Any], **options: Any) -> list[Any]:
+    return [
+        getattr(m, kind)(*given, check_deterministic=False, **options) for m in (curvlinops, ours)
+    ]
+
+
+@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("approx", ["expand", "reduce"])
+@pytest.mark.parametrize("fisher", FISHERS)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_factors_are_those_of_curvlinops(
+    network: str, fisher: str, approx: str, reduction: str, separate: bool
+) -> None:
+    given = arguments(network, reduction)
+    options = {"fisher_type": fisher, "kfac_approx": approx, "separate_weight_and_bias": separate}
+    theirs, mine = both("KFACLinearOperator", given, **options)
+    for operator in (theirs, mine):
+        operator.compute_kronecker_factors()
+    for side in ("_input_covariances", "_gradient_covariances"):
+        expected, found = getattr(theirs, side), getattr(mine, side)
+        assert found.keys() == expected.keys()
+        for name, covariance in expected.items():
+            assert_solved(found[name], covariance)
+    assert all(parameter.grad is None for parameter in given[2])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("loss", ["mse", "bce"])
+def test_other_losses_keep_curvlinops_scales(loss: str, reduction: str) -> None:
+    operators = both("KFACLinearOperator", arguments("images", reduction, loss))
+    vector = torch.randn(operators[0].shape[1], dtype=torch.float64)
+    expected, found = (operator @ vector for operator in operators)
+    assert_solved(found, expected)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"use_heuristic_damping": True}, {"use_exact_damping": True}]
+)
+@pytest.mark.parametrize("separate", [False, True])
+def test_inverses_are_those_of_curvlinops(separate: bool, options: dict[str, Any]) -> None:
+    given = arguments("images", "mean")
+    operators = both("KFACLinearOperator", given, separate_weight_and_bias=separate)
+    vectors = torch.randn(operators[0].shape[1], 2, dtype=torch.float64)
+    expected, found = (
+        library.KFACInverseLinearOperator(operator, damping=1e-2, **options) @ vectors
+        for library, operator in zip((curvlinops, ours), operators, strict=True)
+    )
+    assert_solved(found, expected, condition=1e6)
+
+
+def test_a_pair_of_dampings_is_one_for_each_side() -> None:
+    operators = both("KFACLinearOperator", arguments("images", "mean"))
+    vector = torch.randn(operators[0].shape[1], dtype=torch.float64)
+    expected, found = (
+        library.KFACInverseLinearOperator(operator, damping=(1e-2, 1e-1)) @ vector
+        for library, operator in zip((curvlinops, ours), operators, strict=True)
+    )
+    assert_solved(found, expected, condition=1e6)
+
+
+def test_a_matrix_that_fails_is_tried_again_by_curvlinops() -> None:
+    operator = both("KFACLinearOperator", arguments("images", "mean"))[1]
+    operator.compute_kronecker_factors()
+    operator._input_covariances["7"] = -torch.eye(5, dtype=torch.float64)
+    inverse = ours.KFACInverseLinearOperator(operator, damping=1e-2)
+    with pytest.raises(RuntimeError, match="positive-definite"):
+        inverse @ torch.randn(operator.shape[1], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("fisher", ["type-2", "mc", "empirical"])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_ekfac_is_that_of_curvlinops(
+    network: str, fisher: str, reduction: str, separate: bool
+) -> None:
+    given = arguments(network, reduction)
+    options = {"fisher_type": fisher, "separate_weight_and_bias": separate}
+    operators = both("EKFACLinearOperator", given, **options)
+    vector = torch.randn(operators[0].shape[1], dtype=torch.float64)
+    expected, found = (operator @ vector for operator in operators)
+    assert_solved(found, expected, condition=1e6)
+
+
+def test_curvlinops_own_classes_are_replaced_inside_of_a_block_only() -> None:
+    given = arguments("images", "mean")
+    with ours.enabled():
+        inside = both("KFACLinearOperator", given)[0]
+        inverse = curvlinops.KFACInverseLinearOperator(inside, damping=1e-2)
+        ekfac = both("EKFACLinearOperator", given)[0]
+    assert type(inside) is ours.KFACLinearOperator
+    assert type(ekfac) is ours.EKFACLinearOperator
+    assert type(inverse) is ours.KFACInverseLinearOperator
+    with pytest.raises(ZeroDivisionError), ours.enabled():
+        raise ZeroDivisionError
+    outside = both("KFACLinearOperator", given)[0]
+    assert type(outside) is curvlinops.KFACLinearOperator
+    vector = torch.randn(outside.shape[1], dtype=torch.float64)
+    assert_solved(inside @ vector, outside @ vector)
