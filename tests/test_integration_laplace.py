@@ -1,0 +1,77 @@
+"""laplace-torch with this package's curvature against laplace-torch with curvlinops'."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from plain_kfac import assert_solved
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+laplace = pytest.importorskip("laplace", reason="needs laplace-torch and what it imports")
+from laplace.curvature.curvlinops import CurvlinopsEF, CurvlinopsGGN  # noqa: E402
+
+from kfac_fast.integrations.laplace import KFACEF, KFACGGN  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CASES: dict[str, tuple[type, type, dict[str, Any]]] = {
+    "type-2": (KFACGGN, CurvlinopsGGN, {}),
+    "mc": (KFACGGN, CurvlinopsGGN, {"stochastic": True}),
+    "empirical": (KFACEF, CurvlinopsEF, {}),
+}
+
+
+@pytest.fixture(autouse=True)
+def float64() -> Any:
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def problem(likelihood: str) -> tuple[nn.Module, DataLoader[tuple[Tensor, ...]]]:
+    model = nn.Sequential(
+        nn.Conv2d(1, 3, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(27, 3)
+    )
+    x = torch.randn(12, 1, 6, 6)
+    y = torch.randint(3, (12,)) if likelihood == "classification" else torch.randn(12, 3)
+    return model, DataLoader(TensorDataset(x, y), batch_size=5)
+
+
+def fitted(backend: type, subset: str, likelihood: str, options: dict[str, Any]) -> Any:
+    torch.manual_seed(1)
+    model, data = problem(likelihood)
+    la = laplace.Laplace(
+        model,
+        likelihood,
+        subset_of_weights=subset,
+        hessian_structure="kron",
+        backend=backend,
+        backend_kwargs=options,
+    )
+    la.fit(data)
+    return la
+
+
+@pytest.mark.parametrize("likelihood", ["classification", "regression"])
+@pytest.mark.parametrize("subset", ["all", "last_layer"])
+@pytest.mark.parametrize("case", CASES)
+def test_posterior_and_marginal_likelihood_are_those_of_laplace(
+    case: str, subset: str, likelihood: str
+) -> None:
+    ours, theirs, options = CASES[case]
+    mine, expected = (fitted(b, subset, likelihood, options) for b in (ours, theirs))
+    assert_solved(mine.H.to_matrix(), expected.H.to_matrix(), condition=1e5)
+    assert_solved(
+        mine.log_marginal_likelihood(torch.tensor(2.0)),
+        expected.log_marginal_likelihood(torch.tensor(2.0)),
+    )
+    x = torch.randn(4, 1, 6, 6)
+    for found, wanted in zip(as_tuple(mine(x)), as_tuple(expected(x)), strict=True):
+        assert_solved(found, wanted, condition=1e6)
+
+
+def as_tuple(prediction: Any) -> tuple[Tensor, ...]:
+    return prediction if isinstance(prediction, tuple) else (prediction,)
