@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdRef, WeakTensorKeyDictionary
@@ -109,6 +109,30 @@ def _numbered(
     return numbered
 
 
+def _last_reached(edges: Mapping[int, GradientEdge]) -> list[int]:
+    """Keys of the edges behind which a backward pass reaches none of the others."""
+    nodes = {edge.node for edge in edges.values()}
+    reaches: dict[Node, bool] = {}  # whether one of the nodes lies behind
+    for edge in edges.values():
+        stack = [(edge.node, iter(edge.node.next_functions))]
+        reaches.setdefault(edge.node, False)
+        while stack:
+            node, behind = stack[-1]
+            for following, _ in behind:
+                if following is None:
+                    continue
+                if following not in reaches:
+                    reaches[following] = False
+                    stack.append((following, iter(following.next_functions)))
+                    break
+                reaches[node] |= following in nodes or reaches[following]
+            else:
+                stack.pop()
+                if stack:
+                    reaches[stack[-1][0]] |= node in nodes or reaches[node]
+    return [key for key, edge in edges.items() if not reaches[edge.node]]
+
+
 class Capture:
     """Hooks that add the outer products of every layer's inputs and output gradients to its block.
 
@@ -201,33 +225,53 @@ class Capture:
     def backpropagate(self, scalars: Iterable[Tensor], terms: Count) -> None:
         """Add the waiting calls that some scalars depend on, with the gradients of all of these.
 
+        A gradient is made use of as it passes; none is kept, but those at the end of the way.
+
         Args:
-            scalars: They are taken and backpropagated one by one, so that the gradients of only one
-                are in memory.
+            scalars: They are taken and backpropagated one by one.
             terms: Number of the loss's terms.
         """
         if not self.calls and not self._traced:
             return
-        edges = [call.output for call in self.calls if call.output is not None]
         # Outputs inside of a compiled graph are out of reach; on the way to the weights it meets
         # the operators that record them.
         weights = [block.layer.parameters()[0] for block, _ in self._tapped] if self._traced else []
+        edges = {i: c.output for i, c in enumerate(self.calls) if c.output is not None}
+        last = _last_reached(edges)
         sums: dict[Hashable, tuple[Call, Tensor, Tensor | None]] = {}
-        for scalar in scalars:
-            self._recorded = []
-            inputs: list[Any] = [*edges, *dict.fromkeys(weights)]
-            gradients = torch.autograd.grad(scalar, inputs, retain_graph=True, allow_unused=True)
-            found = zip(self.calls, gradients[: len(edges)], strict=True)
-            made = [(index, call, g) for index, (call, g) in enumerate(found) if g is not None]
-            for key, call, gradient in [*made, *_numbered(self._recorded)]:
-                gram, squares = call.sums(gradient, 1.0)
-                if key in sums:
-                    call, old_gram, old_squares = sums[key]
-                    gram = old_gram + gram
-                    if squares is not None and old_squares is not None:
-                        squares = old_squares + squares
-                sums[key] = call, gram, squares
-        self._recorded = None
+
+        def add(key: Hashable, call: Call, gradient: Tensor | None) -> None:
+            if gradient is None:
+                return
+            gram, squares = call.sums(gradient, 1.0)
+            if key in sums:
+                _, old_gram, old_squares = sums[key]
+                gram = old_gram + gram
+                if squares is not None and old_squares is not None:
+                    squares = old_squares + squares
+            sums[key] = call, gram, squares
+
+        def on_the_way(index: int, number: int, gradients: tuple[Tensor | None, ...]) -> None:
+            add(index, self.calls[index], gradients[number])
+
+        hooks = [
+            edge.node.register_prehook(partial(on_the_way, index, edge.output_nr))
+            for index, edge in edges.items()
+            if index not in last
+        ]
+        inputs: list[Any] = [*(edges[index] for index in last), *dict.fromkeys(weights)]
+        try:
+            for scalar in scalars:
+                self._recorded = []
+                found = torch.autograd.grad(scalar, inputs, retain_graph=True, allow_unused=True)
+                for index, gradient in zip(last, found, strict=False):
+                    add(index, self.calls[index], gradient)
+                for key, call, gradient in _numbered(self._recorded):
+                    add(key, call, gradient)
+        finally:
+            self._recorded = None
+            for hook in hooks:
+                hook.remove()
         counted: set[Block] = set()
         for call, gram, squares in sums.values():
             call.block.add(call.inputs, (gram, 0 if call.block in counted else terms), squares)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import weakref
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kfac_fast import KFAC
+from kfac_fast.layers.linear import LinearLayer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 fishers = pytest.mark.parametrize("fisher", ["empirical", "mc", "exact"])
@@ -174,6 +176,23 @@ def test_a_deep_copy_of_the_model_feeds_nothing_to_the_preconditioner() -> None:
     F.cross_entropy(twin(images()), torch.randint(3, (5,))).backward()
     kfac.step()
     assert covariances(kfac) == {}
+
+
+def test_drawn_labels_keep_no_gradient_but_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A branch, and layers behind one another: gradients are made use of as they pass."""
+    alive: list[weakref.ref[Tensor]] = []
+    formed, most = LinearLayer.gradient_gram, []
+
+    def gradient_gram(layer: LinearLayer, gradient: Tensor, *args: Any) -> Tensor:
+        alive.append(weakref.ref(gradient))
+        most.append(sum(reference() is not None for reference in alive))
+        return formed(layer, gradient, *args)
+
+    monkeypatch.setattr(LinearLayer, "gradient_gram", gradient_gram)
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(3, 3), nn.Tanh()) for _ in range(8)))
+    kfac = preconditioner(model, fisher="mc")
+    kfac.update_curvature(model(torch.randn(5, 3)), loss="mse")
+    assert len(most) == 8 and max(most) <= 2
 
 
 def factor_bits(kfac: KFAC) -> list[Tensor]:
