@@ -140,7 +140,7 @@ class Block:
     def restart_correction(self) -> None:
         """Forget the corrected eigenvalues, because the eigenbases are other ones."""
         if self.correction is not None:
-            self.correction = RunningAverage(self.correction.total)
+            self.correction.restart()
 
     def _begin(self, covariances: Sequence[Tensor]) -> None:
         self.factors = tuple(Factor(covariance) for covariance in covariances)

@@ -128,9 +128,9 @@ class Eigenbasis:
             valid: Bool of the batch shape.
         """
         if self.vectors.dim() > 1:
-            self.vectors = torch.where(valid[..., None, None], new.vectors, self.vectors)
+            torch.where(valid[..., None, None], new.vectors, self.vectors, out=self.vectors)
         values = new.values.clamp(min=0)  # a covariance has no negative ones but by rounding
-        self.values = torch.where(valid[..., None], values, self.values)
+        torch.where(valid[..., None], values, self.values, out=self.values)
 
     def condition_number(self) -> Tensor:
         """Spectral condition number of each matrix, infinite if singular; of the batch shape."""
@@ -159,7 +159,7 @@ def refresh_eigenbases(layers: Sequence[Decomposed]) -> None:
         valid = seen & torch.stack([new.valid for new in own]).all(0)
         for basis, new in zip(bases, own, strict=True):
             basis.replace(new, valid)
-            basis.failed = basis.failed + (seen & ~new.valid).sum()
+            basis.failed += (seen & ~new.valid).sum()
 
 
 def _of_diagonal(covariance: Tensor) -> Eigendecomposition:

@@ -24,6 +24,8 @@ class RunningAverage:
 
     over the batches :math:`c_i` that were finite.
 
+    Everything is changed in place, so that a captured graph of a step finds it where it was.
+
     Attributes:
         total: The numerator, times :math:`1 - \rho`.
         weight: The denominator, times :math:`1 - \rho`; zero before the first finite batch.
@@ -46,9 +48,14 @@ class RunningAverage:
             decay: Weight of the past, in [0, 1).
         """
         finite = self._witnesses(batch).isfinite().all()
-        self.total = torch.where(finite, torch.lerp(self.total, batch, 1 - decay), self.total)
-        self.weight = torch.where(finite, 1 - decay + decay * self.weight, self.weight)
-        self.skipped = self.skipped + ~finite
+        self.total.lerp_(torch.where(finite, batch, self.total), 1 - decay)
+        self.weight.lerp_(torch.where(finite, 1, self.weight), 1 - decay)
+        self.skipped += ~finite
+
+    def restart(self) -> None:
+        """Forget all batches."""
+        self.total.zero_()
+        self.weight.zero_()
 
     def mean(self) -> Tensor:
         """The average, zero before the first finite batch."""

@@ -38,10 +38,9 @@ class AdamNorm:
             Scalar tensor.
         """
         finite = gradient.isfinite().all()
-        averaged = torch.lerp(self.second_moment, gradient.square(), 1 - self.beta2)
-        self.second_moment = torch.where(finite, averaged, self.second_moment)
-        weight = 1 - self.beta2 + self.beta2 * self.weight
-        self.weight = torch.where(finite, weight, self.weight)
+        squares = torch.where(finite, gradient.square(), self.second_moment)
+        self.second_moment.lerp_(squares, 1 - self.beta2)
+        self.weight.lerp_(torch.where(finite, 1, self.weight), 1 - self.beta2)
         root = (self.second_moment / self.weight).sqrt()
         length: Tensor = torch.linalg.vector_norm(gradient / (root + self.epsilon))
         return length

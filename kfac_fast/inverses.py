@@ -61,7 +61,7 @@ class Inverse:
             valid: Bool of the batch shape.
         """
         valid = valid.reshape(valid.shape + (1,) * (matrix.dim() - valid.dim()))
-        self.matrix = torch.where(valid, matrix, self.matrix)
+        torch.where(valid, matrix, self.matrix, out=self.matrix)
 
     def condition_number(self) -> Tensor:
         """Spectral condition number of each matrix, by its eigenvalues; of the batch shape."""
@@ -75,8 +75,8 @@ class Inverse:
         Args:
             failure: Bool of the batch shape.
         """
-        self.failed = self.failed + failure.sum()
-        self.raised = (self.raised + torch.where(failure, 1, -1)).clamp(0, self.MOST_RAISED)
+        self.failed += failure.sum()
+        self.raised.add_(torch.where(failure, 1, -1)).clamp_(0, self.MOST_RAISED)
 
 
 Inverted = tuple[Sequence[Factor], Sequence[Inverse]]
@@ -161,7 +161,7 @@ def refine_inverses(
     inverses = [inverse for _, own in layers for inverse in own]
     for inverse, (covariance, shift) in zip(inverses, _systems(layers, damping, mode), strict=True):
         if covariance.dim() == 1:
-            inverse.matrix = 1 / (covariance + shift)
+            inverse.matrix.copy_(1 / (covariance + shift))
             continue
         damped = covariance.clone()
         diagonal_of(damped).add_(shift[..., None])

@@ -23,7 +23,7 @@ def state_of(steps: int, options: Mapping[str, str], blocks: Sequence[Block]) ->
     """
     layers = {
         block.layer.name: {
-            part: {field: getattr(holder, field) for field in holder.STATE}
+            part: {field: getattr(holder, field).clone() for field in holder.STATE}
             for part, holder in block.parts().items()
         }
         for block in blocks
