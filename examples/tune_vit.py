@@ -11,12 +11,15 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 import torch
+from arms import AdamWSettings, KFACSettings, Settings
 from comparison import Record
+from image_classification import classification
 from image_data import load_images
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from train_vit import AdamWSettings, KFACSettings, Settings, train
+from train_vit import VisionTransformer
+from training import train
 
 CONFIRMATION_SEEDS = 1, 2, 3
 STEPS = {"AdamW": 800, "K-FAC reduce": 600}
@@ -74,14 +77,14 @@ def search(records_path: Path, confirm: int) -> list[Record]:
     records_path.parent.mkdir(parents=True, exist_ok=True)
     records_path.touch()
     records = [json.loads(line) for line in records_path.read_text().splitlines()]
-    images = load_images()
+    problem = classification(VisionTransformer, load_images())
 
     def run(candidates: list[Settings], seed: int) -> None:
         done = [(r["arm"], r["settings"], r["seed"]) for r in records]
         missing = [s for s in candidates if (s.arm, asdict(s), seed) not in done]
         for settings in track(missing, f"Seed {seed}"):
             records.append(
-                train(settings, images, steps=STEPS[settings.arm], seed=seed, evaluations=5)
+                train(settings, problem, steps=STEPS[settings.arm], seed=seed, evaluations=5)
             )
             with open(records_path, "a") as file:
                 file.write(json.dumps(records[-1]) + "\n")

