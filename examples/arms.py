@@ -38,7 +38,10 @@ class AdamWSettings:
 
 @dataclass(frozen=True)
 class KFACSettings:
-    """SGD with momentum behind K-FAC on the layers, AdamW on norms and positions."""
+    """SGD with momentum behind K-FAC on the layers, AdamW on norms and positions.
+
+    Factors and inverses are updated every `update_steps`, and at each of the first `early_steps`.
+    """
 
     approx: Literal["expand", "reduce"] = "reduce"
     learning_rate: float = 1.5e-3
@@ -50,6 +53,7 @@ class KFACSettings:
     kl_clip: float | None = None
     other_learning_rate: float = 2e-2
     other_beta2: float = 0.98
+    early_steps: int = 0
 
     @property
     def arm(self) -> str:
@@ -59,13 +63,17 @@ class KFACSettings:
     @contextlib.contextmanager
     def optimizers(self, model: nn.Module, kfac_options: dict[str, Any]) -> Iterator[Optimizers]:
         """Provide the optimizers that together train `model`, and the preconditioner."""
+
+        def every(step: int) -> int:
+            return 1 if step < self.early_steps else self.update_steps
+
         with KFAC(
             model,
             approx=self.approx,
             damping=self.damping,
             factor_decay=self.factor_decay,
-            factor_update_steps=self.update_steps,
-            inverse_update_steps=self.update_steps,
+            factor_update_steps=every,
+            inverse_update_steps=every,
             grafting=self.grafting,
             kl_clip=self.kl_clip,
             learning_rate=self.learning_rate,

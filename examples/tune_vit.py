@@ -80,8 +80,8 @@ def search(records_path: Path, confirm: int) -> list[Record]:
     problem = classification(VisionTransformer, load_images())
 
     def run(candidates: list[Settings], seed: int) -> None:
-        done = [(r["arm"], r["settings"], r["seed"]) for r in records]
-        missing = [s for s in candidates if (s.arm, asdict(s), seed) not in done]
+        done = [(settings_of(r), r["seed"]) for r in records]
+        missing = [s for s in candidates if (s, seed) not in done]
         for settings in track(missing, f"Seed {seed}"):
             records.append(
                 train(settings, problem, steps=STEPS[settings.arm], seed=seed, evaluations=5)
@@ -93,11 +93,16 @@ def search(records_path: Path, confirm: int) -> list[Record]:
     best = []
     for arm in STEPS:
         ranked = sorted((r for r in records if r["arm"] == arm and r["seed"] == 0), key=final_loss)
-        chosen = [record["settings"] for record in ranked[:confirm]]
-        best += [s for s in GRID if s.arm == arm and asdict(s) in chosen]
+        best += [settings_of(record) for record in ranked[:confirm]]
     for seed in CONFIRMATION_SEEDS:
         run(best, seed)
     return records
+
+
+def settings_of(record: Record) -> Settings:
+    """Return the settings of a run; those that are newer than its record are the defaults."""
+    kind = AdamWSettings if record["arm"] == _ADAMW.arm else KFACSettings
+    return kind(**record["settings"])
 
 
 def final_loss(record: Record) -> float:

