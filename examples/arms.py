@@ -37,6 +37,25 @@ class AdamWSettings:
 
 
 @dataclass(frozen=True)
+class SGDSettings:
+    """SGD with Nesterov momentum on everything."""
+
+    learning_rate: float = 0.1
+    weight_decay: float = 5e-4
+
+    @property
+    def arm(self) -> str:
+        """The name of this arm in tables and plots."""
+        return "SGD"
+
+    @contextlib.contextmanager
+    def optimizers(self, model: nn.Module, kfac_options: dict[str, Any]) -> Iterator[Optimizers]:
+        """Provide the optimizer that trains `model`."""
+        options = {"momentum": 0.9, "nesterov": True, "weight_decay": self.weight_decay}
+        yield [SGD(model.parameters(), self.learning_rate, **options)], None
+
+
+@dataclass(frozen=True)
 class KFACSettings:
     """SGD with momentum behind K-FAC on the layers, AdamW on norms and positions.
 
@@ -87,7 +106,7 @@ class KFACSettings:
             yield [sgd, others], kfac
 
 
-Settings = AdamWSettings | KFACSettings
+Settings = AdamWSettings | SGDSettings | KFACSettings
 
 
 def _others(model: nn.Module, taken: list[Tensor], learning_rate: float, beta2: float) -> Optimizer:
