@@ -288,6 +288,42 @@ def test_resnet_is_ahead_with_kfac_after_twenty_steps(example, image_data, one_t
     assert kfac["validation_loss"] < 0.8 * adamw["validation_loss"], (adamw, kfac)
 
 
+def test_gpt_command_line(example, tmp_path, one_thread):
+    options = f"--output {tmp_path} --steps 4 --seeds 1 --batch-size 2"
+    example("train_gpt").main(options.split())
+    runs = [("AdamW", 1, 4), ("K-FAC expand", 1, 3)]
+    assert saved_runs(tmp_path, "train_gpt", "validation_loss") == runs
+
+
+def test_gpt_sees_no_later_character_and_predicts_the_next(example):
+    """Of a text that repeats its alphabet; the tenth for validation goes on where training ends."""
+    train_gpt = example("train_gpt")
+    problem = train_gpt.language_model("abcd" * 500, batch_size=3)
+    windows = next(problem.batches(0))
+    assert windows.shape == (3, train_gpt.CONTEXT + 1)
+    assert torch.equal((windows[:, :-1] + 1) % 4, windows[:, 1:])
+    torch.manual_seed(0)
+    model, tokens = problem.model(), windows[:, :-1]
+    changed = tokens.clone()
+    changed[:, 30:] = (changed[:, 30:] + 1) % 4
+    same = (model(tokens) == model(changed)).all(1)
+    assert same[:, :30].all() and not same[:, 30:].any()
+
+
+def test_gpt_tells_kfac_the_terms_of_a_sequence(example):
+    """So that the head's gradient covariance is the mean over characters."""
+    train_gpt = example("train_gpt")
+    problem = train_gpt.language_model("abcd" * 500, batch_size=3)
+    torch.manual_seed(0)
+    model, windows = problem.model().double(), next(problem.batches(0))
+    with preconditioner(model, skip=["Norm"], **problem.kfac_options) as kfac:
+        problem.loss(model, windows, kfac).backward()
+        kfac.step()
+    scores = model(windows[:, :-1]).mT.flatten(0, 1)
+    errors = scores.softmax(1) - torch.nn.functional.one_hot(windows[:, 1:].flatten(), 4)
+    assert_solved(covariances(kfac)["head"][1][0], errors.T @ errors / len(errors))
+
+
 def test_missing_packages_of_qm9_are_named(example, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"qm9pack and rdkit: pip install --no-deps"):
