@@ -19,7 +19,8 @@ from compile_kernels import ROOT, cached, toolkit
 from torch import Tensor
 
 CUDA = ROOT / "csrc" / "cuda"
-HEADERS = sorted((*CUDA.glob("*.cuh"), *CUDA.glob("*.h"), CUDA.parent / "tensor_lists.h"))
+LISTS = ("layer.h", "layer_lists.h", "strided.h", "tensor_lists.h")
+HEADERS = sorted((*CUDA.glob("*.cuh"), *CUDA.glob("*.h"), *(CUDA.parent / n for n in LISTS)))
 TORCH = Path(torch.__file__).parent
 
 
@@ -30,6 +31,17 @@ def integers(values: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
     return (ctypes.c_int64 * len(values))(*values)
 
 
+class Launches(ctypes.Structure):
+    """The struct of the same name in ``emulate_lists.h``."""
+
+    _fields_ = (
+        ("table_rows", ctypes.c_int64),
+        ("launches", ctypes.c_int64),
+        ("thread_blocks", ctypes.c_int64),
+        ("bytes", ctypes.c_int64),
+    )
+
+
 def emulation(name: str) -> ctypes.CDLL:
     """``emulate_<name>.cpp`` as a library; skips the test where there is no compiler."""
     compiler = shutil.which("g++")
@@ -37,11 +49,12 @@ def emulation(name: str) -> ctypes.CDLL:
         pytest.skip("emulation needs g++")
     folder = Path(__file__).parent
     source, emulator = folder / f"emulate_{name}.cpp", folder / "emulate_cuda.h"
+    sources = [source, *sorted(folder.glob("emulate_*.h")), *HEADERS]
     flags = ["-std=c++20", "-O2", "-Wall", "-Wno-unknown-pragmas", "-Werror", "-fPIC", "-shared"]
     # A GPU refuses unaligned vectors.
     flags += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
     command = [compiler, *flags, "-include", str(emulator), str(source), "-o", "{out}"]
-    return ctypes.CDLL(str(cached(f"emulate_{name}.so", command, [source, emulator, *HEADERS])))
+    return ctypes.CDLL(str(cached(f"emulate_{name}.so", command, sources)))
 
 
 def barriers(header: str) -> list[int]:
@@ -51,25 +64,26 @@ def barriers(header: str) -> list[int]:
 
 
 def assert_every_barrier_is_needed(
-    library: ctypes.CDLL, header: str, run: Callable[[bool], Tensor]
+    library: ctypes.CDLL, run: Callable[[bool], Tensor], *headers: str
 ) -> None:
     """Check that without any one of its barriers, a kernel's results are wrong.
 
     Args:
         library: The emulated kernel.
-        header: File with the barriers.
         run: Runs the kernel with the threads' turns in descending order or not.
+        *headers: Files with the barriers.
     """
     expected = run(False)
     assert torch.equal(run(True), expected)
-    lines = barriers(header)
-    assert lines
-    for line in lines:
-        assert _races(library, line, run, expected), f"{header}:{line}"
+    for header in headers:
+        lines = barriers(header)
+        assert lines
+        for line in lines:
+            assert _races(library, header, line, run, expected), f"{header}:{line}"
 
 
 def _races(
-    library: ctypes.CDLL, line: int, run: Callable[[bool], Tensor], expected: Tensor
+    library: ctypes.CDLL, header: str, line: int, run: Callable[[bool], Tensor], expected: Tensor
 ) -> bool:
     """Whether something goes wrong without a barrier, in a process of its own for it may crash."""
     with warnings.catch_warnings():
@@ -77,7 +91,7 @@ def _races(
         child = os.fork()
     if child == 0:
         faulthandler.disable()
-        library.mute_barrier(line)
+        library.mute_barrier(header.encode(), line)
         right = all(torch.equal(run(descending), expected) for descending in (False, True))
         os._exit(0 if right else 1)
     return os.waitpid(child, 0)[1] != 0

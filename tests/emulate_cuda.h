@@ -11,6 +11,8 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <string>
+#include <string_view>
 #include <vector>
 
 #define __global__
@@ -80,11 +82,14 @@ class Emulator {
 
   void* shared() { return shared_.data(); }
 
-  void sync(int line) {
-    if (line != muted) swapcontext(&current_->context, &scheduler_);
+  void sync(std::string_view file, int line) {
+    if (line == muted_line && file.ends_with(muted_file)) return;
+    swapcontext(&current_->context, &scheduler_);
   }
 
-  int muted = 0;  // line of a __syncthreads() that does nothing
+  // Place of a __syncthreads() that does nothing.
+  std::string muted_file;
+  int muted_line = 0;
 
  private:
   static constexpr size_t kStack = 1 << 16, kBeyond = 1 << 12;
@@ -136,10 +141,11 @@ class Emulator {
   }
 };
 
-#define __syncthreads() Emulator::instance().sync(__LINE__)
+#define __syncthreads() Emulator::instance().sync(__FILE__, __LINE__)
 
 inline void* dynamic_shared() { return Emulator::instance().shared(); }
 
-extern "C" __attribute__((used)) inline void mute_barrier(int line) {
-  Emulator::instance().muted = line;
+extern "C" __attribute__((used)) inline void mute_barrier(const char* file, int line) {
+  Emulator& emulator = Emulator::instance();
+  emulator.muted_file = file, emulator.muted_line = line;
 }

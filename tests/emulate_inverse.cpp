@@ -1,6 +1,7 @@
 // csrc/cuda/inverse_plan.cuh and the kernels on the CPU, for tests/test_inverse_cuda.py, which
 // compiles this file with `-include emulate_cuda.h`.
 #include "../csrc/cuda/inverse_plan.cuh"
+#include "emulate_lists.h"
 
 using namespace kfac_fast;
 
@@ -21,11 +22,6 @@ struct Arguments {
   int64_t multiprocessors, descending;
 };
 
-// What the plan made of the list; bytes < 0 if something was written beyond the workspace.
-struct Launches {
-  int64_t table_rows, launches, thread_blocks, bytes;
-};
-
 template <typename T>
 void run(const Arguments& a, Launches& launches) {
   InversePlan<T> plan;
@@ -34,19 +30,7 @@ void run(const Arguments& a, Launches& launches) {
               static_cast<T*>(s.out), s.batch_dims, s.sizes, s.strides, s.damping_strides});
   }
   plan.finish(a.multiprocessors);
-  constexpr int64_t beyond = 1 << 12;
-  launches = {plan.table_rows(), 0, 0, plan.workspace_size()};
-  std::vector<char> workspace(launches.bytes + beyond, ~char{0});  // NaN
-  plan.run(workspace.data(), a.info, static_cast<T*>(a.logdet),
-           [&](auto kernel, int blocks, const auto&... arguments) {
-             const dim3 grid{static_cast<unsigned>(blocks)};
-             ++launches.launches, launches.thread_blocks += blocks;
-             Emulator::instance().run(grid, {kInverseThreads}, a.descending,
-                                      [&] { kernel(arguments...); });
-           });
-  const bool inside = std::all_of(workspace.end() - beyond, workspace.end(),
-                                  [](char byte) { return byte == ~char{0}; });
-  if (!inside) launches.bytes = -1;
+  launches = run_plan(plan, a.descending, a.info, static_cast<T*>(a.logdet));
 }
 
 }  // namespace

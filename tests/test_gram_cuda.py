@@ -228,7 +228,7 @@ def test_every_barrier_is_needed(emulated: ctypes.CDLL) -> None:
     def run(descending: bool) -> Tensor:
         return _launch(emulated, "float_64", x, descending, bias=True, split=2)
 
-    assert_every_barrier_is_needed(emulated, "gram.cuh", run)
+    assert_every_barrier_is_needed(emulated, run, "gram.cuh")
 
 
 def test_loads_where_torch_has_no_cuda() -> None:

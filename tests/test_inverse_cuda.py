@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 from cuda_sources import (
+    Launches,
     assert_compiles_without_spills,
     assert_every_barrier_is_needed,
     assert_loads_where_torch_has_no_cuda,
@@ -54,17 +55,6 @@ class Arguments(ctypes.Structure):
         ("logdet", ctypes.c_void_p),
         ("multiprocessors", ctypes.c_int64),
         ("descending", ctypes.c_int64),
-    )
-
-
-class Launches(ctypes.Structure):
-    """The struct of the same name in ``emulate_inverse.cpp``."""
-
-    _fields_ = (
-        ("table_rows", ctypes.c_int64),
-        ("launches", ctypes.c_int64),
-        ("thread_blocks", ctypes.c_int64),
-        ("bytes", ctypes.c_int64),
     )
 
 
@@ -296,7 +286,7 @@ def test_every_barrier_is_needed(emulated: ctypes.CDLL) -> None:
         result = _launch(emulated, matrices, descending=descending)[0]
         return torch.cat([*(m.flatten() for m in result.matrices), result.logdet])
 
-    assert_every_barrier_is_needed(emulated, "damped_inverse.cuh", run)
+    assert_every_barrier_is_needed(emulated, run, "damped_inverse.cuh", "task_table.cuh")
 
 
 def test_loads_where_torch_has_no_cuda() -> None:

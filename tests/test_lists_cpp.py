@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
-import numpy as np
 import pytest
 import torch
 from guard_page import before_a_guard_page
 from inverses import assert_as_accurate, covariance
 from oracle import assert_within_budget, bits, lower_only, poisoned, spread
+from steps import Precondition, assert_steps_within_budget, exact_steps
 from torch import Tensor
 
 import kfac_fast
@@ -122,7 +122,6 @@ def test_a_bad_entry_off_the_diagonal_is_found(op: Damped) -> None:
             assert run(op, [matrix]).info.item() > 0
 
 
-Precondition = Callable[..., ops.Preconditioned]
 PRECONDITION: tuple[Precondition, ...] = (ops.precondition, ops.cholesky_precondition)
 precondition = pytest.mark.parametrize("op", PRECONDITION, ids=lambda op: op.__name__)
 
@@ -178,22 +177,6 @@ def sides_of(op: Precondition, *shape: int, dtype: torch.dtype = torch.float32) 
     return lower_only(factors(*shape, dtype=dtype))
 
 
-def exact_steps(op: Precondition, *arguments: Sequence[Tensor]) -> list[Tensor]:
-    """In float64; solves in float64 are improved by their residuals in extended precision."""
-    doubles = [[x.double() for x in tensors] for tensors in arguments]
-    with kfac_fast.use("reference"):
-        steps = op(*doubles).grads
-        if op is ops.precondition or arguments[0][0].dtype == torch.float32:
-            return steps
-        residuals = []
-        for step, *layer in zip(steps, *doubles, strict=True):
-            p, v, *sides = (x.numpy().astype(np.longdouble) for x in (step, *layer))
-            a, g = (np.tril(x) @ np.tril(x).swapaxes(-1, -2) for x in sides)
-            residuals.append(torch.from_numpy((v - g @ p @ a).astype(np.float64)))
-        errors = op(residuals, *doubles[1:]).grads
-    return [step + error for step, error in zip(steps, errors, strict=True)]
-
-
 @precondition
 @dtypes
 def test_precondition(op: Precondition, dtype: torch.dtype) -> None:
@@ -205,16 +188,7 @@ def test_precondition(op: Precondition, dtype: torch.dtype) -> None:
         arguments = [[layout(x) for x in tensors] for tensors in (grads, rights, lefts)]
         with kfac_fast.use("cpp"):
             result = op(*arguments)
-        with kfac_fast.use("reference"):
-            theirs = op(*arguments)
-        exact = exact_steps(op, *arguments)
-        for out, torch_result, ref64 in zip(result.grads, theirs.grads, exact, strict=True):
-            if out.numel():
-                assert_within_budget(out, torch_result, ref64)
-        products = [g.double() * p for g, p in zip(grads, exact, strict=True)]
-        scale = sum(product.abs().sum() for product in products)
-        inner = sum(product.sum() for product in products)
-        assert (result.inner_product - inner).abs() <= 1e-6 * scale
+        assert_steps_within_budget(result, arguments, op)
 
 
 @precondition

@@ -413,7 +413,7 @@ def test_every_barrier_is_needed(emulated: ctypes.CDLL) -> None:
         launch(emulated, "float", x, geometry, out, blocks=MANY_BLOCKS, descending=descending)
         return out
 
-    assert_every_barrier_is_needed(emulated, "window_sum.cuh", run)
+    assert_every_barrier_is_needed(emulated, run, "window_sum.cuh")
 
 
 def test_loads_where_torch_has_no_cuda() -> None:

@@ -1,33 +1,18 @@
 #pragma once
-// What the operators that precondition the gradients of all layers share on the CPU: the layers in
-// their lists, a gradient in panels, and the store of a result with its inner product.
+// What the operators that precondition the gradients of all layers share on the CPU: a gradient in
+// panels, and the store of a result with its inner product.
 
 #include <numeric>
 #include <vector>
 
 #include "gram_layout.h"
 #include "instruction_set.h"
+#include "layer_lists.h"
 #include "list_loop.h"
-#include "strided.h"
-#include "tensor_lists.h"
 #include "tensors.h"
 #include "tile_product.h"
 
 namespace kfac_fast {
-
-template <typename T>
-struct Layer {
-  int64_t rows, columns;  // of the gradient
-  Strided<T> grad, left, right;
-  T* out;
-};
-
-// The matrix `index` of a stacked batch.
-template <typename T>
-Strided<T> matrix_of(const Tensor& tensor, int64_t index) {
-  const int64_t dims = tensor.dim();
-  return {entry_of<T>(tensor, dims - 2, index), tensor.stride(dims - 2), tensor.stride(dims - 1)};
-}
 
 // A layer's panels. A panel holds rows of whole vectors, and as many as whole vectors would have,
 // so that it can be transposed by squares; and panels a power of two apart would displace each
@@ -92,19 +77,7 @@ template <template <typename> class Way, typename T>
 void precondition_all(const std::vector<Tensor>& grads, const std::vector<Tensor>& rights,
                       const std::vector<Tensor>& lefts, const std::vector<Tensor>& out,
                       const Tensor& inner) {
-  std::vector<Layer<T>> layers;
-  layers.reserve(grads.size());
-  for (size_t i = 0; i < grads.size(); ++i) {
-    const int64_t dims = grads[i].dim();
-    const int64_t rows = grads[i].size(dims - 2), columns = grads[i].size(dims - 1);
-    if (grads[i].numel() == 0) continue;
-    T* target = static_cast<T*>(out[i].mutable_data_ptr());
-    const int64_t count = grads[i].numel() / (rows * columns);
-    for (int64_t n = 0; n < count; ++n, target += rows * columns) {
-      layers.push_back({rows, columns, matrix_of<T>(grads[i], n), matrix_of<T>(lefts[i], n),
-                        matrix_of<T>(rights[i], n), target});
-    }
-  }
+  const std::vector<Layer<T>> layers = layers_of<T>(grads, rights, lefts, out);
   const InstructionSet set = instruction_set_in_use();
   std::vector<Job> jobs;
   jobs.reserve(layers.size());
@@ -118,30 +91,12 @@ void precondition_all(const std::vector<Tensor>& grads, const std::vector<Tensor
   *static_cast<T*>(inner.mutable_data_ptr()) = static_cast<T>(total);
 }
 
-inline bool acceptable(const std::vector<Tensor>& grads, const std::vector<Tensor>& rights,
-                       const std::vector<Tensor>& lefts, const std::vector<Tensor>& out,
-                       const Tensor& inner) {
-  const size_t count = grads.size();
-  if (rights.size() != count || lefts.size() != count || out.size() != count) return false;
-  const ScalarType type = inner.scalar_type();
-  if (type != ScalarType::Float && type != ScalarType::Double) return false;
-  ListCheck check(type);
-  for (size_t i = 0; i < count; ++i) {
-    const int64_t dims = grads[i].dim();
-    if (dims < 2 || !check.reads(grads[i]) || !check.writes(out[i])) return false;
-    if (!same_shape(grads[i], out[i], dims)) return false;
-    if (!is_side(rights[i], grads[i], dims - 1) || !check.reads(rights[i])) return false;
-    if (!is_side(lefts[i], grads[i], dims - 2) || !check.reads(lefts[i])) return false;
-  }
-  return inner.dim() == 0 && check.writes(inner) && check.apart();
-}
-
 // Way<T>(set, layer) has a Job job() and a call that returns the inner product.
 template <template <typename> class Way>
 bool precondition(std::vector<Tensor> grads, std::vector<Tensor> input_sides,
                   std::vector<Tensor> gradient_sides, std::vector<Tensor> out,
                   const Tensor& inner) {
-  if (!acceptable(grads, input_sides, gradient_sides, out, inner)) return false;
+  if (!layer_lists_pass(grads, input_sides, gradient_sides, out, inner)) return false;
   if (inner.scalar_type() == ScalarType::Double) {
     precondition_all<Way, double>(grads, input_sides, gradient_sides, out, inner);
   } else {

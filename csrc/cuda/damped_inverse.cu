@@ -32,7 +32,6 @@ void run(const std::vector<Tensor>& matrices, const std::vector<Tensor>& damping
          const std::vector<Tensor>& out, const Tensor& info, const std::optional<Tensor>& logdet) {
   const int32_t device = info.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
-  const cudaStream_t stream = current_stream(device);
   InversePlan<T> plan;
   for (size_t i = 0; i < matrices.size(); ++i) {
     add<T>(matrices[i], damping[damping.size() == 1 ? 0 : i], out[i], plan);
@@ -42,10 +41,7 @@ void run(const std::vector<Tensor>& matrices, const std::vector<Tensor>& damping
   plan.run(allocate<char>(info, plan.workspace_size(), workspace),
            static_cast<int32_t*>(info.mutable_data_ptr()),
            logdet ? static_cast<T*>(logdet->mutable_data_ptr()) : nullptr,
-           [&](auto kernel, int blocks, const auto&... arguments) {
-             kernel<<<blocks, kInverseThreads, 0, stream>>>(arguments...);
-             check(cudaGetLastError(), "damped_inverse");
-           });
+           launcher(device, kTaskThreads, "damped_inverse"));
 }
 
 bool damped_inverse(std::vector<Tensor> matrices, std::vector<Tensor> damping,

@@ -12,35 +12,20 @@
 #include <cstdint>
 
 #include "inverse_table.cuh"
+#include "tile_product.cuh"
 
 namespace kfac_fast {
 
-constexpr int kInverseThreads = 256;
 constexpr int kInverseSmall = 128;  // rows of the largest matrix that fits into registers
 constexpr int kInverseDepth = 16;   // rows of V that a step of an update multiplies
 
-template <typename T>
-__global__ void inverse_upload_kernel(const __grid_constant__ InverseUpload<T> upload, int count,
-                                      InverseRun<T>* runs) {
-  const int i = threadIdx.x;
-  if (i < count) runs[i] = upload.runs[i];
-}
-
-// The task of this thread block; every thread looks at other runs.
+// The task of this thread block.
 template <typename T>
 __device__ InverseTask<T> inverse_task(const InverseTable<T>& table, InverseTasks kind) {
-  __shared__ int found;
-  const int task = blockIdx.x;
-  for (int i = threadIdx.x; i < table.count; i += kInverseThreads) {
-    const InverseRun<T>& run = table.runs[i];
-    const int last = run.before[kind] + run.count * inverse_tasks<T>(kind, run.size, table.tile);
-    if (run.before[kind] <= task && task < last) found = i;
-  }
-  __syncthreads();
-  const InverseRun<T>& run = table.runs[found];
-  const int each = inverse_tasks<T>(kind, run.size, table.tile);
-  const int within = task - run.before[kind];
-  return {run, within / each, within % each};
+  const TaskPlace place = find_task(table.runs, table.count, [&](const InverseRun<T>& run) {
+    return TaskCount{run.before[kind], inverse_tasks<T>(kind, run.size, table.tile)};
+  });
+  return {table.runs[place.row], place.index, place.part};
 }
 
 // Small squares, one to a thread block
@@ -146,21 +131,9 @@ struct InverseSquare {
   }
 };
 
-// The sum over all threads, for thread 0.
-__device__ inline double inverse_sum(double value) {
-  __shared__ double sums[kInverseThreads];
-  const int thread = threadIdx.x;
-  sums[thread] = value;
-  for (int half = kInverseThreads / 2; half > 0; half /= 2) {
-    __syncthreads();
-    if (thread < half) sums[thread] += sums[thread + half];
-  }
-  return sums[thread];
-}
-
 // Matrices of at most 16 kPer rows.
 template <typename T, int kPer>
-__global__ void __launch_bounds__(kInverseThreads, sizeof(T) * kPer <= 32 ? 2 : 1)
+__global__ void __launch_bounds__(kTaskThreads, sizeof(T) * kPer <= 32 ? 2 : 1)
     inverse_small_kernel(InverseTable<T> table) {
   const InverseTask<T> task = inverse_task(table, kMatrices);
   const int thread = threadIdx.x, size = task.run.size;
@@ -173,13 +146,13 @@ __global__ void __launch_bounds__(kInverseThreads, sizeof(T) * kPer <= 32 ? 2 : 
   const bool failed = done < size;
   T* out = task.out();
   if (failed) {
-    for (int i = thread; i < size * size; i += kInverseThreads) out[i] = T(NAN);
+    for (int i = thread; i < size * size; i += kTaskThreads) out[i] = T(NAN);
   } else {
     square.store(size, [&](int row, int column, T value) { out[row * size + column] = value; });
   }
   if (thread == 0) table.info[task.place()] = failed ? done + 1 : 0;
   if (!table.logdet) return;
-  const double logdet = inverse_sum(log(own_pivot));
+  const double logdet = sum_of_threads(log(own_pivot));
   if (thread == 0) table.logdet[task.place()] = failed ? T(NAN) : T(logdet);
 }
 
@@ -187,13 +160,13 @@ __global__ void __launch_bounds__(kInverseThreads, sizeof(T) * kPer <= 32 ? 2 : 
 
 // out <- -(A + damping I) in and below the diagonal.
 template <typename T>
-__global__ void __launch_bounds__(kInverseThreads, 2) inverse_load_kernel(InverseTable<T> table) {
+__global__ void __launch_bounds__(kTaskThreads, 2) inverse_load_kernel(InverseTable<T> table) {
   const InverseTask<T> task = inverse_task(table, kTiles);
   const LowerTile tile = lower_tile(task.part);
   const DampedNegated<T> negated = task.negated();
   const int size = task.run.size, first_row = tile.row * table.tile;
   const int first_column = tile.column * table.tile, last_row = min(first_row + table.tile, size);
-  for (int row = first_row + threadIdx.x / 32; row < last_row; row += kInverseThreads / 32) {
+  for (int row = first_row + threadIdx.x / 32; row < last_row; row += kTaskThreads / 32) {
     const int last_column = min(first_column + table.tile - 1, row);
     for (int column = first_column + threadIdx.x % 32; column <= last_column; column += 32) {
       task.out()[int64_t{row} * size + column] = negated(row, column);
@@ -205,7 +178,7 @@ __global__ void __launch_bounds__(kInverseThreads, 2) inverse_load_kernel(Invers
 // The inverse of a diagonal block in its place, and of its Cholesky factor in the workspace: row k
 // of L^-1 is what the sweep divides by the root of pivot k.
 template <typename T>
-__global__ void __launch_bounds__(kInverseThreads, 2)
+__global__ void __launch_bounds__(kTaskThreads, 2)
     inverse_diagonal_kernel(InverseTable<T> table, int phase) {
   constexpr int kBlock = kInverseBlock<T>;
   const InverseTask<T> task = inverse_task(table, kMatrices);
@@ -238,37 +211,17 @@ __global__ void __launch_bounds__(kInverseThreads, 2)
     if (column <= row) corner[int64_t{row} * size + column] = value;
   });
   if (!table.logdet) return;
-  double logdet = inverse_sum(log(own_pivot));
+  double logdet = sum_of_threads(log(own_pivot));
   if (thread > 0) return;
   if (phase > 0) logdet += *workspace.logdet;
   *workspace.logdet = logdet;
   if (first + count == size) table.logdet[task.place()] = T(logdet);
 }
 
-// sum[i][j] += Σ_k left[k][kRows warp + i] right[k][lane + 32 j]
-template <typename T, int kDepth, int kLeft, int kRight, int kRows, int kColumns>
-__device__ void inverse_product(const T (&left)[kDepth][kLeft], const T (&right)[kDepth][kRight],
-                                T (&sum)[kRows][kColumns]) {
-  const int row = threadIdx.x / 32 * kRows, lane = threadIdx.x % 32;
-#pragma unroll 16
-  for (int k = 0; k < kDepth; ++k) {
-    T a[kRows], b[kColumns];
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) a[i] = left[k][row + i];
-#pragma unroll
-    for (int j = 0; j < kColumns; ++j) b[j] = right[k][lane + 32 * j];
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-#pragma unroll
-      for (int j = 0; j < kColumns; ++j) sum[i][j] += a[i] * b[j];
-    }
-  }
-}
-
 // A block of columns of U = A[P], where P are the pivots of the phase: V = L^-1 U into the
 // workspace, zero in the columns P themselves, and W = L^-T V into the place of U.
 template <typename T>
-__global__ void __launch_bounds__(kInverseThreads, 2)
+__global__ void __launch_bounds__(kTaskThreads, 2)
     inverse_panel_kernel(InverseTable<T> table, int phase) {
   constexpr int kBlock = kInverseBlock<T>, kRows = kBlock / 8, kColumns = kBlock / 32;
   alignas(16) __shared__ T factor[kBlock][kBlock];
@@ -287,7 +240,7 @@ __global__ void __launch_bounds__(kInverseThreads, 2)
   T sum[kRows][kColumns] = {};
   // Calls visit(y, x) of the entries of a block, neighbouring x by neighbouring threads.
   auto each = [&](const auto& visit) {
-    for (int y = warp; y < kBlock; y += kInverseThreads / 32) {
+    for (int y = warp; y < kBlock; y += kTaskThreads / 32) {
       for (int x = lane; x < kBlock; x += 32) visit(y, x);
     }
   };
@@ -311,12 +264,12 @@ __global__ void __launch_bounds__(kInverseThreads, 2)
     factor[y][x] = workspace.turned[y * kBlock + x];
   });
   __syncthreads();
-  inverse_product(factor, panel, sum);
+  multiply_tiles(factor, panel, sum);
   __syncthreads();
   store_sums([&](int y, int x, T value) { panel[y][x] = v[y * workspace.width + x] = value; });
   each([&](int y, int x) { factor[y][x] = workspace.factor[y * kBlock + x]; });
   __syncthreads();
-  inverse_product(factor, panel, sum);
+  multiply_tiles(factor, panel, sum);
   __syncthreads();
   store_sums([&](int y, int x, T value) { panel[y][x] = value; });
   __syncthreads();
@@ -335,12 +288,12 @@ struct alignas(16) InverseVector {
 
 // A tile of out += V^T V.
 template <typename T, int kTile>
-__global__ void __launch_bounds__(kInverseThreads, 2)
+__global__ void __launch_bounds__(kTaskThreads, 2)
     inverse_update_kernel(InverseTable<T> table, int phase) {
   using Vector = InverseVector<T>;
   constexpr int kBlock = kInverseBlock<T>, kRows = kTile / 8, kColumns = kTile / 32;
   constexpr int kRowVectors = kTile / Vector::kCount;
-  constexpr int kRowsTogether = kInverseThreads / kRowVectors;
+  constexpr int kRowsTogether = kTaskThreads / kRowVectors;
   constexpr int kVectors = kInverseDepth / kRowsTogether;  // of a thread
   alignas(16) __shared__ T left[2][kInverseDepth][kTile], right[2][kInverseDepth][kTile];
   const InverseTask<T> task = inverse_task(table, kTiles);
@@ -350,7 +303,7 @@ __global__ void __launch_bounds__(kInverseThreads, 2)
   if (kTile == kBlock && (tile.row == phase || tile.column == phase)) return;
   const int thread = threadIdx.x, size = task.run.size;
   const InverseWorkspace<T> workspace = task.workspace();
-  // The thread's first vectors; its others lie kInverseThreads vectors further.
+  // The thread's first vectors; its others lie kTaskThreads vectors further.
   const int row = thread / kRowVectors, column = thread % kRowVectors * Vector::kCount;
   const T* v = workspace.panel + row * workspace.width + tile.row * kTile + column;
   const int to_right = (tile.column - tile.row) * kTile;
@@ -381,7 +334,7 @@ __global__ void __launch_bounds__(kInverseThreads, 2)
   for (int step = 0; step < kSteps; ++step) {
     if (step + 1 < kSteps) load();
     __syncthreads();
-    inverse_product(left[step % 2], right[step % 2], sum);
+    multiply_tiles(left[step % 2], right[step % 2], sum);
     if (step + 1 < kSteps) store((step + 1) % 2);
   }
 
@@ -411,7 +364,7 @@ __global__ void __launch_bounds__(kInverseThreads, 2)
 
 // The mirror image of the lower triangle, or NaN where a pivot was not positive.
 template <typename T>
-__global__ void __launch_bounds__(kInverseThreads, 2) inverse_finish_kernel(InverseTable<T> table) {
+__global__ void __launch_bounds__(kTaskThreads, 2) inverse_finish_kernel(InverseTable<T> table) {
   constexpr int kPatch = 32;
   __shared__ T patch[kPatch][kPatch + 1];
   const InverseTask<T> task = inverse_task(table, kTiles);
@@ -423,7 +376,7 @@ __global__ void __launch_bounds__(kInverseThreads, 2) inverse_finish_kernel(Inve
   for (int p = 0; p < side * side; ++p) {
     const int64_t first_row = tile.row * table.tile + p / side * kPatch;
     const int64_t first_column = tile.column * table.tile + p % side * kPatch;
-    for (int y = warp; y < kPatch; y += kInverseThreads / 32) {
+    for (int y = warp; y < kPatch; y += kTaskThreads / 32) {
       const int64_t row = first_row + y, column = first_column + lane;
       if (row >= size || column > row) continue;
       T& entry = out[row * size + column];
@@ -431,7 +384,7 @@ __global__ void __launch_bounds__(kInverseThreads, 2) inverse_finish_kernel(Inve
       patch[y][lane] = entry;
     }
     __syncthreads();
-    for (int y = warp; y < kPatch; y += kInverseThreads / 32) {
+    for (int y = warp; y < kPatch; y += kTaskThreads / 32) {
       const int64_t row = first_column + y, column = first_row + lane;
       if (column < size && row < column) out[row * size + column] = patch[lane][y];
     }

@@ -30,13 +30,13 @@ class InversePlan {
     int64_t count = 1;
     for (int64_t d = 0; d < dims; ++d) count *= stack.sizes[d];
     for (int64_t n = 0; n < count; ++n) {
-      InverseRun<T> run{stack.matrices,      stack.damping,           stack.out + n * size * size,
+      InverseRun<T> run{{stack.matrices},    {stack.damping},         {stack.out + n * size * size},
                         stack.strides[dims], stack.strides[dims + 1], static_cast<int32_t>(size),
                         matrices_++};
       for (int64_t d = dims - 1, rest = n; d >= 0; rest /= stack.sizes[d--]) {
         const int64_t index = rest % stack.sizes[d];
-        run.matrices += index * stack.strides[d];
-        run.damping += index * stack.damping_strides[d];
+        run.matrices.first += index * stack.strides[d];
+        run.damping.first += index * stack.damping_strides[d];
       }
       if (runs_.empty() || !runs_.back().takes(run)) runs_.push_back(run);
     }
@@ -131,13 +131,7 @@ class InversePlan {
       run.workspace = workspace;
       workspace += workspace_of(run);
     }
-    constexpr size_t most = InverseUpload<T>::kRuns;
-    for (size_t first = 0; first < runs_.size(); first += most) {
-      const size_t count = std::min(most, runs_.size() - first);
-      InverseUpload<T> part;
-      std::copy_n(runs_.begin() + first, count, part.runs);
-      launch(inverse_upload_kernel<T>, 1, part, static_cast<int>(count), table + first);
-    }
+    upload_table(runs_, table, launch);
   }
 
   // The large matrices lie first in the table, the largest before the others: those with blocks

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "task_table.cuh"
 #include "triangle.cuh"
 
 namespace kfac_fast {
@@ -28,40 +29,20 @@ __host__ __device__ int inverse_tasks(InverseTasks kind, int64_t size, int tile)
 // Matrices of one size; strides in elements.
 template <typename T>
 struct InverseRun {
-  const T* matrices;
-  const T* damping;
-  T* out;  // contiguous matrices
+  Spaced<const T> matrices, damping;
+  Spaced<T> out;  // contiguous matrices
   int64_t row_stride, column_stride;
   int32_t size;
   int32_t first;  // place among all matrices of the list
   int32_t count = 1;
   int32_t before[kInverseTaskKinds] = {};  // tasks of the runs before it
-  int64_t matrix_stride = 0, damping_stride = 0, out_stride = 0;
-  T* workspace = nullptr;  // of a large matrix
+  T* workspace = nullptr;                  // of a large matrix
 
   // Adds the next matrix of the list if it continues the run.
   bool takes(const InverseRun& next) {
-    const bool alike =
-        next.size == size && next.row_stride == row_stride && next.column_stride == column_stride;
-    if (!alike) return false;
-    const int64_t matrix_step = elements(matrices, next.matrices);
-    const int64_t damping_step = elements(damping, next.damping);
-    const int64_t out_step = elements(out, next.out);
-    if (count == 1) {
-      matrix_stride = matrix_step, damping_stride = damping_step, out_stride = out_step;
-    } else if (matrix_step != count * matrix_stride || damping_step != count * damping_stride ||
-               out_step != count * out_stride) {
-      return false;
-    }
-    ++count;
-    return true;
-  }
-
- private:
-  // Integers, because the pointers may be of different arrays.
-  static int64_t elements(const T* from, const T* to) {
-    const auto bytes = reinterpret_cast<intptr_t>(to) - reinterpret_cast<intptr_t>(from);
-    return bytes / static_cast<intptr_t>(sizeof(T));
+    return next.size == size && next.row_stride == row_stride &&
+           next.column_stride == column_stride && matrices.takes(next.matrices, count) &&
+           damping.takes(next.damping, count) && out.takes(next.out, count) && ++count;
   }
 };
 
@@ -125,22 +106,13 @@ struct InverseTask {
   int part;       // of the matrix' tasks
 
   __device__ int64_t place() const { return run.first + index; }
-  __device__ T* out() const { return run.out + index * run.out_stride; }
+  __device__ T* out() const { return run.out[index]; }
   __device__ InverseWorkspace<T> workspace() const {
     return {run.workspace + index * InverseWorkspace<T>::elements(run.size), run.size};
   }
   __device__ DampedNegated<T> negated() const {
-    return {run.matrices + index * run.matrix_stride, run.row_stride, run.column_stride,
-            run.damping[index * run.damping_stride]};
+    return {run.matrices[index], run.row_stride, run.column_stride, *run.damping[index]};
   }
-};
-
-// Rows of the table on their way to the device as parameters of a kernel, of which 4 KB fit. So
-// nothing waits for a copy, and a captured graph reads no memory of the host.
-template <typename T>
-struct InverseUpload {
-  static constexpr int kRuns = 40;
-  InverseRun<T> runs[kRuns];
 };
 
 }  // namespace kfac_fast

@@ -37,6 +37,14 @@ inline int multiprocessors(int32_t device, const char* op) {
   return device_attribute(cudaDevAttrMultiProcessorCount, device, op);
 }
 
+// A function that launches kernels one after the other, with so many threads in a block.
+inline auto launcher(int32_t device, int threads, const char* op) {
+  return [=, stream = current_stream(device)](auto kernel, int blocks, const auto&... arguments) {
+    kernel<<<blocks, threads, 0, stream>>>(arguments...);
+    check(cudaGetLastError(), op);
+  };
+}
+
 // Uninitialised memory from torch's caching allocator.
 template <typename T>
 T* allocate(const torch::stable::Tensor& like, int64_t count,
