@@ -106,6 +106,25 @@ def _native_list(op: str, device: str) -> Implementation:
     return replace(native, run=run, checks=True)
 
 
+# Multiply-adds of one layer, beyond which PyTorch's matmuls save more than their launches cost. An
+# estimate until a record from a GPU decides.
+MOST_PRECONDITIONED = 2**29
+
+
+def _left_to_matmuls(grads: list[torch.Tensor], *_: Any) -> str | None:
+    """A sentence why PyTorch's matmuls are expected to precondition these faster, or None."""
+    precision = torch.get_float32_matmul_precision()
+    if precision != "highest" and grads and grads[0].dtype == torch.float32:
+        return f"at matmul precision {precision!r} PyTorch's matmuls use tensor cores"
+    for grad in grads:
+        if grad.numel() ** 2 <= MOST_PRECONDITIONED // 2:  # m k (m + k) is at most m k (m k + 1)
+            continue
+        shape = grad.shape[-2:]
+        if math.prod(shape) * sum(shape) > MOST_PRECONDITIONED:
+            return f"PyTorch's matmuls are expected to be faster for a gradient of {tuple(shape)}"
+    return None
+
+
 class Convolution(NamedTuple):
     """A convolution operator's arguments, its geometry in one piece."""
 
@@ -255,6 +274,10 @@ TABLE["shared_gram", "cuda"] = (_triton("shared_gram", "cuda"), _reference("shar
 TABLE["damped_inverse", "cuda"] = (
     _native_list("damped_inverse", "cuda"),
     _reference("damped_inverse"),
+)
+TABLE["precondition", "cuda"] = (
+    replace(_native_list("precondition", "cuda"), refuses=_left_to_matmuls),
+    _reference("precondition"),
 )
 TABLE["conv_window_sum", "cuda"] = (
     _native_conv("conv_window_sum", "cuda"),
