@@ -378,10 +378,10 @@ class Capture:
         if self._fisher == "forward-only":
             block.add(call.inputs, (_identity(layer, output), 1))
             return
-        call = call._replace(output=get_gradient_edge(output))
         if self._fisher != "empirical":
-            self.calls.append(call)
+            self.calls.append(call._replace(output=get_gradient_edge(output)))
             return
+        # Without the edge: the graph owns this hook, and nothing else would part the two.
         examples = self._examples(call.layer, output)
         output.register_hook(partial(self._add, call, examples, self._passes))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import weakref
 from typing import Any
@@ -17,7 +18,7 @@ from plain_kfac import Call, assert_covariances, covariances, factors, plain_cov
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kfac_fast import KFAC
+from kfac_fast import KFAC, capture
 from kfac_fast.layers.linear import LinearLayer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -258,3 +259,22 @@ def test_the_host_never_waits_for_the_device(fisher: str, options: dict[str, Any
 def test_the_guard_against_waiting_sees_it() -> None:
     with NeverWaits(), pytest.raises(AssertionError, match="waits"):
         torch.ones(()).item()
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "mc"])
+def test_nothing_of_a_step_waits_for_the_garbage_collector(fisher: str) -> None:
+    """A cycle through the graph would hold its activations until then."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+    kfac = preconditioner(model, fisher=fisher)
+    gc.collect()
+    gc.disable()
+    try:
+        outputs = model(torch.randn(5, 3))
+        if fisher == "mc":
+            kfac.update_curvature(outputs, loss="mse")
+        outputs.square().mean().backward()
+        kfac.step()
+        del outputs
+        assert not [each for each in gc.get_objects() if isinstance(each, capture.Call)]
+    finally:
+        gc.enable()
