@@ -73,6 +73,24 @@ def test_a_units_block_is_of_its_examples_gradients(name: str, approx: str) -> N
     assert layer.input_gram(x, x) is None and layer.examples(x) == len(x)
 
 
+@pytest.mark.parametrize("name", ["batch2d", "group"])
+def test_inputs_far_from_zero_cost_no_more_digits_than_the_forward_pass(name: str) -> None:
+    squares = []
+    for _ in range(16):  # by chance, one draw comes out better or worse
+        layer, x = norm_and_input(name)
+        x = x.float() + 1000
+        gradient = torch.randn_like(x)
+        exact = layer.gradient_gram(gradient.double(), 1.0, x.double())
+        module = layer.module.float()
+        z = (module(x) - module.bias[:, None, None]) / module.weight[:, None, None]
+        v = torch.stack([(gradient * z).sum((2, 3)), gradient.sum((2, 3))], -1).detach()
+        plain = torch.einsum("nci,ncj->cij", v, v)
+        differences = layer.gradient_gram(gradient, 1.0, x) - exact, plain - exact, exact
+        squares.append([float(difference.square().sum()) for difference in differences])
+    error, allowed, size = torch.tensor(squares).mean(0).sqrt()
+    assert error <= 2 * allowed + 4 * torch.finfo(torch.float32).eps * size
+
+
 @norms
 def test_squared_gradients_are_those_of_autograd(name: str) -> None:
     layer, x = norm_and_input(name)

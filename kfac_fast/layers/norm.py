@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Hashable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -37,12 +38,8 @@ class NormLayer(Layer):
         self.groups = self.module.weight.numel()
 
     @abstractmethod
-    def normalized(self, x: Tensor) -> Tensor:
-        """What the module scales and shifts, in the shape of its input."""
-
-    @abstractmethod
-    def by_unit(self, x: Tensor) -> Tensor:
-        """An input, output or gradient of the module as ``[N, S, units]``."""
+    def example_sums(self, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums over positions of ``g z`` and of ``g``, each ``[N, units]``."""
 
     def batched(self, x: Tensor) -> Tensor:
         """The tensor itself."""
@@ -72,12 +69,7 @@ class NormLayer(Layer):
 
     def _example_gradients(self, x: Tensor, gradient: Tensor) -> Tensor:
         """The vectors :math:`v_n` of each unit, ``[N, units, 1 (+ 1)]``."""
-        dtype = torch.promote_types(gradient.dtype, torch.float32)
-        g, z = (self.by_unit(tensor).to(dtype) for tensor in (gradient, self.normalized(x)))
-        if self.sharing.mask is not None:
-            g = torch.where(self.sharing.mask.reshape(*g.shape[:2], 1), g, 0)
-        sums = [torch.linalg.vecdot(g, z, dim=1), *([g.sum(1)] if self.has_bias else [])]
-        v = torch.stack(sums, -1)
+        v = torch.stack(self.example_sums(x, gradient)[: 1 + self.has_bias], -1)
         _, segments, examples = self.sharing
         if segments is None or examples is None:
             return v
@@ -108,13 +100,18 @@ class FeatureNormLayer(NormLayer):
         """``[N, *shared, *features]``."""
         return x if x.dim() > len(self.module.normalized_shape) else x[None]
 
-    def by_unit(self, x: Tensor) -> Tensor:
-        """The features in one dimension, the shared positions in another."""
-        x = self.batched(x)
-        return x.reshape(len(x), -1, self.groups)
+    def example_sums(self, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Of inputs normalised again, by mean and variance or by the root mean square."""
+        dtype = torch.promote_types(gradient.dtype, torch.float32)
+        g, z = (
+            batched.reshape(len(batched), -1, self.groups).to(dtype)
+            for batched in map(self.batched, (gradient, self._normalized(x)))
+        )
+        if self.sharing.mask is not None:
+            g = torch.where(self.sharing.mask.reshape(*g.shape[:2], 1), g, 0)
+        return torch.linalg.vecdot(g, z, dim=1), g.sum(1)
 
-    def normalized(self, x: Tensor) -> Tensor:
-        """By mean and variance, or by the root mean square."""
+    def _normalized(self, x: Tensor) -> Tensor:
         module = self.module
         if isinstance(module, nn.RMSNorm):
             return F.rms_norm(x, module.normalized_shape, eps=module.eps)
@@ -130,17 +127,47 @@ class ChannelNormLayer(NormLayer):
 
     module: ChannelNorm
 
-    def by_unit(self, x: Tensor) -> Tensor:
-        """``[N, C, *spatial]`` with the spatial positions in one dimension before the channels."""
-        return x.reshape(len(x), self.groups, math.prod(x.shape[2:])).mT
+    def example_sums(self, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Of inputs that are read again, but not written out normalised."""
+        dtype = torch.promote_types(gradient.dtype, torch.float32)
+        shape = len(x), self.groups, math.prod(x.shape[2:])
+        g, x = (tensor.reshape(shape).to(dtype) for tensor in (gradient, x))
+        mean, variance = (statistic.expand(shape[:2]) for statistic in self._statistics(x))
+        return _row_sums(g, x, mean, (variance + self.module.eps).rsqrt())
 
-    def normalized(self, x: Tensor) -> Tensor:
-        """By the statistics that the forward pass uses."""
-        module = self.module
+    def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance by which the forward pass normalises ``[N, C, S]``."""
+        module, groups = self.module, None
         if isinstance(module, nn.GroupNorm):
-            return F.group_norm(x, module.num_groups, eps=module.eps)
-        batch_statistics = module.training or module.running_mean is None
-        mean, variance = (
-            (None, None) if batch_statistics else (module.running_mean, module.running_var)
-        )
-        return F.batch_norm(x, mean, variance, training=batch_statistics, eps=module.eps)
+            groups = module.num_groups
+        elif not module.training and module.running_mean is not None:
+            return module.running_mean, cast(Tensor, module.running_var)
+        # Of every channel of every example, then of those that are normalised together.
+        means = x.mean(2)
+        scale = torch.ones_like(means)
+        squares, _ = _row_sums(x, x, means, scale)
+        rest, _ = _row_sums(torch.ones_like(x), x, means, scale)  # zero but for a mean's rounding
+        squares = squares - means * rest
+        if groups is None:
+            return _pooled(means, squares / x.shape[2])
+        means, squares = (t.reshape(len(x) * groups, -1).mT for t in (means, squares))
+        mean, variance = _pooled(means, squares / x.shape[2])
+        mean, variance = (t.expand_as(means).mT.reshape(x.shape[:2]) for t in (mean, variance))
+        return mean, variance
+
+
+def _pooled(means: Tensor, variances: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of a union of equally large samples, along the first dimension."""
+    mean = means.mean(0)
+    return mean, (variances + (means - mean).square()).mean(0)
+
+
+def _row_sums(g: Tensor, x: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """``[N, C]``: sums over ``s`` of ``g (x - mean) scale`` and of ``g``, in one reading."""
+    rows = x.shape[:2]
+    g, x = (tensor.reshape(1, -1, x.shape[2]) for tensor in (g, x))
+    # They are the gradients of weight and bias, if each channel of each example has its own.
+    _, products, sums = torch.ops.aten.native_batch_norm_backward(
+        g, x, None, None, None, mean.reshape(-1), scale.reshape(-1), True, 0.0, [False, True, True]
+    )
+    return products.reshape(rows), sums.reshape(rows)
