@@ -1,4 +1,4 @@
-"""The one schema of a benchmark's result."""
+"""The schemas of a benchmark's result: of an operator, and of training steps."""
 
 from __future__ import annotations
 
@@ -77,3 +77,67 @@ class Record:
     commit: str | None
     date: str
     beside: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """Training steps of a network: a line of JSON in ``bench/results``.
+
+    Ratios are to SGD's time in the same round, medians over the rounds.
+
+    Attributes:
+        op: ``"step"``.
+        shape: Name of the network in ``networks.py``.
+        approx: ``"expand"`` or ``"reduce"``.
+        dtype: Of weights and inputs.
+        implementation: What served the operator ``gram``.
+        rounds: How often SGD and each kind of step were timed, in turn; the reference's fewer.
+        sgd_ms: Median time of a step of SGD with momentum.
+        hooks_ms: What hooks with nothing due add to forward and backward pass.
+        plain_ratio: A step that only preconditions.
+        update_ratio: A step that also updates the factors.
+        refresh_ratio: A step that also refreshes the inverses.
+        intervals_ratio: Mean over 100 steps with factors updated every 10 and inverses refreshed
+            every 100: 90 plain ones, 9 updates, 1 refresh.
+        reference_intervals_ratio: The same with the pure-PyTorch version.
+        reference_refresh_ratio: As ``refresh_ratio``, with the pure-PyTorch version.
+        state_mb: Bytes of factors and inverses in 1e6.
+        activations_mb: What the forward pass keeps for the backward pass.
+        peak_mb: Peak memory of a step that refreshes, above that of SGD's, without the factors and
+            inverses that were there before; None where it is not measured.
+        error: Difference of the factors from the pure-PyTorch version's, relative to these in the
+            Frobenius norm, of the worst.
+        device: As in :class:`Record`, like all that follow.
+        threads: See there.
+        instruction_set: See there.
+        torch: See there.
+        kfac_fast: See there.
+        commit: See there.
+        date: See there.
+    """
+
+    op: str
+    shape: str
+    approx: str
+    dtype: str
+    implementation: str
+    rounds: int
+    sgd_ms: float
+    hooks_ms: float
+    plain_ratio: float
+    update_ratio: float
+    refresh_ratio: float
+    intervals_ratio: float
+    reference_intervals_ratio: float
+    reference_refresh_ratio: float
+    state_mb: float
+    activations_mb: float
+    peak_mb: float | None
+    error: float
+    device: str
+    threads: int
+    instruction_set: str | None
+    torch: str
+    kfac_fast: str
+    commit: str | None
+    date: str

@@ -15,10 +15,10 @@ from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 from statistics import geometric_mean
-from typing import Any
+from typing import Any, TypeVar
 
 import matplotlib
-from record import Record
+from record import Record, StepRecord
 from rich.console import Console
 from rich.table import Table
 from shapes import FAMILIES
@@ -40,7 +40,22 @@ COLUMNS = (
 )
 MEAN_COLUMNS = ("operator", "shapes", "faster, geometric mean", "least", "number of shapes")
 BESIDE_COLUMNS = ("operator", "shape", "beside (times ours)", "bar")
-NUMBERS = (*COLUMNS[3:7], *MEAN_COLUMNS[2:], "bar")
+STEP_COLUMNS = (
+    "network",
+    "K-FAC",
+    "SGD ms",
+    "hooks",
+    "plain",
+    "update",
+    "refresh",
+    "every 10 / 100",
+    "reference: refresh",
+    "every 10 / 100 ",
+    "MB: state",
+    "peak",
+    "activations",
+)
+NUMBERS = (*COLUMNS[3:7], *MEAN_COLUMNS[2:], "bar", *STEP_COLUMNS[2:])
 # A full product takes about 1.9 times as long as the triangle of it that a Gram needs.
 TRIANGLE_SAVES = 1.9
 ATTAINED = 0.8
@@ -48,15 +63,25 @@ BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 
 
 Rows = list[tuple[str, ...]]
+AnyRecord = TypeVar("AnyRecord", Record, StepRecord)
+
+
+def _infos(path: Path) -> list[dict[str, Any]]:
+    benchmarks = json.loads(path.read_text())["benchmarks"]
+    return [benchmark["extra_info"] for benchmark in benchmarks]
 
 
 def load(path: Path) -> list[Record]:
-    """The records in pytest-benchmark's JSON, in the order of the run."""
-    benchmarks = json.loads(path.read_text())["benchmarks"]
-    return [Record(**benchmark["extra_info"]) for benchmark in benchmarks]
+    """The records of operators in pytest-benchmark's JSON, in the order of the run."""
+    return [Record(**info) for info in _infos(path) if info["op"] != "step"]
 
 
-def by_operator(records: Sequence[Record]) -> Iterator[tuple[str, list[Record]]]:
+def load_steps(path: Path) -> list[StepRecord]:
+    """The records of training steps."""
+    return [StepRecord(**info) for info in _infos(path) if info["op"] == "step"]
+
+
+def by_operator(records: Sequence[AnyRecord]) -> Iterator[tuple[str, list[AnyRecord]]]:
     """Runs of records of one operator."""
     return ((op, list(group)) for op, group in groupby(records, lambda record: record.op))
 
@@ -134,7 +159,33 @@ def beside_rows(records: Sequence[Record]) -> Rows:
     return rows
 
 
-def conditions(record: Record) -> str:
+def _added(ratio: float) -> str:
+    return f"{100 * (ratio - 1):+.1f} %"
+
+
+def step_rows(records: Sequence[StepRecord]) -> Rows:
+    """What K-FAC adds to a step of SGD, one row for each of ``STEP_COLUMNS``."""
+    return [
+        (
+            record.shape,
+            record.approx,
+            _short(record.sgd_ms),
+            f"{100 * record.hooks_ms / record.sgd_ms:+.2f} %",
+            _added(record.plain_ratio),
+            _added(record.update_ratio),
+            _added(record.refresh_ratio),
+            _added(record.intervals_ratio),
+            _added(record.reference_refresh_ratio),
+            _added(record.reference_intervals_ratio),
+            _short(record.state_mb),
+            "" if record.peak_mb is None else _short(record.peak_mb),
+            _short(record.activations_mb),
+        )
+        for record in records
+    ]
+
+
+def conditions(record: Record | StepRecord) -> str:
     """What the run was made on, in one line."""
     instruction_set = f", {record.instruction_set}" if record.instruction_set else ""
     return (
@@ -143,32 +194,40 @@ def conditions(record: Record) -> str:
     )
 
 
-def _table(columns: Sequence[str], title: str | None = None) -> Table:
-    table = Table(title=title)
+def _table(columns: Sequence[str]) -> Table:
+    table = Table()
     for name in columns:
         table.add_column(name, justify="right" if name in NUMBERS else "left", no_wrap=True)
     return table
 
 
-def print_tables(records: Sequence[Record], console: Console) -> None:
-    """Print all records, their means, and what was measured beside them."""
-    table = _table(COLUMNS, conditions(records[0]))
+def print_tables(records: Sequence[Record], steps: Sequence[StepRecord], console: Console) -> None:
+    """Print all records, their means, what was measured beside them, and training steps."""
+    console.print(conditions([*records, *steps][0]))
+    table = _table(COLUMNS)
     for _, group in by_operator(records):
         for record in group:
             slower = record.added_us is None and record.ratio_of_medians < 1
             table.add_row(*cells(record), style="red" if slower else None)
         table.add_section()
-    console.print(table)
-    for columns, rows in further_tables(records):
+    if records:
+        console.print(table)
+    for columns, rows in further_tables(records, steps):
         table = _table(columns)
         for row in rows:
             table.add_row(*row)
         console.print(table)
 
 
-def further_tables(records: Sequence[Record]) -> list[tuple[tuple[str, ...], Rows]]:
+def further_tables(
+    records: Sequence[Record], steps: Sequence[StepRecord]
+) -> list[tuple[tuple[str, ...], Rows]]:
     """Columns and rows of the tables after the first that are not empty."""
-    tables = [(MEAN_COLUMNS, mean_rows(records)), (BESIDE_COLUMNS, beside_rows(records))]
+    tables = [
+        (MEAN_COLUMNS, mean_rows(records)),
+        (BESIDE_COLUMNS, beside_rows(records)),
+        (STEP_COLUMNS, step_rows(steps)),
+    ]
     return [(columns, rows) for columns, rows in tables if rows]
 
 
@@ -177,10 +236,13 @@ def _markdown_table(columns: Sequence[str], rows: Rows) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [columns, rule, *rows])
 
 
-def markdown(records: Sequence[Record]) -> str:
+def markdown(records: Sequence[Record], steps: Sequence[StepRecord]) -> str:
     """The tables in Markdown."""
-    tables = [(COLUMNS, [cells(record) for record in records]), *further_tables(records)]
-    return "\n\n".join([f"{conditions(records[0])}.", *(_markdown_table(*t) for t in tables)])
+    first = [(COLUMNS, [cells(record) for record in records])] if records else []
+    tables = [*first, *further_tables(records, steps)]
+    return "\n\n".join(
+        [f"{conditions([*records, *steps][0])}.", *(_markdown_table(*t) for t in tables)]
+    )
 
 
 def insert(path: Path, text: str) -> None:
@@ -202,16 +264,16 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
-def _line(record: Record) -> dict[str, Any]:
+def _line(record: Record | StepRecord) -> dict[str, Any]:
     return {name: _rounded(value) for name, value in asdict(record).items()}
 
 
 def _identity(line: dict[str, Any]) -> tuple[str, ...]:
     """What a later record of the same thing replaces it by."""
-    return tuple(line[name] for name in ("shape", "dtype", "implementation"))
+    return tuple(line.get(name, "") for name in ("shape", "approx", "dtype", "implementation"))
 
 
-def keep(records: Sequence[Record], folder: Path) -> None:
+def keep(records: Sequence[Record | StepRecord], folder: Path) -> None:
     """Write ``<operator>.jsonl`` into the folder; records that were not measured again stay."""
     folder.mkdir(parents=True, exist_ok=True)
     for op, group in by_operator(records):
@@ -222,7 +284,7 @@ def keep(records: Sequence[Record], folder: Path) -> None:
         path.write_text("".join(json.dumps(line) + "\n" for line in newest.values()))
 
 
-def device_folder(records: Sequence[Record]) -> str:
+def device_folder(records: Sequence[Record | StepRecord]) -> str:
     """The device's name as a folder."""
     return re.sub(r"[^a-z0-9]+", "-", records[0].device.lower()).strip("-")
 
@@ -275,19 +337,20 @@ def main() -> None:
     parser.add_argument("--records", type=Path, help="keep the records under this folder")
     parser.add_argument("--markdown", type=Path, help="file whose table to replace")
     arguments = parser.parse_args()
-    records = load(arguments.json)
-    if not records:
+    records, steps = load(arguments.json), load_steps(arguments.json)
+    if not [*records, *steps]:
         parser.error(f"{arguments.json} holds no benchmark")
     console = Console()
-    print_tables(records, console if console.is_terminal else Console(width=215))
+    print_tables(records, steps, console if console.is_terminal else Console(width=215))
     folder = arguments.json.parent
     if arguments.records:
-        folder = arguments.records / device_folder(records)
-        keep(records, folder)
-    draw(records, folder / "ratios.png")
-    console.print(f"plot: {folder / 'ratios.png'}")
+        folder = arguments.records / device_folder([*records, *steps])
+        keep([*records, *steps], folder)
+    if records:
+        draw(records, folder / "ratios.png")
+        console.print(f"plot: {folder / 'ratios.png'}")
     if arguments.markdown:
-        insert(arguments.markdown, markdown(records))
+        insert(arguments.markdown, markdown(records, steps))
 
 
 if __name__ == "__main__":

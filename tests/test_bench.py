@@ -72,8 +72,11 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module
 
 
-def entries(path: Path) -> list[dict[str, Any]]:
-    return [benchmark["extra_info"] for benchmark in json.loads(path.read_text())["benchmarks"]]
+def entries(path: Path, steps: bool = False) -> list[dict[str, Any]]:
+    """The records of operators, or of training steps."""
+    benchmarks = json.loads(path.read_text())["benchmarks"]
+    infos = [benchmark["extra_info"] for benchmark in benchmarks]
+    return [info for info in infos if (info["op"] == "step") == steps]
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -103,6 +106,8 @@ def test_what_is_measured_beside(results: Path, bench: Any) -> None:
 def test_statistics_of_pytest_benchmark_are_of_the_same_calls(results: Path) -> None:
     for benchmark in json.loads(results.read_text())["benchmarks"]:
         record, stats = benchmark["extra_info"], benchmark["stats"]
+        if record["op"] == "step":  # a round of them is several steps
+            continue
         assert stats["rounds"] == record["rounds"]
         assert 1e3 * stats["median"] >= record["p50_ms"]
 
@@ -120,6 +125,8 @@ def test_report(results: Path, tmp_path: Path) -> None:
     assert text.endswith("\n<!-- benchmarks:end -->\nz\n") and "stale" not in text
     for record in entries(results):
         assert record["shape"] in printed and f"| {record['shape']} |" in text
+    assert len(lines(folder / "step.jsonl")) == len(entries(results, steps=True))
+    (folder / "step.jsonl").unlink()
     kept = [record for path in folder.glob("*.jsonl") for record in lines(path)]
     assert sorted((r["op"], r["shape"]) for r in kept) == sorted(
         (r["op"], r["shape"]) for r in entries(results)
@@ -139,6 +146,57 @@ def test_newer_record_replaces_only_its_like(bench: Any, results: Path, tmp_path
     first, second = lines(path)
     assert [first["implementation"], second["implementation"]] == [old.implementation, "other"]
     assert first["p50_ms"] == 12.0 != second["p50_ms"]
+
+
+def test_training_steps_leave_records(results: Path, bench: Any) -> None:
+    records = entries(results, steps=True)
+    assert {record["approx"] for record in records} == {"expand", "reduce"}
+    for record in records:
+        assert list(record) == [field.name for field in fields(bench("record").StepRecord)]
+        assert record["rounds"] >= 5 and record["sgd_ms"] > 0 and record["error"] < 1e-3
+        kinds = [record[f"{kind}_ratio"] for kind in ("plain", "update", "refresh")]
+        mean = 0.9 * kinds[0] + 0.09 * kinds[1] + 0.01 * kinds[2]
+        assert record["intervals_ratio"] == pytest.approx(mean)
+        assert (record["peak_mb"] is None) == bool(bench("memory").missing("cpu"))
+    assert len(bench("report").load_steps(results)) == len(records)
+
+
+def test_the_three_kinds_of_step_do_what_they_are_named_for(bench: Any) -> None:
+    step, networks = bench("bench_step"), bench("networks")
+    make, batch = networks.NETWORKS["small-resnet8"]
+    training = step.Training(make(), torch.randn(batch), "reduce")
+    reports: list[Any] = []
+    training.kfac.callback = reports.append
+    for kind in ("refresh", "plain", "update"):
+        training.step(kind)
+    did = [(report.updated, report.refreshed) for report in reports]
+    assert did == [(True, True), (False, False), (True, False)]
+    assert all(report.inner_product > 0 for report in reports)
+    before = [parameter.clone() for parameter in training.model.parameters()]
+    training.step("refresh")
+    assert all(map(torch.equal, before, training.model.parameters()))
+
+
+def test_ratios_are_to_sgd_in_the_same_round(bench: Any) -> None:
+    step = bench("bench_step")
+    kinds = {"plain": 1.5, "update": 2.0, "refresh": 4.0}
+    sgd = [1.0, 10.0, 2.0, 5.0, 3.0]
+    seconds = {"sgd": sgd}
+    for kind, ratio in kinds.items():
+        seconds[f"ours {kind}"] = [ratio * second for second in sgd]
+        seconds[f"reference {kind}"] = [2 * ratio * sgd[0], 2 * ratio * sgd[3]]
+    assert step.ratios(seconds, "ours", {}) == kinds
+    every = {f"reference {kind}": 3 for kind in kinds}
+    assert step.ratios(seconds, "reference", every) == {k: 2 * r for k, r in kinds.items()}
+    assert step.at_intervals(kinds) == pytest.approx(1.35 + 0.18 + 0.04)
+
+
+def test_activations_are_what_the_backward_pass_keeps(bench: Any) -> None:
+    step = bench("bench_step")
+    model = torch.nn.Sequential(torch.nn.Linear(3, 10), torch.nn.Tanh())
+    training = step.Training(model, torch.randn(5, 3))
+    # Input, output of tanh, log-softmax, targets and the loss's total weight.
+    assert step.activation_bytes(training) == 4 * (15 + 50 + 50) + 8 * 5 + 4
 
 
 def test_means_leave_out_added_microseconds(bench: Any, results: Path) -> None:
