@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kfac_fast.eigenbases import Eigenbasis, eigenvalues
-from kfac_fast.factors import Factor, RunningAverage
+from kfac_fast.factors import Factor, RunningAverage, update_averages
 from kfac_fast.grafting import AdamNorm
 from kfac_fast.inverses import Inverse
 from kfac_fast.layers import Count, Layer
@@ -109,16 +109,10 @@ class Block:
         left = self.bases[1].vectors if len(self.bases) > 1 else right.new_ones(len(right), 1, 1)
         return layer.squared_gradients(x, gradient, right, left, scale)
 
-    def update(self, decay: float, reduction: str) -> None:
-        """Average the step's covariances, if there are any, into the factors and forget the sums.
-
-        Args:
-            decay: Weight of the past.
-            reduction: The loss's: the gradients of its terms are averaged under ``"mean"``, summed
-                under ``"sum"``.
-        """
+    def batches(self, reduction: str) -> tuple[list[RunningAverage], list[Tensor]]:
+        """The running averages that the step's batches change, and what is to be averaged in."""
         if self._sums is None:
-            return
+            return [], []
         inputs, (gradients, terms), squares = self._sums
         divisor = terms if reduction == "mean" else 1
         batches = [gradients / divisor]
@@ -127,11 +121,11 @@ class Block:
         batches = [batch.to(self.dtype) for batch in batches]
         if not self.factors:
             self._begin(batches)
-        for factor, batch in zip(self.factors, batches, strict=True):
-            factor.update(batch, decay)
+        averages: list[RunningAverage] = [*self.factors]
         if self.correction is not None and squares is not None:
-            self.correction.update((squares / divisor).to(self.dtype), decay)
-        self.forget()
+            averages.append(self.correction)
+            batches.append((squares / divisor).to(self.dtype))
+        return averages, batches
 
     def forget(self) -> None:
         """Drop what the current step's batches have added."""
@@ -211,6 +205,24 @@ class Block:
         self.forget()
         self.factors, self.inverses, self.bases = other.factors, other.inverses, other.bases
         self.correction, self.norm = other.correction, other.norm
+
+
+def update_blocks(blocks: Sequence[Block], decay: float, reduction: str) -> None:
+    """Average the step's covariances, where there are any, into the factors and forget the sums.
+
+    Args:
+        blocks: The blocks.
+        decay: Weight of the past.
+        reduction: The loss's: the gradients of its terms are averaged under ``"mean"``, summed
+            under ``"sum"``.
+    """
+    pairs = [block.batches(reduction) for block in blocks]
+    averages = [average for own, _ in pairs for average in own]
+    batches = [batch for _, own in pairs for batch in own]
+    update_averages(averages, batches, decay)
+    for block in blocks:
+        if block.pending:
+            block.forget()
 
 
 def _restore(part: Part, saved: dict[str, Tensor], where: str) -> None:

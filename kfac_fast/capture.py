@@ -175,7 +175,10 @@ class Capture:
         self._terms_per_example = terms_per_example
         self._accumulation_steps = accumulation_steps
         self._loss_scale = loss_scale
-        self._scale: float | None = None  # asked for once a pass: a scaler's may make the host wait
+        # Asked for once a pass: every layer's hook wants to know, and a scaler's scale may make the
+        # host wait.
+        self._captures: bool | None = None
+        self._scale: float | None = None
         self._passes = 0
         self._terms: dict[int, Count] = {}
         self._batch: int | None = None
@@ -208,7 +211,7 @@ class Capture:
     def forget(self) -> None:
         """Drop the calls that still wait and the shared sums, at the end of a step."""
         self.calls, self.sharing = [], {}
-        self._passes, self._terms, self._scale = 0, {}, None
+        self._passes, self._terms, self._captures, self._scale = 0, {}, None, None
         self._input_grams = InputGrams()
 
     def remove(self) -> None:
@@ -288,7 +291,7 @@ class Capture:
             The pass' number in this step.
         """
         self._passes += 1
-        self._scale = None
+        self._captures, self._scale = None, None
         self._batch = examples or None
         return self._passes
 
@@ -301,7 +304,7 @@ class Capture:
             gradient: The gradient of its output.
             forward_pass: Number of the pass.
         """
-        if not self.hooked or not self._due():
+        if not self.hooked or not self._capturing():
             return
         block, layer = self._tapped[index]
         if self._fisher == "forward-only":
@@ -312,6 +315,11 @@ class Capture:
         elif self._recorded is not None:
             call = self._call(block, layer, x, gradient)
             self._recorded.append((index, forward_pass, call, gradient))
+
+    def _capturing(self) -> bool:
+        if self._captures is None:
+            self._captures = self._due()
+        return self._captures
 
     def _begin_hook(self, model: nn.Module) -> Callable[..., None]:
         def begin(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -338,7 +346,7 @@ class Capture:
                 self._take_down(blocks[layer], layer, x, output)
 
         def enter(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            if module is attention and torch.is_grad_enabled() and self._due():
+            if module is attention and torch.is_grad_enabled() and self._capturing():
                 open_calls.append(ProjectionCalls(list(blocks), take_down))
                 open_calls[-1].__enter__()  # type: ignore[no-untyped-call]
 
@@ -366,7 +374,7 @@ class Capture:
             if torch.compiler.is_compiling():
                 self._traced = True
                 return keep(output, x, self._pass_number, self._handle, index)
-            if self._due():
+            if self._capturing():
                 self._take_down(block, layer, x, output)
             return None
 

@@ -6,6 +6,7 @@ so the host never waits for it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -40,18 +41,6 @@ class RunningAverage:
         self.weight = like.new_zeros(())
         self.skipped = torch.zeros((), dtype=torch.int64, device=like.device)
 
-    def update(self, batch: Tensor, decay: float) -> None:
-        """Average in one batch, unless it is not finite.
-
-        Args:
-            batch: Of the average's shape.
-            decay: Weight of the past, in [0, 1).
-        """
-        finite = self._witnesses(batch).isfinite().all()
-        self.total.lerp_(torch.where(finite, batch, self.total), 1 - decay)
-        self.weight.lerp_(torch.where(finite, 1, self.weight), 1 - decay)
-        self.skipped += ~finite
-
     def restart(self) -> None:
         """Forget all batches."""
         self.total.zero_()
@@ -59,9 +48,9 @@ class RunningAverage:
 
     def mean(self) -> Tensor:
         """The average, zero before the first finite batch."""
-        return self.total / torch.where(self.weight > 0, self.weight, 1)
+        return means_of([self])[0]
 
-    def _witnesses(self, batch: Tensor) -> Tensor:
+    def witnesses(self, batch: Tensor) -> Tensor:
         """Entries that are all finite only if the whole batch is."""
         return batch
 
@@ -73,8 +62,40 @@ class Factor(RunningAverage):
     ``[n]``. NaN or infinity in any of the rows that a covariance is made of shows on its diagonal.
     """
 
-    def _witnesses(self, batch: Tensor) -> Tensor:
+    def witnesses(self, batch: Tensor) -> Tensor:
+        """The diagonal."""
         return diagonal_of(batch)
+
+
+def update_averages(
+    averages: Sequence[RunningAverage], batches: Sequence[Tensor], decay: float
+) -> None:
+    """Average in one batch each, unless it is not finite; what is one number for each is one array.
+
+    Args:
+        averages: All on one device and of one dtype.
+        batches: Of the averages' shapes.
+        decay: Weight of the past, in [0, 1).
+    """
+    if not averages:
+        return
+    witnesses = [a.witnesses(batch) for a, batch in zip(averages, batches, strict=True)]
+    finite = torch.stack(torch._foreach_norm(witnesses, math.inf)).isfinite()
+    totals, weights = [a.total for a in averages], [a.weight for a in averages]
+    taken = [torch.where(*each) for each in zip(finite.unbind(), batches, totals, strict=True)]
+    ones = torch.where(finite, 1, torch.stack(weights))
+    torch._foreach_lerp_(totals, taken, 1 - decay)
+    torch._foreach_lerp_(weights, list(ones.unbind()), 1 - decay)
+    skipped = (~finite).to(torch.int64).unbind()
+    torch._foreach_add_([average.skipped for average in averages], list(skipped))
+
+
+def means_of(averages: Sequence[RunningAverage]) -> list[Tensor]:
+    """The averages, each zero before its first finite batch."""
+    weights = torch.stack([average.weight for average in averages])
+    weights = torch.where(weights > 0, weights, 1)
+    totals = [average.total for average in averages]
+    return [total / weight for total, weight in zip(totals, weights.unbind(), strict=True)]
 
 
 def of_each(damping: Damping, layers: Sequence[object]) -> Sequence[float]:

@@ -6,13 +6,22 @@ Whether a matrix could be inverted is decided on the device, so the host never w
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import reduce
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from kfac_fast import ops
-from kfac_fast.factors import Damping, Factor, diagonal_of, multiply_sides, of_each
+from kfac_fast.factors import (
+    Damping,
+    Factor,
+    diagonal_of,
+    means_of,
+    multiply_sides,
+    of_each,
+)
 
 
 class Inverse:
@@ -36,23 +45,6 @@ class Inverse:
         self.failed = torch.zeros((), dtype=torch.int64, device=like.device)
         self.raised = torch.zeros(like.shape[:-2], dtype=torch.int64, device=like.device)
 
-    def raised_damping(self, covariance: Tensor, damping: Tensor | float) -> Tensor:
-        r"""The damping of each matrix at the next refresh.
-
-        .. math:: 10^r (\lambda + [r > 0]\, \varepsilon \operatorname{tr} C / n)
-
-        Args:
-            covariance: :math:`C`, the factor's.
-            damping: :math:`\lambda`, a number or of the batch shape.
-
-        Returns:
-            Tensor of the batch shape. The second term lets a damping of zero be raised, too.
-        """
-        scale = diagonal_of(covariance).mean(-1).abs()
-        least = torch.finfo(scale.dtype).eps * scale
-        raised = self.raised.to(scale.dtype)
-        return 10**raised * (damping + torch.where(raised > 0, least, 0))
-
     def replace(self, matrix: Tensor, valid: Tensor) -> None:
         """Take over the new inverses that are valid.
 
@@ -68,15 +60,6 @@ class Inverse:
         full = self.matrix.dim() > 1
         values = torch.linalg.eigvalsh(self.matrix) if full else self.matrix
         return values.amax(-1) / values.amin(-1)
-
-    def count_failures(self, failure: Tensor) -> None:
-        """Take note of which matrices were not positive definite.
-
-        Args:
-            failure: Bool of the batch shape.
-        """
-        self.failed += failure.sum()
-        self.raised.add_(torch.where(failure, 1, -1)).clamp_(0, self.MOST_RAISED)
 
 
 Inverted = tuple[Sequence[Factor], Sequence[Inverse]]
@@ -102,11 +85,37 @@ def factored_damping(
 
     Source: Martens & Grosse (2015), section 6.3.
     """
-    means = [diagonal_of(m).mean(-1) for m in (input_covariance, gradient_covariance)]
-    ratio = means[0] / means[1]
-    usable = (means[0] > 0) & (means[1] > 0) & ratio.isfinite() & (ratio > 0)
+    input_mean, gradient_mean = (
+        diagonal_of(matrix).mean(-1) for matrix in (input_covariance, gradient_covariance)
+    )
+    return _split_damping(input_mean, gradient_mean, math.sqrt(damping))
+
+
+def _split_damping(
+    input_mean: Tensor, gradient_mean: Tensor, root: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    """As :func:`factored_damping`, from average eigenvalues and the root of the damping."""
+    ratio = input_mean / gradient_mean
+    usable = (input_mean > 0) & (gradient_mean > 0) & ratio.isfinite() & (ratio > 0)
     pi = torch.where(usable, ratio, 1).sqrt()
-    return math.sqrt(damping) * pi, math.sqrt(damping) / pi
+    return root * pi, root / pi
+
+
+def raised_damping(damping: Tensor, mean: Tensor, raised: Tensor) -> Tensor:
+    r"""The damping of each matrix at the next refresh.
+
+    .. math:: 10^r (\lambda + [r > 0]\, \varepsilon \operatorname{tr} C / n)
+
+    Args:
+        damping: :math:`\lambda`.
+        mean: Average eigenvalue :math:`\operatorname{tr} C / n`.
+        raised: :math:`r`, int64.
+
+    Returns:
+        Tensor of the same shape. The second term lets a damping of zero be raised, too.
+    """
+    least = torch.finfo(mean.dtype).eps * mean.abs()
+    return 10 ** raised.to(mean.dtype) * (damping + torch.where(raised > 0, least, 0))
 
 
 def refresh_inverses(layers: Sequence[Inverted], damping: Damping, mode: str = "factored") -> None:
@@ -122,19 +131,37 @@ def refresh_inverses(layers: Sequence[Inverted], damping: Damping, mode: str = "
         mode: ``"factored"`` as :func:`factored_damping`; ``"plain"`` adds ``damping`` to each
             factor. A layer with a single factor has it in both modes.
     """
-    systems = list(_systems(layers, damping, mode))
-    solved = iter(_invert(systems))
-    for factors, inverses in layers:
-        seen = torch.stack([factor.weight > 0 for factor in factors]).all()
-        own = [next(solved) for _ in factors]
-        failures = [
-            failure.reshape(inverse.raised.shape) & seen
-            for inverse, (_, failure) in zip(inverses, own, strict=True)
+    systems = _systems(layers, damping, mode)
+    if not systems:
+        return
+    factors, inverses, slices = _flat(layers)
+    # Numbers of a matrix each are entries of one array for all of them.
+    matrices, failures = _invert(systems)
+    seen = (torch.stack([factor.weight for factor in factors]) > 0).unbind()
+    seen_by_layer = [reduce(torch.logical_and, seen[own]) for own in slices]
+    counted = torch.cat(
+        [
+            layer_seen.expand(len(failure))
+            for layer_seen, own in zip(seen_by_layer, slices, strict=True)
+            for failure in failures[own]
         ]
-        valid = seen & ~torch.stack(failures).any(0)
-        for inverse, (matrix, _), failure in zip(inverses, own, failures, strict=True):
-            inverse.replace(matrix, valid)
-            inverse.count_failures(failure)
+    )
+    counts = [len(failure) for failure in failures]
+    failed = torch.cat(failures) & counted
+    valid = (counted & ~failed).split(counts)
+    raised = torch.cat([inverse.raised.reshape(-1) for inverse in inverses])
+    raised = (raised + torch.where(failed, 1, -1)).clamp(0, Inverse.MOST_RAISED)
+    levels = [
+        level.reshape(inverse.raised.shape)
+        for inverse, level in zip(inverses, raised.split(counts), strict=True)
+    ]
+    sums = [failure.sum() for failure in failed.split(counts)]
+    torch._foreach_copy_([inverse.raised for inverse in inverses], levels)
+    torch._foreach_add_([inverse.failed for inverse in inverses], sums)
+    for own in slices:
+        taken = reduce(torch.logical_and, valid[own])
+        for inverse, matrix in zip(inverses[own], matrices[own], strict=True):
+            inverse.replace(matrix, taken.reshape(inverse.raised.shape))
 
 
 def refine_inverses(
@@ -194,28 +221,58 @@ def apply_inverses(
     return multiply_sides(grads, right, left)
 
 
+def _flat(layers: Sequence[Inverted]) -> tuple[list[Factor], list[Inverse], list[slice]]:
+    """All factors, all inverses, and where those of each layer are."""
+    factors = [factor for own, _ in layers for factor in own]
+    inverses = [inverse for _, own in layers for inverse in own]
+    ends = list(accumulate(len(own) for own, _ in layers))
+    return factors, inverses, [slice(a, b) for a, b in zip([0, *ends], ends, strict=False)]
+
+
 def _systems(
     layers: Sequence[Inverted], damping: Damping, mode: str
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> list[tuple[Tensor, Tensor]]:
     """Every factor's covariance, and its damping of the batch shape."""
-    for (factors, inverses), own in zip(layers, of_each(damping, layers), strict=True):
-        covariances = [factor.mean() for factor in factors]
-        shares: Sequence[Tensor | float] = [own] * len(factors)
-        if mode == "factored" and len(factors) == 2:
-            shares = factored_damping(covariances[0], covariances[1], own)
-        for inverse, covariance, share in zip(inverses, covariances, shares, strict=True):
-            yield covariance, inverse.raised_damping(covariance, share)
+    factors, inverses, slices = _flat(layers)
+    if not factors:
+        return []
+    covariances = means_of(factors)
+    means = [diagonal_of(covariance).mean(-1).reshape(-1) for covariance in covariances]
+    shares: list[Tensor] = []
+    pairs = []
+    for own, number in zip(slices, of_each(damping, layers), strict=True):
+        pair = mode == "factored" and own.stop - own.start == 2
+        pairs += [own.start] if pair else []
+        shares += [torch.full_like(m, math.sqrt(number) if pair else number) for m in means[own]]
+    if pairs:
+        inputs, gradients, roots = (
+            torch.cat([tensors[i + shift] for i in pairs])
+            for tensors, shift in ((means, 0), (means, 1), (shares, 0))
+        )
+        lengths = [len(means[i]) for i in pairs]
+        for shift, split in enumerate(_split_damping(inputs, gradients, roots)):
+            for i, share in zip(pairs, split.split(lengths), strict=True):
+                shares[i + shift] = share
+    raised = torch.cat([inverse.raised.reshape(-1) for inverse in inverses])
+    total = raised_damping(torch.cat(shares), torch.cat(means), raised)
+    dampings = total.split([len(mean) for mean in means])
+    return [
+        (covariance, own.reshape(inverse.raised.shape))
+        for covariance, own, inverse in zip(covariances, dampings, inverses, strict=True)
+    ]
 
 
-def _invert(systems: Sequence[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-    """The damped inverse of every system, and whether it failed."""
+def _invert(systems: Sequence[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
+    """The damped inverse of every system, and which of its matrices failed."""
     full = [system for system in systems if system[0].dim() > 1]
     inverses, info, _ = ops.damped_inverse([m for m, _ in full], [shift for _, shift in full])
     failures = torch.split(info != 0, [math.prod(m.shape[:-2]) for m in inverses])
     solved = iter(zip(inverses, failures, strict=True))
+    found: list[tuple[Tensor, Tensor]] = []
     for covariance, shift in systems:
         if covariance.dim() > 1:
-            yield next(solved)
+            found.append(next(solved))
         else:
             damped = covariance + shift
-            yield 1 / damped, ~(damped > 0).all()
+            found.append((1 / damped, ~(damped > 0).all()[None]))
+    return [matrix for matrix, _ in found], [failure for _, failure in found]

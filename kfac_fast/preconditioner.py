@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from kfac_fast.blocks import Block, Form
+from kfac_fast.blocks import Block, Form, update_blocks
 from kfac_fast.capture import Capture
 from kfac_fast.curvature import Fisher, backpropagated
 from kfac_fast.host_copy import HostCopy
@@ -234,8 +235,13 @@ class KFAC:
             schedule = block.options.get(option, schedule)
         return number(option, schedule, self.steps)
 
+    def _numbers(self, option: str, blocks: Sequence[Block]) -> list[float]:
+        """An option's number for each block."""
+        common = self._now(option)
+        return [self._now(option, b) if option in b.options else common for b in blocks]
+
     def _dampings(self, blocks: Sequence[Block]) -> list[float]:
-        return [self._now("damping", block) for block in blocks]
+        return self._numbers("damping", blocks)
 
     def _due(self, option: str) -> bool:
         return self.steps % self._now(option) == 0
@@ -397,8 +403,12 @@ class KFAC:
         if update:
             # Forward-only identities are averaged over the calls.
             reduction = "mean" if self.fisher == "forward-only" else self.loss_reduction
-            for block in self._blocks:
-                block.update(self._now("factor_decay", block), reduction)
+            by_decay = defaultdict(list)
+            decays = self._numbers("factor_decay", self._blocks)
+            for decay, block in zip(decays, self._blocks, strict=True):
+                by_decay[decay].append(block)
+            for decay, blocks in by_decay.items():
+                update_blocks(blocks, decay, reduction)
         known = [block for block in self._blocks if block.factors]
         due = self._due("inverse_update_steps") or len(known) > sum(had_factors)
         if due:

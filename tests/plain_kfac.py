@@ -13,7 +13,7 @@ from oracle import CONVOLUTIONS, TRANSPOSED, outer_sum, patches, with_bias
 from torch import Tensor, nn
 
 from kfac_fast import KFAC
-from kfac_fast.factors import Factor
+from kfac_fast.factors import Factor, update_averages
 
 LAYERS = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED)
 Factors = tuple[Tensor, Tensor]
@@ -158,8 +158,8 @@ def averaged(*covariances: Tensor) -> tuple[Factor, ...]:
     """Factors whose running averages of two batches are these covariances."""
     factors = tuple(Factor(covariance) for covariance in covariances)
     for factor, covariance in zip(factors, covariances, strict=True):
-        factor.update(2 * covariance, 0.5)
-        factor.update(covariance / 2, 0.5)
+        update_averages([factor], [2 * covariance], 0.5)
+        update_averages([factor], [covariance / 2], 0.5)
     return factors
 
 

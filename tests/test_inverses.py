@@ -12,7 +12,7 @@ from oracle import assert_same, assert_symmetric, poisoned, positive_definite
 from plain_kfac import assert_solved, averaged, damp
 from torch import Tensor
 
-from kfac_fast.factors import Factor
+from kfac_fast.factors import Factor, update_averages
 from kfac_fast.inverses import (
     Inverse,
     Inverted,
@@ -166,7 +166,7 @@ def test_a_failure_raises_the_damping_of_its_matrix_until_it_succeeds(damping: f
 
 def test_a_refresh_before_the_first_finite_batch_keeps_the_identity() -> None:
     factor, inverse = Factor(poisoned(3, 3)), Inverse(poisoned(3, 3))
-    factor.update(poisoned(3, 3), 0.9)
+    update_averages([factor], [poisoned(3, 3)], 0.9)
     refresh_inverses([((factor,), (inverse,))], 0.1)
     assert torch.equal(inverse.matrix, torch.eye(3)) and inverse.failed == 0
     refresh_inverses([((factor,), (inverse,))], 0.0)  # of a zero covariance

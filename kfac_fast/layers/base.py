@@ -12,6 +12,7 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
+from operator import attrgetter
 from typing import Literal, NamedTuple, TypeVar
 
 import torch
@@ -166,7 +167,7 @@ class Layer(ABC):
     def parameters(self) -> list[nn.Parameter]:
         """The module's parameters that hold the layer's weight and, if there is one, its bias."""
         names = [self.weight_name, *([self.bias_name] if self.has_bias else [])]
-        return [self.module.get_parameter(name) for name in names]
+        return [attrgetter(name)(self.module) for name in names]
 
     def own(self, tensor: Tensor) -> Tensor:
         """The layer's own part, a view, of one of its parameters or of its gradient."""
