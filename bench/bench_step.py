@@ -31,10 +31,10 @@ Kind = Literal["plain", "update", "refresh"]
 # Of 100 steps with factors updated in every tenth, inverses refreshed in the first.
 SHARES: dict[Kind, float] = {"plain": 0.90, "update": 0.09, "refresh": 0.01}
 # A step takes longer than an operator, and a share of it is asked for: more than --seconds.
-TIMES_SECONDS = 8
+TIMES_SECONDS = 6
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 100
 REFERENCE_EVERY = 4
-PASSES = 50
+PASSES = 30
 
 
 class Training:

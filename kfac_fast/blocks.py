@@ -207,22 +207,25 @@ class Block:
         self.correction, self.norm = other.correction, other.norm
 
 
-def update_blocks(blocks: Sequence[Block], decay: float, reduction: str) -> None:
+def update_blocks(blocks: Sequence[Block], decays: Sequence[float], reduction: str) -> None:
     """Average the step's covariances, where there are any, into the factors and forget the sums.
 
     Args:
         blocks: The blocks.
-        decay: Weight of the past.
+        decays: Weight of the past in each.
         reduction: The loss's: the gradients of its terms are averaged under ``"mean"``, summed
             under ``"sum"``.
     """
-    pairs = [block.batches(reduction) for block in blocks]
-    averages = [average for own, _ in pairs for average in own]
-    batches = [batch for _, own in pairs for batch in own]
-    update_averages(averages, batches, decay)
-    for block in blocks:
+    by_decay: dict[float, tuple[list[RunningAverage], list[Tensor]]] = {}
+    for block, decay in zip(blocks, decays, strict=True):
+        averages, batches = by_decay.setdefault(decay, ([], []))
+        own, new = block.batches(reduction)
+        averages += own
+        batches += new
         if block.pending:
             block.forget()
+    for decay, (averages, batches) in by_decay.items():
+        update_averages(averages, batches, decay)
 
 
 def _restore(part: Part, saved: dict[str, Tensor], where: str) -> None:

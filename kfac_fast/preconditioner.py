@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal
@@ -403,12 +402,7 @@ class KFAC:
         if update:
             # Forward-only identities are averaged over the calls.
             reduction = "mean" if self.fisher == "forward-only" else self.loss_reduction
-            by_decay = defaultdict(list)
-            decays = self._numbers("factor_decay", self._blocks)
-            for decay, block in zip(decays, self._blocks, strict=True):
-                by_decay[decay].append(block)
-            for decay, blocks in by_decay.items():
-                update_blocks(blocks, decay, reduction)
+            update_blocks(self._blocks, self._numbers("factor_decay", self._blocks), reduction)
         known = [block for block in self._blocks if block.factors]
         due = self._due("inverse_update_steps") or len(known) > sum(had_factors)
         if due:

@@ -44,7 +44,7 @@ def test_calls_add_up_before_they_are_divided_once(reduction: str) -> None:
     for a, g, count, terms in zip(inputs, gradients, (4, 1, 7), (2, 0, 3), strict=True):
         block.add((a, count), (g, terms))
     assert block.pending
-    update_blocks([block], 0.9, reduction)
+    update_blocks([block], [0.9], reduction)
     assert not block.pending
     assert_same(block.factors[0].mean(), sum(inputs) / 12)
     divisor = 5 if reduction == "mean" else 1
@@ -54,14 +54,14 @@ def test_calls_add_up_before_they_are_divided_once(reduction: str) -> None:
 
 def test_an_update_without_calls_changes_nothing() -> None:
     block = a_block()
-    update_blocks([block], 0.9, "mean")
+    update_blocks([block], [0.9], "mean")
     assert block.factors == () and block.parts() == {}
 
 
 def test_no_examples_are_a_bad_batch() -> None:
     block = a_block()
     block.add((torch.zeros(2, 2), 0), (torch.zeros(3, 3), 0))
-    update_blocks([block], 0.9, "mean")
+    update_blocks([block], [0.9], "mean")
     assert [int(factor.skipped) for factor in block.factors] == [1, 1]
     assert [float(factor.weight) for factor in block.factors] == [0, 0]
 
@@ -69,7 +69,7 @@ def test_no_examples_are_a_bad_batch() -> None:
 def test_a_restored_block_has_copies_of_the_saved_parts() -> None:
     block = a_block()
     block.add((positive_definite(2, 2), 3), (positive_definite(3, 3), 2))
-    update_blocks([block], 0.9, "mean")
+    update_blocks([block], [0.9], "mean")
     block.norm = AdamNorm(torch.zeros(3, 2, dtype=torch.float64))
     block.norm.update(torch.randn(3, 2, dtype=torch.float64))
     saved = factor_state(block)
@@ -86,7 +86,7 @@ def test_a_restored_block_has_copies_of_the_saved_parts() -> None:
 def test_a_state_is_restored_in_the_layers_own_dtype() -> None:
     block = block_of(nn.Linear(2, 3, bias=False).bfloat16())
     block.add((positive_definite(2, 2), 3), (positive_definite(3, 3), 2))
-    update_blocks([block], 0.9, "mean")
+    update_blocks([block], [0.9], "mean")
     factors = block.restored(factor_state(block)).factors
     assert {factor.total.dtype for factor in factors} == {torch.float32}
     assert {factor.skipped.dtype for factor in factors} == {torch.int64}
@@ -109,7 +109,7 @@ def test_a_state_is_restored_in_the_layers_own_dtype() -> None:
 def test_a_state_that_does_not_fit_is_refused(change: object, message: str) -> None:
     block = a_block()
     block.add((positive_definite(2, 2), 3), (positive_definite(3, 3), 2))
-    update_blocks([block], 0.9, "mean")
+    update_blocks([block], [0.9], "mean")
     state = factor_state(block)
     change(state)
     with pytest.raises(ValueError, match=f"load_state_dict: .*{message}"):
