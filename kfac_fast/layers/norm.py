@@ -166,8 +166,9 @@ def _row_sums(g: Tensor, x: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor
     """``[N, C]``: sums over ``s`` of ``g (x - mean) scale`` and of ``g``, in one reading."""
     rows = x.shape[:2]
     g, x = (tensor.reshape(1, -1, x.shape[2]) for tensor in (g, x))
+    mean, scale = (tensor.reshape(-1).contiguous() for tensor in (mean, scale))  # not strided
     # They are the gradients of weight and bias, if each channel of each example has its own.
     _, products, sums = torch.ops.aten.native_batch_norm_backward(
-        g, x, None, None, None, mean.reshape(-1), scale.reshape(-1), True, 0.0, [False, True, True]
+        g, x, None, None, None, mean, scale, True, 0.0, [False, True, True]
     )
     return products.reshape(rows), sums.reshape(rows)
