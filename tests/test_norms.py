@@ -23,7 +23,7 @@ NORMS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "layer-no-bias": (lambda: nn.LayerNorm(3, bias=False), (4, 5, 3)),
     "rms": (lambda: nn.RMSNorm(3, eps=1e-3), (4, 5, 3)),
     "group": (lambda: nn.GroupNorm(2, 6), (4, 6, 3, 2)),
-    "group-one-example": (lambda: nn.GroupNorm(1, 5), (1, 5, 2)),
+    "group-one-example": (lambda: nn.GroupNorm(1, 5), (1, 5)),
     "batch1d": (lambda: nn.BatchNorm1d(3), (4, 3)),
     "batch1d-shared": (lambda: nn.BatchNorm1d(3), (4, 3, 5)),
     "batch2d": (lambda: nn.BatchNorm2d(3), (4, 3, 2, 5)),
