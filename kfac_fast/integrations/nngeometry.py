@@ -1,0 +1,148 @@
+"""nngeometry's Kronecker factors and their eigenbases' diagonals, computed by kfac_fast.
+
+Have the matrices that are made for a while take them::
+
+    with kfac_fast.integrations.nngeometry.enabled():
+        fisher = FIM(model, loader, PMatKFAC)
+
+It serves linear layers and convolutions in one and two dimensions, for ``PMatKFAC`` and
+``PMatEKFAC``; other representations and layers are nngeometry's own. Factors are those of
+nngeometry to rounding. With ``n`` examples and ``c`` outputs of the function, the input factor is
+``sqrt(c) / n`` times its sum and the gradient factor ``1 / (n sqrt(c))``, for convolutions also
+divided by the number of output positions. Where they are not those of the Fisher, they are so here:
+patches are padded with zeros under every ``padding_mode``, and those of a grouped convolution are
+taken over all groups, so that its factors fit no weight.
+
+Tested with nngeometry 0.4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from kfac_fast import ops
+from kfac_fast.integrations.versions import require
+from kfac_fast.layers import RULES
+
+require("nngeometry", "0.4")
+
+import nngeometry.layercollection as layers  # noqa: E402  # isort: skip
+from nngeometry.backend.torch_hooks import grads  # noqa: E402  # isort: skip
+
+
+def _add_squared_gradients(
+    diagonal: Tensor,
+    module: nn.Module,
+    bias: bool,
+    x: Tensor,
+    g: Tensor,
+    right: Tensor,
+    left: Tensor,
+) -> None:
+    """Add the examples' squared gradients in the bases of the inputs and the outputs."""
+    rule = RULES[type(module)]("nngeometry", module, "expand")
+    rule.has_bias = bias
+    diagonal += rule.squared_gradients(x.detach(), g.detach(), right, left, 1.0).flatten()
+
+
+class LinearFactory(grads.LinearJacobianFactory):  # type: ignore[misc]
+    """nngeometry's ``LinearJacobianFactory``; inputs are ``[N, in]``, as there."""
+
+    @classmethod
+    def kfac_xx(cls, buffer: Tensor, mod: nn.Linear, layer: Any, x: Tensor, gy: Tensor) -> None:
+        """Add a batch to the input factor."""
+        ops.gram(_rows(x), bias=layer.bias is not None, beta=1.0, out=buffer)
+
+    @classmethod
+    def kfac_gg(cls, buffer: Tensor, mod: nn.Linear, layer: Any, x: Tensor, gy: Tensor) -> None:
+        """Add a batch to the gradient factor."""
+        ops.gram(_rows(gy), beta=1.0, out=buffer)
+
+    @classmethod
+    def kfe_diag(
+        cls,
+        buffer: Tensor,
+        mod: nn.Linear,
+        layer: Any,
+        x: Tensor,
+        gy: Tensor,
+        evecs_a: Tensor,
+        evecs_g: Tensor,
+    ) -> None:
+        """Add a batch to the diagonal in the eigenbasis."""
+        bias = layer.bias is not None
+        _add_squared_gradients(buffer, mod, bias, _rows(x), gy, evecs_a, evecs_g)
+
+
+def _rows(x: Tensor) -> Tensor:
+    if x.dim() != 2:
+        raise ValueError(f"nngeometry: a linear layer must have a [N, in] input, got {x.dim()}-d")
+    return x
+
+
+class _Convolution:
+    """What one and two dimensions have in common."""
+
+    @classmethod
+    def kfac_xx(cls, buffer: Tensor, mod: nn.Conv2d, layer: Any, x: Tensor, gy: Tensor) -> None:
+        """Add a batch to the input factor."""
+        geometry = {name: getattr(mod, name) for name in ("stride", "padding", "dilation")}
+        bias = layer.bias is not None
+        ops.conv_expand_gram(x, mod.kernel_size, bias=bias, beta=1.0, out=buffer, **geometry)
+
+    @classmethod
+    def kfac_gg(cls, buffer: Tensor, mod: nn.Conv2d, layer: Any, x: Tensor, gy: Tensor) -> None:
+        """Add a batch to the gradient factor."""
+        ops.gram(gy.movedim(1, -1), alpha=1 / gy.shape[2:].numel(), beta=1.0, out=buffer)
+
+    @classmethod
+    def kfe_diag(
+        cls,
+        buffer: Tensor,
+        mod: nn.Conv2d,
+        layer: Any,
+        x: Tensor,
+        gy: Tensor,
+        evecs_a: Tensor,
+        evecs_g: Tensor,
+    ) -> None:
+        """Add a batch to the diagonal in the eigenbasis."""
+        if mod.groups > 1 or mod.padding_mode != "zeros":
+            library: Any = super()
+            library.kfe_diag(buffer, mod, layer, x, gy, evecs_a, evecs_g)
+        else:
+            _add_squared_gradients(buffer, mod, mod.bias is not None, x, gy, evecs_a, evecs_g)
+
+
+class Conv1dFactory(_Convolution, grads.Conv1dJacobianFactory):  # type: ignore[misc]
+    """nngeometry's ``Conv1dJacobianFactory``."""
+
+
+class Conv2dFactory(_Convolution, grads.Conv2dJacobianFactory):  # type: ignore[misc]
+    """nngeometry's ``Conv2dJacobianFactory``."""
+
+
+_OURS = {
+    layers.LinearLayer: LinearFactory,
+    layers.Conv1dLayer: Conv1dFactory,
+    layers.Conv2dLayer: Conv2dFactory,
+}
+
+
+@contextmanager
+def enabled() -> Iterator[None]:
+    """Have matrices that are computed inside of a ``with`` block take this module's factors.
+
+    Yields:
+        Nothing.
+    """
+    before = {kind: grads.FactoryMap[kind] for kind in _OURS}
+    grads.FactoryMap.update(_OURS)
+    try:
+        yield
+    finally:
+        grads.FactoryMap.update(before)

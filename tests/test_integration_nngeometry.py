@@ -1,0 +1,105 @@
+"""nngeometry with this package's factors against nngeometry itself, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from plain_kfac import assert_solved
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+pytest.importorskip("nngeometry", reason="needs nngeometry")
+from nngeometry.backend import TorchHooksJacobianBackend  # noqa: E402
+from nngeometry.backend.torch_hooks.grads import FactoryMap  # noqa: E402
+from nngeometry.object import PMatEKFAC, PMatKFAC  # noqa: E402
+
+from kfac_fast.integrations import nngeometry as ours  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def images(**options: Any) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1, **options),
+        nn.Tanh(),
+        nn.Conv2d(4, 3, (2, 3), stride=2, dilation=(1, 2), padding=(1, 0), bias=False),
+        nn.Flatten(),
+        nn.Linear(30, 5, bias=False),
+        nn.Tanh(),
+        nn.Linear(5, 3),
+    )
+
+
+def signals() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv1d(2, 4, 3, stride=2, padding=2, dilation=2),
+        nn.Tanh(),
+        nn.Conv1d(4, 3, 2, bias=False),
+        nn.Flatten(),
+        nn.Linear(9, 3),
+    )
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "images": (images, (2, 8, 8)),
+    "groups": (lambda: images(groups=2), (2, 8, 8)),
+    "padding": (lambda: images(padding_mode="circular"), (2, 8, 8)),
+    "signals": (signals, (2, 8)),
+}
+
+
+def problem(network: str) -> tuple[TorchHooksJacobianBackend, DataLoader[Any]]:
+    """A generator and two unequal batches."""
+    make, shape = NETWORKS[network]
+    x = torch.randn(8, *shape, dtype=torch.float64)
+    return TorchHooksJacobianBackend(make().double()), DataLoader(TensorDataset(x), batch_size=5)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_factors_are_those_of_nngeometry(network: str) -> None:
+    generator, data = problem(network)
+    expected = PMatKFAC(generator=generator, examples=data).data
+    with ours.enabled():
+        found = PMatKFAC(generator=generator, examples=data).data
+    assert found.keys() == expected.keys()
+    for name, pair in expected.items():
+        for mine, theirs in zip(found[name], pair, strict=True):
+            assert_solved(mine, theirs)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_diagonals_in_the_eigenbasis_are_those_of_nngeometry(network: str) -> None:
+    generator, data = problem(network)
+    matrix = PMatEKFAC(generator=generator, examples=data)
+    bases = matrix.data[0]
+    matrix.update_diag(data)
+    with ours.enabled():
+        found = generator.get_kfe_diag(bases, data)
+    for name, expected in matrix.data[1].items():
+        assert_solved(found[name], expected)
+
+
+def test_sequences_are_refused_as_by_nngeometry() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Flatten(), nn.Linear(6, 2)).double()
+    generator = TorchHooksJacobianBackend(model)
+    data = DataLoader(TensorDataset(torch.randn(5, 2, 4, dtype=torch.float64)), batch_size=5)
+    with pytest.raises(RuntimeError):
+        PMatKFAC(generator=generator, examples=data)
+    with ours.enabled(), pytest.raises(ValueError, match=r"must have a \[N, in\] input, got 3-d"):
+        PMatKFAC(generator=TorchHooksJacobianBackend(model), examples=data)
+
+
+def test_factories_are_replaced_inside_of_a_block_only() -> None:
+    before = dict(FactoryMap)
+    with pytest.raises(ZeroDivisionError), ours.enabled():
+        assert {FactoryMap[kind] for kind in ours._OURS} == set(ours._OURS.values())
+        raise ZeroDivisionError
+    assert FactoryMap == before
