@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from kfac_fast import ops
-from kfac_fast.conv import ConvGeometry
 from kfac_fast.eigenbases import eigendecompositions
+from kfac_fast.integrations.convolutions import output_positions, patches_gram
 from kfac_fast.integrations.versions import require
 from kfac_fast.layers import RULES
 
@@ -51,26 +51,15 @@ class KFACLinearOperator(curvlinops.KFACLinearOperator):  # type: ignore[misc]
         options: dict[str, Any] = {"bias": self._is_joint(module_name)}
         options |= _added_to(self._input_covariances, module_name)
         if isinstance(module, nn.Conv2d):
-            result = self._convolution(module, x, expand, options)
+            positions = output_positions(module, x) if expand else 1
+            scale = 1 / (self._N_data * positions)
+            result = patches_gram(module, x, expand=expand, alpha=scale, **options)
         elif expand or x.dim() == 2:
             scale = 1 / (self._N_data * x.shape[1:-1].numel())
             result = ops.gram(x, alpha=scale, **options)
         else:
             result = ops.shared_gram(x, reduction="mean", alpha=1 / self._N_data, **options)
         self._input_covariances[module_name] = result
-
-    def _convolution(
-        self, module: nn.Conv2d, x: Tensor, expand: bool, options: dict[str, Any]
-    ) -> Tensor:
-        geometry = {name: getattr(module, name) for name in ("stride", "padding", "dilation")}
-        if module.groups > 1:
-            x = x.unflatten(1, (module.groups, -1)).mean(1)
-        plan = ConvGeometry.normalize("curvlinops", 2, module.kernel_size, **geometry)
-        height, width = plan.output_size(x.shape[2:])
-        positions = height * width if expand else 1
-        form = ops.conv_expand_gram if expand else ops.conv_reduce_gram
-        scale = 1 / (self._N_data * positions)
-        return form(x, module.kernel_size, alpha=scale, **geometry, **options)
 
     def _accumulate_gradient_covariance(
         self, grad_output: Tensor, module: nn.Module, module_name: str

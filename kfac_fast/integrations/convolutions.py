@@ -1,0 +1,45 @@
+"""Input covariances of convolutions as several other libraries take them.
+
+Their patches are averaged over the groups of channels, though each group has a block of its own in
+the Fisher, and padded with zeros under every ``padding_mode``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor, nn
+
+from kfac_fast import ops
+from kfac_fast.conv import ConvGeometry
+
+
+def patches_gram(module: nn.Conv2d, x: Tensor, *, expand: bool, **options: Any) -> Tensor:
+    """Gram of the patches, or of their means over the output positions.
+
+    Args:
+        module: The convolution.
+        x: Its input, ``[N, C, *spatial]``.
+        expand: Whether every patch is a row.
+        options: Of :func:`kfac_fast.conv_expand_gram` besides the geometry.
+
+    Returns:
+        Symmetric ``[D, D]`` with ``D = C / groups * prod(kernel_size) (+ 1)``.
+    """
+    if module.groups > 1:
+        x = x.unflatten(1, (module.groups, -1)).mean(1)
+    form = ops.conv_expand_gram if expand else ops.conv_reduce_gram
+    return form(x, module.kernel_size, **_geometry(module), **options)
+
+
+def output_positions(module: nn.Conv2d, x: Tensor) -> int:
+    """Number of the convolution's output positions for an input ``[N, C, *spatial]``."""
+    dimensions = len(module.kernel_size)
+    options = _geometry(module)
+    geometry = ConvGeometry.normalize("convolution", dimensions, module.kernel_size, **options)
+    return math.prod(geometry.output_size(x.shape[2:]))
+
+
+def _geometry(module: nn.Conv2d) -> dict[str, Any]:
+    return {name: getattr(module, name) for name in ("stride", "padding", "dilation")}

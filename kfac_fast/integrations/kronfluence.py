@@ -1,0 +1,263 @@
+"""kronfluence's influence factors, computed by kfac_fast.
+
+Prepare the model and fit the factors inside of a ``with`` block; scores need none::
+
+    with kfac_fast.integrations.kronfluence.enabled():
+        model = prepare_model(model, task)
+        analyzer = Analyzer("mnist", model, task)
+        analyzer.fit_all_factors("ekfac", data)
+
+Factors are those of kronfluence to rounding, sums with a count beside them, of linear layers and
+convolutions in two dimensions. Where they are not those of the Fisher, they are so here: patches
+are averaged over the groups of channels and padded with zeros under every ``padding_mode``, and
+rows that an attention mask leaves out are missing from the sum of the inputs but not from that of
+the gradients; of a module that is called several times, lambda matrices know the last call only,
+unless parameters are declared to be shared. Other is how they are computed: the factors' patches
+are never written out, one triangle is enough, per-example gradients are formed for a few examples
+at a time, and small matrices of all modules are decomposed in common calls. Covariances that are
+given to the eigendecomposition stay as they are, where kronfluence divides float64 ones by their
+counts in place.
+
+Tested with kronfluence 1.0.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kfac_fast import ops
+from kfac_fast.eigenbases import LARGEST_STACKED, eigendecompositions
+from kfac_fast.integrations.convolutions import output_positions, patches_gram
+from kfac_fast.integrations.versions import require
+from kfac_fast.layers import RULES
+
+require("kronfluence", "1.0.1")
+
+from kronfluence.computer import factor_computer  # noqa: E402  # isort: skip
+from kronfluence.factor.config import FactorConfig  # noqa: E402  # isort: skip
+from kronfluence.module import conv2d, linear  # noqa: E402  # isort: skip
+from kronfluence.module.tracked_module import ModuleMode, TrackedModule  # noqa: E402  # isort: skip
+from kronfluence.module.tracker import factor  # noqa: E402  # isort: skip
+from kronfluence.module.utils import get_tracked_module_names  # noqa: E402  # isort: skip
+from kronfluence.utils import constants  # noqa: E402  # isort: skip
+
+Factors = dict[str, dict[str, Tensor]]
+"""Tensors by the names of the factor and of the module."""
+
+
+class CovarianceTracker(factor.CovarianceTracker):  # type: ignore[misc]
+    """kronfluence's tracker; what it is given are inputs and gradients as the module has them."""
+
+    def _update_activation_covariance_matrix(
+        self, input_activation: Tensor, count: Tensor | int
+    ) -> None:
+        # Without any rows, kronfluence's own makes the zeros, counts, and adds nothing.
+        width = self.module.weight[0].numel() + (self.module.bias is not None)
+        super()._update_activation_covariance_matrix(input_activation.new_empty(0, width), count)
+        total = self.module.storage[constants.ACTIVATION_COVARIANCE_MATRIX_NAME]
+        _add(total, self.module.input_gram, input_activation)
+
+    def _update_gradient_covariance_matrix(
+        self, output_gradient: Tensor, count: Tensor | int
+    ) -> None:
+        empty = output_gradient.new_empty(0, output_gradient.shape[-1])
+        super()._update_gradient_covariance_matrix(empty, count)
+        total = self.module.storage[constants.GRADIENT_COVARIANCE_MATRIX_NAME]
+        _add(total, ops.gram, output_gradient, alpha=float(self.module.gradient_scale) ** 2)
+
+
+def _add(total: Tensor, form: Callable[..., Tensor], x: Tensor, **options: Any) -> None:
+    """Add a sum of outer products; in float32 where the total is narrower."""
+    if total.dtype in (torch.float32, torch.float64):
+        form(x, beta=1.0, out=total, **options)
+    else:
+        total += form(x, **options)
+
+
+class LambdaTracker(factor.LambdaTracker):  # type: ignore[misc]
+    """kronfluence's tracker, which forms squared gradients of a few examples at a time.
+
+    It is kronfluence's own for shared parameters, for gradients that the task processes, for other
+    strategies than EKFAC, and for grouped or not zero-padded convolutions.
+    """
+
+    def register_hooks(self) -> None:
+        """Set up the hooks."""
+        module = self.module.original_module
+        arguments = self.module.factor_args
+        if (
+            arguments.has_shared_parameters
+            or self.module.per_sample_gradient_process_fnc is not None
+            or not FactorConfig.CONFIGS[arguments.strategy].requires_eigendecomposition_for_lambda
+            or getattr(module, "groups", 1) > 1
+            or getattr(module, "padding_mode", "zeros") != "zeros"
+        ):
+            super().register_hooks()
+            return
+        dtype = arguments.per_sample_gradient_dtype
+
+        @torch.no_grad()
+        def forward_hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            x = inputs[0].detach()
+            device = "cpu" if arguments.offload_activations_to_cpu else x.device
+            self.cached_activations = x.to(device=device, dtype=dtype, copy=True)
+            self.cached_hooks.append(output.register_hook(backward_hook))
+
+        @torch.no_grad()
+        def backward_hook(gradient: Tensor) -> None:
+            x = self.cached_activations.to(gradient.device)
+            self.clear_all_cache()
+            self._add_squared_gradients(x, gradient.detach().to(dtype))
+
+        self.registered_hooks.append(self.module.register_forward_hook(forward_hook))
+
+    def _add_squared_gradients(self, x: Tensor, gradient: Tensor) -> None:
+        module, storage = self.module.original_module, self.module.storage
+        layer = RULES[type(module)](self.module.name, module, "expand")
+        layer.has_bias = module.bias is not None
+        dtype = self.module.factor_args.lambda_dtype
+        # Without any examples, kronfluence's own makes the zeros and converts the eigenvectors.
+        self._update_lambda_matrix(gradient.new_empty(0, *layer.matrix_shape(), dtype=dtype))
+        storage[constants.NUM_LAMBDA_PROCESSED] += len(gradient)
+        bases = constants.ACTIVATION_EIGENVECTORS_NAME, constants.GRADIENT_EIGENVECTORS_NAME
+        right, left = (storage[name] for name in bases)
+        scale = float(self.module.gradient_scale) ** 2
+        squares = layer.squared_gradients(x, gradient, right, left, scale)
+        storage[constants.LAMBDA_MATRIX_NAME] += squares
+
+
+class _Tracked:
+    """What both modules have in common: their trackers."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        trackers: dict[Any, Any] = self._trackers  # type: ignore[attr-defined]
+        trackers[ModuleMode.COVARIANCE] = CovarianceTracker(self)
+        trackers[ModuleMode.LAMBDA] = LambdaTracker(self)
+
+
+class TrackedLinear(_Tracked, linear.TrackedLinear):  # type: ignore[misc]
+    """kronfluence's wrapper of ``nn.Linear``."""
+
+    def get_flattened_activation(self, input_activation: Tensor) -> tuple[Tensor, Tensor | int]:
+        """The input as it is, and how many of its rows count."""
+        mask = self._mask(input_activation)
+        rows = input_activation.shape[:-1].numel()
+        return input_activation, rows if mask is None else self.attention_mask.sum()
+
+    def input_gram(self, x: Tensor, **options: Any) -> Tensor:
+        """Gram of the rows that count; options are those of the operator."""
+        return ops.gram(x, bias=self.bias is not None, mask=self._mask(x), **options)
+
+    def _mask(self, x: Tensor) -> Tensor | None:
+        mask: Tensor | None = self.attention_mask
+        if mask is None or mask.numel() != x.shape[:-1].numel():
+            return None
+        return mask.reshape(x.shape[:-1]).bool()
+
+
+class TrackedConv2d(_Tracked, conv2d.TrackedConv2d):  # type: ignore[misc]
+    """kronfluence's wrapper of ``nn.Conv2d``."""
+
+    def get_flattened_activation(self, input_activation: Tensor) -> tuple[Tensor, int]:
+        """The input as it is, and the number of its patches."""
+        x = input_activation
+        return x, len(x) * output_positions(self.original_module, x)
+
+    def input_gram(self, x: Tensor, **options: Any) -> Tensor:
+        """Gram of the patches; options are those of the operator."""
+        bias = self.bias is not None
+        return patches_gram(self.original_module, x, expand=True, bias=bias, **options)
+
+    def get_flattened_gradient(self, output_gradient: Tensor) -> tuple[Tensor, int]:
+        """The pixels of the gradient, a view, and their number."""
+        pixels = output_gradient.movedim(1, -1)
+        return pixels, pixels.shape[:-1].numel()
+
+
+@torch.no_grad()
+def perform_eigendecomposition(
+    covariance_factors: Factors,
+    model: nn.Module,
+    state: Any,
+    factor_args: Any,
+    disable_tqdm: bool = True,
+) -> Factors:
+    """Decompose the covariances of every module, small ones in common calls.
+
+    Args:
+        covariance_factors: Sums and counts of every module.
+        model: The prepared model.
+        state: kronfluence's; the matrices are decomposed on its device.
+        factor_args: kronfluence's; ``eigendecomposition_dtype`` is that of the computation.
+        disable_tqdm: Taken for compatibility; there is no progress bar.
+
+    Returns:
+        Eigenvectors and eigenvalues of every module, on the CPU.
+
+    Raises:
+        ValueError: If a matrix is not finite.
+    """
+    names = get_tracked_module_names(model=model)
+    results: Factors = {name: {} for name in constants.EIGENDECOMPOSITION_FACTOR_NAMES}
+    sides = [
+        (
+            constants.ACTIVATION_COVARIANCE_MATRIX_NAME,
+            constants.NUM_ACTIVATION_COVARIANCE_PROCESSED,
+            constants.ACTIVATION_EIGENVECTORS_NAME,
+            constants.ACTIVATION_EIGENVALUES_NAME,
+        ),
+        (
+            constants.GRADIENT_COVARIANCE_MATRIX_NAME,
+            constants.NUM_GRADIENT_COVARIANCE_PROCESSED,
+            constants.GRADIENT_EIGENVECTORS_NAME,
+            constants.GRADIENT_EIGENVALUES_NAME,
+        ),
+    ]
+    small: list[tuple[str, tuple[str, ...]]] = []
+    large: list[tuple[str, tuple[str, ...]]] = []
+    for name in names:
+        for side in sides:
+            is_large = len(covariance_factors[side[0]][name]) > LARGEST_STACKED
+            (large if is_large else small).append((name, side))
+    for together in [small, *([one] for one in large)]:
+        means = [
+            covariance_factors[total][name].to(state.device, factor_args.eigendecomposition_dtype)
+            / covariance_factors[count][name].to(state.device)
+            for name, (total, count, *_) in together
+        ]
+        solved = eigendecompositions([(mean + mean.mT) / 2 for mean in means])
+        for (name, (total, _, vectors, values)), found in zip(together, solved, strict=True):
+            if not found.valid:
+                raise ValueError(f"{name}: {total} has no eigendecomposition")
+            dtype = covariance_factors[total][name].dtype
+            results[vectors][name] = found.vectors.contiguous().to("cpu", dtype)
+            results[values][name] = found.values.to("cpu", dtype)
+    return results
+
+
+@contextmanager
+def enabled() -> Iterator[None]:
+    """Have models that are prepared inside of a ``with`` block be of this module's classes.
+
+    The eigendecomposition is this module's in there, too.
+
+    Yields:
+        Nothing.
+    """
+    ours = {nn.Linear: TrackedLinear, nn.Conv2d: TrackedConv2d}
+    supported = TrackedModule.SUPPORTED_MODULES
+    before = {kind: supported[kind] for kind in ours}
+    decompose = factor_computer.perform_eigendecomposition
+    supported.update(ours)
+    factor_computer.perform_eigendecomposition = perform_eigendecomposition
+    try:
+        yield
+    finally:
+        supported.update(before)
+        factor_computer.perform_eigendecomposition = decompose
