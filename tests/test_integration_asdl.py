@@ -1,0 +1,173 @@
+"""asdl with this package's factors and inverses against asdl itself, in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from plain_kfac import assert_solved
+from torch import Tensor, nn
+
+asdl = pytest.importorskip("asdl.symmatrix", reason="needs asdfghjkl")
+from asdl import FisherConfig, get_fisher_maker  # noqa: E402
+
+from kfac_fast.integrations import asdl as ours  # noqa: E402
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:Using a non-full backward hook:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Failed to lookup operations:UserWarning"),
+]
+FISHERS = ["fisher_emp", "fisher_exact", "fisher_mc"]
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def images(groups: int = 1, padding_mode: str = "zeros") -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1, groups=groups, padding_mode=padding_mode),
+        nn.Tanh(),
+        nn.Conv2d(4, 3, (2, 3), stride=2, padding=(1, 0), bias=False),
+        nn.Flatten(),
+        nn.Linear(45, 5, bias=False),
+        nn.Tanh(),
+        nn.Linear(5, 3),
+    )
+
+
+def tokens() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2), nn.Flatten(), nn.Linear(12, 3)
+    )
+
+
+NETWORKS: dict[str, Any] = {
+    "images": (images, (2, 8, 8)),
+    "groups": (lambda: images(groups=2), (2, 8, 8)),
+    "padding": (lambda: images(padding_mode="circular"), (2, 8, 8)),
+    "tokens": (tokens, (6, 4)),
+}
+
+
+def fisher(model: nn.Module, x: Tensor, kind: str, shape: str, **options: Any) -> dict[str, Any]:
+    """The Kronecker factors or inverses of every layer."""
+    y = torch.arange(len(x)) % 3
+    config = FisherConfig(kind, [shape], loss_type="cross_entropy", seed=1, n_mc_samples=2)
+    maker = get_fisher_maker(model, config)
+    outputs = maker.setup_model_call(model, x)
+    maker.setup_loss_call(F.cross_entropy, outputs, y, reduction="sum")
+    maker.setup_logits_repr(outputs)
+    maker.forward_and_backward(data_size=len(x), scale=0.5, **options)
+    names = ("A", "B", "A_inv", "B_inv")
+    found = {
+        f"{name}.{part}": getattr(module.fisher.kron, part)
+        for name, module in model.named_modules()
+        if hasattr(module, "fisher")
+        for part in names
+    }
+    return {name: matrix for name, matrix in found.items() if matrix is not None}
+
+
+@pytest.mark.parametrize("shape", ["kron", "swift_kron"])
+@pytest.mark.parametrize("kind", FISHERS)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_factors_are_those_of_asdl(network: str, kind: str, shape: str) -> None:
+    make, size = NETWORKS[network]
+    examples = 8 if shape == "kron" else 48  # fewer than features would be scaled in place
+    model, x = make().double(), torch.randn(examples, *size, dtype=torch.float64)
+    expected = fisher(model, x, kind, shape)
+    with ours.enabled():
+        found = fisher(model, x, kind, shape)
+    assert found.keys() == expected.keys() and len(found) >= 6
+    for name, matrix in expected.items():
+        assert_solved(found[name], matrix)
+
+
+@pytest.mark.parametrize("kind", FISHERS)
+def test_inverses_are_those_of_asdl(kind: str) -> None:
+    model, x = images().double(), torch.randn(8, 2, 8, 8, dtype=torch.float64)
+    expected = fisher(model, x, kind, "kron", calc_inv=True, damping=1e-2)
+    with ours.enabled():
+        found = fisher(model, x, kind, "kron", calc_inv=True, damping=1e-2)
+    assert found.keys() == expected.keys()
+    for name, matrix in expected.items():
+        assert_solved(found[name], matrix, condition=1e6)
+
+
+def test_patches_are_never_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = images().double(), torch.randn(8, 2, 8, 8, dtype=torch.float64)
+    monkeypatch.delattr("asdl.operations.conv.im2col_2d")
+    with ours.enabled():
+        fisher(model, x, "fisher_emp", "kron")
+
+
+def test_dilated_convolutions_are_served() -> None:
+    conv = nn.Conv2d(2, 3, 3, dilation=2, padding=1).double()
+    x = torch.randn(4, 2, 8, 8, dtype=torch.float64)
+    patches = F.unfold(x, 3, dilation=2, padding=1)
+    expected = torch.einsum("nis,njs->ij", patches, patches) / patches.shape[-1]
+    assert_solved(ours.Conv2d.cov_kron_A(conv, x), expected)
+
+
+def covariance(size: int, scale: float = 1.0) -> Tensor:
+    rows = torch.randn(2 * size, size, dtype=torch.float64)
+    return scale * rows.T @ rows
+
+
+FACTORS: dict[str, Any] = {
+    "both": lambda: (covariance(5), covariance(3, 10.0)),
+    "a zero": lambda: (torch.zeros(4, 4, dtype=torch.float64), covariance(3)),
+    "zeros": lambda: (torch.zeros(4, 4, dtype=torch.float64),) * 2,
+    "tiny": lambda: (covariance(5, 1e-20), covariance(3)),
+    "rows": lambda: (torch.randn(3, 5, dtype=torch.float64), covariance(3)),
+    "one": lambda: (covariance(5), None),
+}
+
+
+@pytest.mark.parametrize("replace", [False, True])
+@pytest.mark.parametrize("asked", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("factors", FACTORS)
+def test_update_inv_is_that_of_asdl(factors: str, asked: tuple[bool, bool], replace: bool) -> None:
+    a, b = FACTORS[factors]()
+    if b is None and asked[1]:
+        for kind in (asdl.Kron, ours.Kron):
+            with pytest.raises(ValueError, match="B does not exist"):
+                kind(a, b).update_inv(1e-2, *asked)
+        return
+    results = []
+    for kind in (asdl.Kron, ours.Kron):
+        kron = kind(*(None if m is None else m.clone() for m in (a, b)))
+        kron.update_inv(1e-2, *asked, replace=replace)
+        results.append(kron)
+    expected, found = results
+    for part in ("A", "B", "A_inv", "B_inv"):
+        mine, theirs = getattr(found, part), getattr(expected, part)
+        assert (mine is None) == (theirs is None)
+        if part in {"A", "B"} and mine is not None:
+            assert mine.equal({"A": a, "B": b}[part])  # asdl's diagonals are rounded
+        elif theirs is not None:
+            assert_solved(mine, theirs, condition=1e7)
+
+
+def test_a_factor_that_fails_is_tried_again_by_asdl() -> None:
+    kron = ours.Kron(covariance(5), covariance(3) - 100 * torch.eye(3, dtype=torch.float64))
+    with pytest.raises(torch.linalg.LinAlgError, match="not positive-definite"):
+        kron.update_inv(1e-2)
+
+
+def test_classes_are_replaced_inside_of_a_block_only() -> None:
+    from asdl import core, symmatrix
+
+    before = core.get_op_class, symmatrix.Kron
+    with pytest.raises(ZeroDivisionError), ours.enabled():
+        assert core.get_op_class(nn.Linear(1, 1)) is ours.Linear
+        assert core.get_op_class(nn.Conv2d(1, 1, 1)) is ours.Conv2d
+        assert core.get_op_class(nn.LayerNorm(1)) is before[0](nn.LayerNorm(1))
+        assert symmatrix.Kron is ours.Kron
+        raise ZeroDivisionError
+    assert (core.get_op_class, symmatrix.Kron) == before
