@@ -1,0 +1,121 @@
+"""singd's optimizer with the curvature of its dense structures computed by kfac_fast.
+
+Use the class of this module in place of singd's own, which it is a subclass of::
+
+    optimizer = kfac_fast.integrations.singd.SINGD(model, structures=("dense", "dense"))
+
+or have optimizers that are made for a while be of it with :func:`enabled`. It serves layers whose
+two structures are dense; others are singd's own. The terms ``H_K`` and ``H_C`` are those of singd
+to rounding, with its scales. Where they are not those of the Fisher, they are so here: patches are
+averaged over the groups of channels and padded with zeros under every ``padding_mode``. Other is
+how they are computed, of a side with more rows than features: its covariance is formed first,
+without ever writing patches out, and then rotated.
+
+Tested with singd 0.0.5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import sqrt
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from kfac_fast import ops
+from kfac_fast.integrations.convolutions import output_positions, patches_gram
+from kfac_fast.integrations.versions import require
+
+require("singd", "0.0.5")
+
+import singd.optim.optimizer as library  # noqa: E402  # isort: skip
+from singd.optim.utils import process_grad_output, process_input  # noqa: E402  # isort: skip
+from singd.structures.dense import DenseMatrix  # noqa: E402  # isort: skip
+
+
+class SINGD(library.SINGD):  # type: ignore[misc]
+    """:class:`singd.optim.optimizer.SINGD`, its curvature formed by kfac_fast.
+
+    Takes the same arguments. Source: Lin et al. (2024), section 3.
+    """
+
+    def _accumulate_H_terms(  # noqa: N802
+        self, module: nn.Module, inputs: tuple[Tensor, ...], grad_output: Tensor
+    ) -> None:
+        name = self.module_names[module]
+        sides = (self.Ks[name], self.H_Ks), (self.Cs[name], self.H_Cs)
+        if not all(type(matrix) is DenseMatrix for matrix, _ in sides):
+            super()._accumulate_H_terms(module, inputs, grad_output)
+            return
+        average, approx = (
+            self._get_param_group_entry(module, entry) for entry in ("loss_average", "kfac_approx")
+        )
+        dtypes, _ = self._get_preconditioner_dtypes_and_device(module)
+        x, g = inputs[0].detach().to(dtypes[0]), grad_output.detach().to(dtypes[1])
+        scale = 1 / self._get_grad_scale(self.steps - 1)
+        terms = (
+            _input_term(self.Ks[name], x, module, approx),
+            _gradient_term(self.Cs[name], g, module, average, approx, scale),
+        )
+        for (_, known), term in zip(sides, terms, strict=True):
+            if dist.is_initialized():
+                term.all_reduce(op=dist.ReduceOp.AVG if average else dist.ReduceOp.SUM)
+            known[name] = known[name].add_(term) if name in known else term
+
+
+def _input_term(k: DenseMatrix, x: Tensor, module: Any, approx: str) -> DenseMatrix:
+    """``K^T A K`` for the covariance ``A`` of the inputs."""
+    is_convolution, expand = isinstance(module, nn.Conv2d), approx == "expand"
+    if is_convolution:
+        positions = output_positions(module, x) if expand else 1
+    else:
+        positions = x.shape[1:-1].numel() if expand else 1
+    rows = len(x) * positions
+    if rows <= len(k.to_dense()):
+        return k.from_inner(X=process_input(x, module, approx).T)
+    options: dict[str, Any] = {"bias": module.bias is not None, "alpha": 1 / rows}
+    if is_convolution:
+        covariance = patches_gram(module, x, expand=expand, **options)
+    elif expand or x.dim() == 2:
+        covariance = ops.gram(x, **options)
+    else:
+        covariance = ops.shared_gram(x, reduction="mean", **options)
+    return k.from_inner2(covariance.to(x.dtype))
+
+
+def _gradient_term(
+    c: DenseMatrix, g: Tensor, module: Any, average: str | None, approx: str, scale: float
+) -> DenseMatrix:
+    """``C^T G C`` for the covariance ``G`` of the gradients, whose unit is that of the loss."""
+    rows = g.movedim(1, -1) if isinstance(module, nn.Conv2d) else g
+    expand = approx == "expand" or g.dim() == 2
+    if (rows.shape[:-1].numel() if expand else len(g)) <= len(c.to_dense()):
+        inner = process_grad_output(g, module, average, approx) * sqrt(scale)
+        return c.from_inner(X=inner.T)
+    terms = {None: 1, "batch": len(g), "batch+sequence": rows.shape[:-1].numel()}[average]
+    form = ops.gram if expand else ops.shared_gram
+    options: dict[str, Any] = {} if expand else {"reduction": "sum"}
+    return c.from_inner2(form(rows, alpha=terms * scale, **options).to(g.dtype))
+
+
+@contextmanager
+def enabled() -> Iterator[None]:
+    """Have optimizers that are made inside of a ``with`` block be of this module's class.
+
+    Yields:
+        Nothing.
+    """
+    original = library.SINGD.__init__
+
+    def make(self: Any, *args: Any, **options: Any) -> None:
+        if type(self) is library.SINGD:
+            self.__class__ = SINGD
+        original(self, *args, **options)
+
+    library.SINGD.__init__ = make
+    try:
+        yield
+    finally:
+        library.SINGD.__init__ = original

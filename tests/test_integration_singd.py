@@ -1,0 +1,145 @@
+"""singd's optimizer with this package's curvature against singd's own, in float64."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from plain_kfac import assert_solved
+from torch import Tensor, nn
+
+pytest.importorskip("singd", reason="needs singd and what it imports")
+from singd.optim.optimizer import SINGD  # noqa: E402
+
+from kfac_fast.integrations import singd as ours  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def images(groups: int = 1, padding_mode: str = "zeros") -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding="same", groups=groups, padding_mode=padding_mode),
+        nn.Tanh(),
+        nn.Conv2d(4, 3, (2, 3), stride=2, dilation=(1, 2), padding=(1, 0), bias=False),
+        nn.Flatten(),
+        nn.Linear(30, 5, bias=False),
+        nn.Tanh(),
+        nn.Linear(5, 3),
+    )
+
+
+def tokens() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3, bias=False))
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[int, ...]]] = {
+    "images": (images, (2, 8, 8), ()),
+    "groups": (lambda: images(groups=2), (2, 8, 8), ()),
+    "padding": (lambda: images(padding_mode="circular"), (2, 8, 8), ()),
+    "tokens": (tokens, (6, 4), (6,)),
+    "rows": (tokens, (4,), ()),
+}
+
+
+def accumulate(model: nn.Module, network: str, scale: float, examples: int = 8) -> None:
+    """Gradients of two micro-batches with few, and then with many examples."""
+    _, shape, positions = NETWORKS[network]
+    generator = torch.Generator().manual_seed(1)
+    for n in (examples // 4, examples):
+        x = torch.randn(n, *shape, dtype=torch.float64, generator=generator)
+        y = torch.randint(3, (n, *positions), generator=generator)
+        logits: Tensor = model(x)
+        (scale * F.cross_entropy(logits.reshape(-1, 3), y.flatten())).backward()
+
+
+def both(network: str, **options: Any) -> list[tuple[nn.Module, Any]]:
+    model = NETWORKS[network][0]().double()
+    models = [model, copy.deepcopy(model)]
+    given = {"T": 1, "lr_cov": 0.1, **options}
+    return [(m, kind(m, **given)) for m, kind in zip(models, (SINGD, ours.SINGD), strict=True)]
+
+
+def assert_equal_terms(pairs: list[tuple[nn.Module, Any]]) -> None:
+    (_, expected), (_, found) = pairs
+    for side in ("H_Ks", "H_Cs"):
+        theirs, mine = getattr(expected, side), getattr(found, side)
+        assert mine.keys() == theirs.keys() and theirs
+        for name, term in theirs.items():
+            assert_solved(mine[name].to_dense(), term.to_dense())
+
+
+@pytest.mark.parametrize("average", [None, "batch", "batch+sequence"])
+@pytest.mark.parametrize("approx", ["expand", "reduce"])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_terms_and_steps_are_those_of_singd(network: str, approx: str, average: str | None) -> None:
+    pairs = both(network, kfac_approx=approx, loss_average=average)
+    for _ in range(3):
+        for model, optimizer in pairs:
+            optimizer.zero_grad()
+            accumulate(model, network, 1.0)
+        assert_equal_terms(pairs)
+        for _, optimizer in pairs:
+            optimizer.step()
+    for expected, found in zip(*(model.parameters() for model, _ in pairs), strict=True):
+        assert_solved(found.detach(), expected.detach())
+
+
+def test_scales_of_the_loss_are_those_of_singd() -> None:
+    pairs = both("images", init_grad_scale=16.0)
+    for scale in (16.0, 64.0):
+        for model, optimizer in pairs:
+            optimizer.zero_grad()
+            accumulate(model, "images", scale)
+        assert_equal_terms(pairs)
+        for _, optimizer in pairs:
+            optimizer.set_current_grad_scale(scale)
+            optimizer.step()
+
+
+@pytest.mark.parametrize("structures", [("dense", "diagonal"), ("diagonal", "dense")])
+def test_other_structures_are_left_to_singd(structures: tuple[str, str]) -> None:
+    pairs = both("images", structures=structures)
+    for model, _ in pairs:
+        accumulate(model, "images", 1.0)
+    assert_equal_terms(pairs)
+
+
+def test_patches_of_many_rows_are_never_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = both("images")[1]
+    monkeypatch.delattr("singd.optim.utils._extract_patches")
+    accumulate(model, "images", 1.0, examples=40)
+
+
+@pytest.mark.parametrize("average", [None, "batch"])
+def test_terms_are_reduced_over_the_ranks(
+    average: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, dist.ReduceOp]] = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "all_reduce", lambda x, op, **_: seen.append((x.numel(), op)))
+    calls = []
+    for model, _ in both("tokens", loss_average=average):
+        seen.clear()
+        accumulate(model, "tokens", 1.0)
+        calls.append(list(seen))
+    assert calls[0] and calls[1] == calls[0]
+
+
+def test_optimizers_are_replaced_inside_of_a_block_only() -> None:
+    model = tokens().double()
+    original = SINGD.__init__
+    with ours.enabled():
+        assert type(SINGD(model)) is ours.SINGD
+    with pytest.raises(ZeroDivisionError), ours.enabled():
+        raise ZeroDivisionError
+    assert SINGD.__init__ is original and type(SINGD(model)) is SINGD
