@@ -1,0 +1,163 @@
+"""kfac-pytorch's factors and inverses, computed by kfac_fast.
+
+Train inside of a ``with`` block::
+
+    preconditioner = kfac.preconditioner.KFACPreconditioner(model, compute_method="inverse")
+    with kfac_fast.integrations.kfac_pytorch.enabled(preconditioner):
+        train(model, preconditioner)
+
+It serves linear layers and convolutions in two dimensions, and the layers that precondition with
+inverses; eigendecompositions are kfac-pytorch's own. Results are those of kfac-pytorch to rounding.
+Where they are not those of the Fisher, they are so here: gradients keep the unit of a mean loss;
+patches, their bias entries and the gradients of a convolution are divided by the number ``T`` of
+its output positions before their outer products are averaged over them, so that both factors are
+divided by ``T**2`` too often; and patches are taken without the dilation, padded with zeros under
+every ``padding_mode``, and over all groups. Other is how they are computed: patches are never
+written out, one triangle of a factor is enough, and all inverses of a rank are one call.
+
+kfac-pytorch is on no package index, so nothing of it is imported: this is written for what its
+layers look like at commit 869cf11 (``module``, ``a_factor``, ``a_inv``, ``compute_a_inv``, and
+the same of ``g``), and tested with a double of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from kfac_fast import ops
+from kfac_fast.conv import ConvGeometry
+
+
+def get_a_factor(helper: Any, a: Tensor) -> Tensor:
+    """Input factor of a batch; see kfac-pytorch's ``ModuleHelper.get_a_factor``.
+
+    Args:
+        helper: The layer's ``ModuleHelper``.
+        a: Input of its module.
+
+    Returns:
+        Symmetric ``[in (+ 1), in (+ 1)]``, in the dtype of the input.
+    """
+    module, bias = helper.module, helper.has_bias()
+    if isinstance(module, nn.Linear):
+        return ops.gram(a, bias=bias, alpha=1 / a.shape[:-1].numel()).to(a.dtype)
+    options: dict[str, Any] = {"stride": module.stride, "padding": module.padding}
+    geometry = ConvGeometry.normalize("kfac-pytorch", 2, module.kernel_size, **options)
+    scale = 1 / (len(a) * math.prod(geometry.output_size(a.shape[2:])) ** 3)
+    total = ops.conv_expand_gram(a, module.kernel_size, bias=bias, alpha=scale, **options)
+    return total.to(a.dtype)
+
+
+def get_g_factor(helper: Any, g: Tensor) -> Tensor:
+    """Gradient factor of a batch; see kfac-pytorch's ``ModuleHelper.get_g_factor``.
+
+    Args:
+        helper: The layer's ``ModuleHelper``.
+        g: Gradient with respect to the output of its module.
+
+    Returns:
+        Symmetric ``[out, out]``, in the dtype of the gradient.
+    """
+    if isinstance(helper.module, nn.Linear):
+        return ops.gram(g, alpha=1 / g.shape[:-1].numel()).to(g.dtype)
+    scale = 1 / (len(g) * g.shape[2:].numel() ** 3)
+    return ops.gram(g.movedim(1, -1), alpha=scale).to(g.dtype)
+
+
+class _Inverse(NamedTuple):
+    """An inverse, and what of; None if the factor is not positive definite."""
+
+    factor: Tensor
+    version: int
+    damping: float
+    inverse: Tensor | None
+
+    def is_of(self, factor: Tensor, damping: float) -> bool:
+        """Whether this is the inverse of a factor as it is now."""
+        now = factor._version, damping
+        return self.factor is factor and (self.version, self.damping) == now
+
+
+class _Inverses:
+    """All inverses of this rank, computed when the first of them is asked for."""
+
+    def __init__(self, preconditioner: Any) -> None:
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        worker = preconditioner._assignment.inv_worker
+        self._sides = [
+            (layer, side)
+            for name, layer in preconditioner._layers.values()
+            for side in ("a", "g")
+            if _is_served(layer) and worker(name, side.upper()) == rank
+        ]
+        self._ready: dict[tuple[int, str], _Inverse] = {}
+
+    def compute(
+        self, layer: Any, side: str, own: Callable[..., None], damping: float = 0.001
+    ) -> None:
+        """As a layer's ``compute_a_inv`` and ``compute_g_inv``, of which ``own`` is one."""
+        factor = getattr(layer, f"{side}_factor")
+        if factor is None:
+            own(damping=damping)
+            return
+        key = id(layer), side
+        if key not in self._ready or not self._ready[key].is_of(factor, damping):
+            self._invert_all(damping)
+        known = self._ready.pop(key, None)
+        if known is None or known.inverse is None:
+            own(damping=damping)
+        else:
+            setattr(layer, f"{side}_inv", known.inverse.to(layer.inv_dtype))
+
+    def _invert_all(self, damping: float) -> None:
+        sides = [s for s in self._sides if getattr(s[0], f"{s[1]}_factor") is not None]
+        factors = [getattr(layer, f"{side}_factor") for layer, side in sides]
+        inverses, info, _ = ops.damped_inverse([factor.float() for factor in factors], damping)
+        for (layer, side), factor, inverse, failed in zip(
+            sides, factors, inverses, info.tolist(), strict=True
+        ):
+            found = None if failed else inverse
+            self._ready[id(layer), side] = _Inverse(factor, factor._version, damping, found)
+
+
+def _is_served(layer: Any) -> bool:
+    """Whether a layer has inverses, rather than eigendecompositions, of symmetric factors."""
+    return hasattr(layer, "a_inv") and layer.module.has_symmetric_factors()
+
+
+@contextmanager
+def enabled(preconditioner: Any) -> Iterator[None]:
+    """Have a preconditioner's factors and inverses computed here inside of a ``with`` block.
+
+    Args:
+        preconditioner: A ``KFACPreconditioner``, or another ``BaseKFACPreconditioner``.
+
+    Yields:
+        Nothing.
+    """
+    inverses = _Inverses(preconditioner)
+    replaced: list[tuple[Any, str, Any]] = []
+    for _, layer in preconditioner._layers.values():
+        if isinstance(layer.module.module, nn.Linear | nn.Conv2d):
+            helper = layer.module
+            replaced.append((helper, "get_a_factor", partial(get_a_factor, helper)))
+            replaced.append((helper, "get_g_factor", partial(get_g_factor, helper)))
+        if _is_served(layer):
+            for side in ("a", "g"):
+                name = f"compute_{side}_inv"
+                own = getattr(layer, name)
+                replaced.append((layer, name, partial(inverses.compute, layer, side, own)))
+    for owner, name, function in replaced:
+        setattr(owner, name, function)
+    try:
+        yield
+    finally:
+        for owner, name, _ in replaced:
+            delattr(owner, name)
