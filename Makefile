@@ -6,6 +6,7 @@ TEST_ARGS ?=
 BENCH_ARGS ?=
 EXAMPLE ?= train_vit
 EXAMPLE_ARGS ?=
+PEER_ARGS ?=
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -15,19 +16,23 @@ CURVLINOPS := curvlinops-for-pytorch linear_operator scipy tqdm
 DEPENDENCIES := .venv/dependencies.stamp
 EXTENSION := .venv/extension.stamp
 PACKAGE := .venv/package.stamp
+PEERS := .venv/peers
 CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 PYTHON_TOO_OLD := kfac_fast needs Python 3.10 or newer, but %s is %d.%d: choose one with make PYTHON=...
 
-.PHONY: help bench test example lint format clean
+.PHONY: help bench bench-peers test example lint format clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 21
 
 bench: $(PACKAGE) $(EXTENSION) ## run the microbenchmarks and print the table (BENCH_ARGS go to pytest)
 	@mkdir -p bench/output
 	$(BIN)/python -m pytest bench/ --benchmark-json=bench/output/bench.json $(BENCH_ARGS)
 	$(BIN)/python bench/report.py bench/output/bench.json
+
+bench-peers: $(PACKAGE) $(EXTENSION) $(PEERS)/installed.stamp ## time other libraries with and without kfac_fast (PEER_ARGS go to it)
+	PYTHONPATH=$(PEERS) $(BIN)/python bench/bench_peers.py $(PEER_ARGS)
 
 test: $(PACKAGE) $(EXTENSION) ## run the tests (TEST_ARGS go to pytest)
 	$(BIN)/python -m pytest $(TEST_ARGS)
@@ -70,6 +75,10 @@ $(DEPENDENCIES): constraints.txt pyproject.toml | $(BIN)/python
 # Apart from the installation, because a change of a kernel needs only this.
 $(EXTENSION): $(DEPENDENCIES) setup.py CMakeLists.txt $(CXX_FILES)
 	$(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@
+
+$(PEERS)/installed.stamp: bench/peers.txt | $(DEPENDENCIES)
+	$(PIP) install --quiet --no-deps --upgrade --target $(PEERS) --requirement bench/peers.txt
 	@touch $@
 
 $(PACKAGE): pyproject.toml setup.py | $(EXTENSION)
