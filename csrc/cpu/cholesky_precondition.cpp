@@ -62,7 +62,12 @@ class CholeskyPreconditioning : LayerPanels<T> {
  private:
   using LayerPanels<T>::layer_, LayerPanels<T>::product_, LayerPanels<T>::width_;
   using LayerPanels<T>::panels, LayerPanels<T>::panel_size, LayerPanels<T>::columns_of;
-  using LayerPanels<T>::slots, LayerPanels<T>::pack, LayerPanels<T>::store;
+  using LayerPanels<T>::pack, LayerPanels<T>::store;
+
+  // Panels that are there at the same time, of those that one pass fills and reads.
+  int64_t slots(int64_t columns, bool is_parallel) const {
+    return is_parallel ? panels(columns) : 1;
+  }
 
   // A pass solves one panel, and has one of the gradient beside it.
   int64_t solve_size() const { return solve_left_.scratch_size(); }

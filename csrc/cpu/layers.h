@@ -34,11 +34,6 @@ class LayerPanels {
     return std::min(width_, columns - panel * width_);
   }
 
-  // Panels that are there at the same time, of those that one pass fills and reads.
-  int64_t slots(int64_t columns, bool is_parallel) const {
-    return is_parallel ? panels(columns) : 1;
-  }
-
   Job job(int64_t scratch, int64_t scratch_to_share) const {
     const auto m = static_cast<double>(layer_.rows), k = static_cast<double>(layer_.columns);
     return {(m + 24) * (k + 24) * (m + k + 24), scratch, scratch_to_share};

@@ -21,7 +21,8 @@ class Preconditioning : LayerPanels<T> {
   Preconditioning(InstructionSet set, const Layer<T>& layer)
       : LayerPanels<T>(set, layer),
         grad_size_(panel_size(layer.rows) * panels(layer.columns)),
-        half_size_(panel_size(layer.columns) * panels(layer.rows)) {}
+        half_size_(panel_size(layer.columns) * panels(layer.rows)),
+        side_size_(most_together * panel_size(longest)) {}
 
   Job job() const { return LayerPanels<T>::job(scratch_size(false), scratch_size(true)); }
 
@@ -31,28 +32,27 @@ class Preconditioning : LayerPanels<T> {
     const int64_t m = layer_.rows, k = layer_.columns;
     T* grad = scratch;
     T* half = grad + grad_size_;
-    T* left = half + half_size_;
-    T* right = left + slots(m, Share::is_parallel) * panel_size(m);
-    T* result = right + slots(k, Share::is_parallel) * panel_size(k);
-    const auto slot = [](int64_t panel) { return Share::is_parallel ? panel : 0; };
+    T* side = half + half_size_;
+    T* result =
+        side + std::max(slots(m, Share::is_parallel), slots(k, Share::is_parallel)) * side_size_;
     const Panels<T> grads{grad, m, width_, width_, panel_size(m)};
     const Panels<T> halves{half, k, width_, width_, panel_size(k)};
     const double products = static_cast<double>(m) * static_cast<double>(k);
     share(panels(k), products,
           [&](int64_t panel) { pack(layer_.grad, m, k, panel, grad + panel * panel_size(m)); });
-    share(panels(m), products * m, [&](int64_t panel) {
-      T* packed = left + slot(panel) * panel_size(m);
-      pack(layer_.left.transposed(), m, m, panel, packed);
-      multiply(grads, k, {packed, m, width_, width_, panel_size(m)}, columns_of(panel, m),
-               half + panel * panel_size(k));
+    share(groups(m), products * m, [&](int64_t group) {
+      multiply(grads, k, layer_.left.transposed(), m, group, side_of<Share>(side, group),
+               half + group * together(m) * panel_size(k), panel_size(k));
     });
     std::vector<double> inner(panels(k));
-    share(panels(k), products * k, [&](int64_t panel) {
-      T* packed = right + slot(panel) * panel_size(k);
-      pack(layer_.right, k, k, panel, packed);
-      T* sums = result + slot(panel) * panel_size(m);
-      multiply(halves, m, {packed, k, width_, width_, panel_size(k)}, columns_of(panel, k), sums);
-      inner[panel] = store(sums, grads.at(panel * width_), panel);
+    share(groups(k), products * k, [&](int64_t group) {
+      const int64_t first = group * together(k);
+      T* sums = result + (Share::is_parallel ? first : 0) * panel_size(m);
+      multiply(halves, m, layer_.right, k, group, side_of<Share>(side, group), sums, panel_size(m));
+      for (int64_t panel = first; panel < end_of(group, k); ++panel) {
+        inner[panel] =
+            store(sums + (panel - first) * panel_size(m), grads.at(panel * width_), panel);
+      }
     });
     return std::accumulate(inner.begin(), inner.end(), 0.0);
   }
@@ -60,28 +60,58 @@ class Preconditioning : LayerPanels<T> {
  private:
   using LayerPanels<T>::layer_, LayerPanels<T>::product_, LayerPanels<T>::width_;
   using LayerPanels<T>::panels, LayerPanels<T>::panel_size, LayerPanels<T>::columns_of;
-  using LayerPanels<T>::slots, LayerPanels<T>::pack, LayerPanels<T>::store;
+  using LayerPanels<T>::pack, LayerPanels<T>::store;
+
+  // Panels of a side that meet the same panels of the other factor in the nearer caches; few where
+  // there are few, for the threads' sake.
+  int64_t together(int64_t columns) const {
+    return std::clamp<int64_t>(panels(columns) / 16, 1, most_together);
+  }
+  static constexpr int64_t most_together = 4;
+  // Of the depth at a time, which stays in the nearest cache from one tile to the next.
+  static constexpr int64_t longest = 128;
+
+  int64_t groups(int64_t columns) const { return divide_up(panels(columns), together(columns)); }
+  int64_t end_of(int64_t group, int64_t columns) const {
+    return std::min((group + 1) * together(columns), panels(columns));
+  }
+  // Groups of a side or of the result that are there at the same time.
+  int64_t slots(int64_t columns, bool is_parallel) const {
+    return is_parallel ? groups(columns) : 1;
+  }
 
   int64_t scratch_size(bool is_parallel) const {
     const int64_t m = layer_.rows, k = layer_.columns;
-    return grad_size_ + half_size_ + slots(m, is_parallel) * panel_size(m) +
-           slots(k, is_parallel) * (panel_size(k) + panel_size(m));
+    return grad_size_ + half_size_ +
+           std::max(slots(m, is_parallel), slots(k, is_parallel)) * side_size_ +
+           slots(k, is_parallel) * together(k) * panel_size(m);
   }
 
-  // Some of the depth at a time, which stays in the nearest cache from one tile to the next.
-  void multiply(const Panels<T>& left, int64_t rows, const Panels<T>& right, int64_t columns,
-                T* sums) const {
-    constexpr int64_t longest = 128;
+  template <typename Share>
+  T* side_of(T* side, int64_t group) const {
+    return side + (Share::is_parallel ? group : 0) * side_size_;
+  }
+
+  // A group of panels of left^T side, `distance` apart.
+  void multiply(const Panels<T>& left, int64_t rows, const Strided<T>& side, int64_t columns,
+                int64_t group, T* packed, T* sums, int64_t distance) const {
+    const int64_t begin = group * together(columns);
     for (int64_t first = 0; first < left.depth; first += longest) {
       const int64_t depth = std::min(longest, left.depth - first);
-      const int64_t skipped = first * width_;
-      multiply_panels(product_, {left.data + skipped, depth, width_, width_, left.distance}, rows,
-                      {right.data + skipped, depth, width_, width_, right.distance}, columns, false,
-                      sums, width_, first > 0);
+      const Panels<T> part{left.data + first * width_, depth, width_, width_, left.distance};
+      const Strided<T> some{side.data + first * side.row_stride, side.row_stride,
+                            side.column_stride};
+      for (int64_t panel = begin; panel < end_of(group, columns); ++panel) {
+        T* own = packed + (panel - begin) * panel_size(longest);
+        pack(some, depth, columns, panel, own);
+        multiply_panels(product_, part, rows, {own, depth, width_, width_, panel_size(longest)},
+                        columns_of(panel, columns), false, sums + (panel - begin) * distance,
+                        width_, first > 0);
+      }
     }
   }
 
-  const int64_t grad_size_, half_size_;
+  const int64_t grad_size_, half_size_, side_size_;
 };
 
 STABLE_TORCH_LIBRARY_IMPL(kfac_fast_native, CPU, m) {
