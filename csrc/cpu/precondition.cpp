@@ -21,8 +21,7 @@ class Preconditioning : LayerPanels<T> {
   Preconditioning(InstructionSet set, const Layer<T>& layer)
       : LayerPanels<T>(set, layer),
         grad_size_(panel_size(layer.rows) * panels(layer.columns)),
-        half_size_(panel_size(layer.columns) * panels(layer.rows)),
-        side_size_(most_together * panel_size(longest)) {}
+        half_size_(panel_size(layer.columns) * panels(layer.rows)) {}
 
   Job job() const { return LayerPanels<T>::job(scratch_size(false), scratch_size(true)); }
 
@@ -33,8 +32,7 @@ class Preconditioning : LayerPanels<T> {
     T* grad = scratch;
     T* half = grad + grad_size_;
     T* side = half + half_size_;
-    T* result =
-        side + std::max(slots(m, Share::is_parallel), slots(k, Share::is_parallel)) * side_size_;
+    T* result = side + side_size(Share::is_parallel);
     const Panels<T> grads{grad, m, width_, width_, panel_size(m)};
     const Panels<T> halves{half, k, width_, width_, panel_size(k)};
     const double products = static_cast<double>(m) * static_cast<double>(k);
@@ -65,9 +63,8 @@ class Preconditioning : LayerPanels<T> {
   // Panels of a side that meet the same panels of the other factor in the nearer caches; few where
   // there are few, for the threads' sake.
   int64_t together(int64_t columns) const {
-    return std::clamp<int64_t>(panels(columns) / 16, 1, most_together);
+    return std::clamp<int64_t>(panels(columns) / 16, 1, 4);
   }
-  static constexpr int64_t most_together = 4;
   // Of the depth at a time, which stays in the nearest cache from one tile to the next.
   static constexpr int64_t longest = 128;
 
@@ -82,14 +79,18 @@ class Preconditioning : LayerPanels<T> {
 
   int64_t scratch_size(bool is_parallel) const {
     const int64_t m = layer_.rows, k = layer_.columns;
-    return grad_size_ + half_size_ +
-           std::max(slots(m, is_parallel), slots(k, is_parallel)) * side_size_ +
+    return grad_size_ + half_size_ + side_size(is_parallel) +
            slots(k, is_parallel) * together(k) * panel_size(m);
   }
 
+  // Of each group, the part of a panel that is being multiplied.
+  int64_t side_size(bool is_parallel) const {
+    return panel_size(longest) *
+           std::max(slots(layer_.rows, is_parallel), slots(layer_.columns, is_parallel));
+  }
   template <typename Share>
   T* side_of(T* side, int64_t group) const {
-    return side + (Share::is_parallel ? group : 0) * side_size_;
+    return side + (Share::is_parallel ? group : 0) * panel_size(longest);
   }
 
   // A group of panels of left^T side, `distance` apart.
@@ -102,16 +103,15 @@ class Preconditioning : LayerPanels<T> {
       const Strided<T> some{side.data + first * side.row_stride, side.row_stride,
                             side.column_stride};
       for (int64_t panel = begin; panel < end_of(group, columns); ++panel) {
-        T* own = packed + (panel - begin) * panel_size(longest);
-        pack(some, depth, columns, panel, own);
-        multiply_panels(product_, part, rows, {own, depth, width_, width_, panel_size(longest)},
+        pack(some, depth, columns, panel, packed);
+        multiply_panels(product_, part, rows, {packed, depth, width_, width_, panel_size(longest)},
                         columns_of(panel, columns), false, sums + (panel - begin) * distance,
                         width_, first > 0);
       }
     }
   }
 
-  const int64_t grad_size_, half_size_, side_size_;
+  const int64_t grad_size_, half_size_;
 };
 
 STABLE_TORCH_LIBRARY_IMPL(kfac_fast_native, CPU, m) {
