@@ -362,7 +362,7 @@ class Capture:
     def _layer_hook(self, block: Block, layer: Layer) -> Callable[..., Tensor | None]:
         index = len(self._tapped)
         self._tapped.append((block, layer))
-        keep = compiled.record if self._fisher == "forward-only" else compiled.tap
+        at_once = self._fisher == "forward-only"
 
         def capture(
             module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor
@@ -373,7 +373,8 @@ class Capture:
             x = inputs[0] if inputs else named["input"]
             if torch.compiler.is_compiling():
                 self._traced = True
-                return keep(output, x, self._pass_number, self._handle, index)
+                token, handle = self._pass_number, self._handle
+                return compiled.tap(output, x, token, handle, index, at_once=at_once)
             if self._capturing():
                 self._take_down(block, layer, x, output)
             return None

@@ -105,8 +105,10 @@ def begin(x: Tensor, examples: int, handle: int) -> Tensor:
     return number
 
 
-def tap(output: Tensor, x: Tensor, forward_pass: Tensor, handle: int, index: int) -> Tensor:
-    """Have the gradient of a layer's output recorded.
+def tap(
+    output: Tensor, x: Tensor, forward_pass: Tensor, handle: int, index: int, *, at_once: bool
+) -> Tensor:
+    """Have a call of a layer recorded, on its way back unless at once.
 
     Args:
         output: The layer's output.
@@ -114,27 +116,13 @@ def tap(output: Tensor, x: Tensor, forward_pass: Tensor, handle: int, index: int
         forward_pass: Result of :func:`begin`.
         handle: Of the recorder.
         index: Which layer it is.
+        at_once: Record it in the forward pass, with the output in place of its gradient.
 
     Returns:
         The output, to be used in its place.
     """
-    tapped: Tensor = _Tap.apply(output, x.detach(), forward_pass, handle, index)  # type: ignore[no-untyped-call]
+    call = x.detach(), forward_pass, handle, index
+    if at_once:
+        return output + torch.ops.kfac_fast_capture.record(output.detach(), *call)  # type: ignore[no-any-return]
+    tapped: Tensor = _Tap.apply(output, *call)  # type: ignore[no-untyped-call]
     return tapped
-
-
-def record(output: Tensor, x: Tensor, forward_pass: Tensor, handle: int, index: int) -> Tensor:
-    """Have a layer's call recorded at once, with its output in place of a gradient.
-
-    Args:
-        output: The layer's output.
-        x: Its input.
-        forward_pass: Result of :func:`begin`.
-        handle: Of the recorder.
-        index: Which layer it is.
-
-    Returns:
-        The output, to be used in its place.
-    """
-    ops = torch.ops.kfac_fast_capture
-    kept: Tensor = output + ops.record(output.detach(), x.detach(), forward_pass, handle, index)
-    return kept

@@ -16,6 +16,7 @@ from kfac_fast.blocks import Block, Form, update_blocks
 from kfac_fast.capture import Capture
 from kfac_fast.curvature import Fisher, backpropagated
 from kfac_fast.host_copy import HostCopy
+from kfac_fast.inverses import refine_inverses
 from kfac_fast.layers import Approximation, Sharing
 from kfac_fast.losses import Loss, Outputs, find_loss
 from kfac_fast.options import BOUNDS, DampingMode, Schedule, check_options, number
@@ -27,7 +28,6 @@ from kfac_fast.steps import (
     graft,
     precondition,
     predicted_change,
-    refine,
     refresh,
 )
 
@@ -410,8 +410,9 @@ class KFAC:
             refresh(known, self._dampings(known), self.damping_mode)
             self._failures.send(self._counts()[1])
         elif update and self.refinement_steps:
+            layers = [(block.factors, block.inverses) for block in known]
             count, dampings = self.refinement_steps, self._dampings(known)
-            refine(known, dampings, self.damping_mode, steps=count)
+            refine_inverses(layers, dampings, self.damping_mode, steps=count)
         return update, due
 
     def _warn_of_failures(self) -> None:

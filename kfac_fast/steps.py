@@ -12,7 +12,7 @@ from kfac_fast.blocks import Block
 from kfac_fast.eigenbases import apply_eigenbases, refresh_eigenbases
 from kfac_fast.factors import multiply_sides
 from kfac_fast.grafting import AdamNorm
-from kfac_fast.inverses import apply_inverses, refine_inverses, refresh_inverses
+from kfac_fast.inverses import apply_inverses, refresh_inverses
 from kfac_fast.options import DampingMode
 
 
@@ -56,21 +56,6 @@ def refresh(blocks: Sequence[Block], damping: Sequence[float], mode: DampingMode
     refresh_eigenbases([(block.factors, block.bases) for block in blocks])
     for block in blocks:
         block.restart_correction()
-
-
-def refine(
-    blocks: Sequence[Block], damping: Sequence[float], mode: DampingMode, *, steps: int
-) -> None:
-    """Follow factors that have changed since the last refresh; see :func:`refine_inverses`.
-
-    Args:
-        blocks: Blocks with inverses.
-        damping: That of each block.
-        mode: How the damping enters.
-        steps: Newton-Schulz iterations.
-    """
-    layers = [(block.factors, block.inverses) for block in blocks]
-    refine_inverses(layers, damping, mode, steps=steps)
 
 
 def precondition(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from kfac_fast import KFAC
 from kfac_fast.factors import Factor, update_averages
+from kfac_fast.layers import Layer
 
 LAYERS = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED)
 Factors = tuple[Tensor, Tensor]
@@ -91,6 +92,18 @@ def factors(calls: Sequence[Call], approx: str, divisor: float = 1) -> Factors:
         gradients = torch.cat([call.gradients.sum(1) for call in calls])
     a, g = outer_sum(rows) / len(rows), outer_sum(gradients) / divisor
     return a.reshape(-1, *a.shape[-2:]), g.reshape(-1, *g.shape[-2:])
+
+
+def example_gradients(layer: Layer, x: Tensor, gradient: Tensor) -> Tensor:
+    """Every example's gradient matrix by autograd, from those of the module's output."""
+    output, matrices = layer.module(x), []
+    for n in range(len(x)):
+        weights = torch.zeros_like(gradient)
+        weights[n] = gradient[n]
+        layer.module.zero_grad()
+        (output * weights).sum().backward(retain_graph=True)
+        matrices.append(layer.gradient_matrix(torch.float64).clone())
+    return torch.stack(matrices)
 
 
 def grad_matrices(module: nn.Module) -> Tensor:

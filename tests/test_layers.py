@@ -17,6 +17,7 @@ from oracle import (
     patches,
     with_bias,
 )
+from plain_kfac import example_gradients
 from torch import Tensor, nn
 
 from kfac_fast import ops
@@ -237,17 +238,6 @@ def test_half_precision_layers_have_float32_sums(
         assert_within_budget(result, torch_result, ref64)
 
 
-def example_gradients(layer: Layer, x: Tensor, gradient: Tensor) -> Tensor:
-    """Every example's weight gradient by autograd, ``[N, groups, out, in (+ 1)]``."""
-    matrices = []
-    for example, weights in zip(x, gradient, strict=True):
-        layer.module.zero_grad()
-        (layer.module(example[None]) * weights[None]).sum().backward()
-        matrix = layer.gradient_matrix(torch.float64)
-        matrices.append(matrix.reshape(layer.groups, *matrix.shape[-2:]).clone())
-    return torch.stack(matrices)
-
-
 def assert_squares_are_of_the_examples_gradients(layer: Layer, x: Tensor) -> None:
     gradient = torch.randn_like(layer.module(x))
     expected = example_gradients(layer, x, gradient)
@@ -256,7 +246,7 @@ def assert_squares_are_of_the_examples_gradients(layer: Layer, x: Tensor) -> Non
         torch.linalg.qr(torch.randn(*groups, n, n, dtype=torch.float64))[0]
         for n in (inputs, outputs)
     )
-    rotated = left.mT @ expected.reshape(len(x), *groups, outputs, inputs) @ right
+    rotated = left.mT @ expected @ right
     result = layer.squared_gradients(x, gradient, right, left, 0.5)
     assert_same(result, 0.5 * rotated.square().sum(0))
 

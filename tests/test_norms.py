@@ -8,7 +8,7 @@ import pytest
 import torch
 from nets import DAMPING, preconditioner
 from oracle import assert_same
-from plain_kfac import assert_solved
+from plain_kfac import assert_solved, example_gradients
 from torch import Tensor, nn
 
 from kfac_fast.layers import RULES, Layer
@@ -48,18 +48,6 @@ def norm_and_input(name: str, approx: str = "expand") -> tuple[Layer, Tensor]:
         if tensor.is_floating_point():
             tensor.data.uniform_(0.5, 2)
     return RULES[type(module)]("norm", module, approx), torch.randn(shape, dtype=torch.float64)
-
-
-def example_gradients(layer: Layer, x: Tensor, gradient: Tensor) -> Tensor:
-    """Every example's gradient by autograd, ``[N, units, 1, 1 (+ 1)]``."""
-    output, matrices = layer.module(x), []
-    for n in range(len(x)):
-        weights = torch.zeros_like(gradient)
-        weights[n] = gradient[n]
-        layer.module.zero_grad()
-        (output * weights).sum().backward(retain_graph=True)
-        matrices.append(layer.gradient_matrix(torch.float64).clone())
-    return torch.stack(matrices)
 
 
 @approximations

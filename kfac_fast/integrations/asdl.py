@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from kfac_fast import ops
-from kfac_fast.integrations.convolutions import output_positions
+from kfac_fast.integrations.convolutions import output_positions, zero_padded_geometry
 from kfac_fast.integrations.versions import require
 
 require("asdfghjkl", "0.1a5")
@@ -74,7 +74,7 @@ class Conv2d(operations.Conv2d):  # type: ignore[misc]
         """Input factor."""
         if in_data.dim() == 3:
             return ops.gram(in_data.mT, alpha=1 / in_data.shape[-1])
-        geometry = {name: getattr(module, name) for name in ("stride", "padding", "dilation")}
+        geometry = zero_padded_geometry(module)
         scale = 1 / output_positions(module, in_data)
         return ops.conv_expand_gram(in_data, module.kernel_size, alpha=scale, **geometry)
 

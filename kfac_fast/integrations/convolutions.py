@@ -15,6 +15,11 @@ from kfac_fast import ops
 from kfac_fast.conv import ConvGeometry
 
 
+def zero_padded_geometry(module: nn.Module) -> dict[str, Any]:
+    """Stride, padding and dilation of a convolution, as arguments of an operator."""
+    return {name: getattr(module, name) for name in ("stride", "padding", "dilation")}
+
+
 def patches_gram(module: nn.Conv2d, x: Tensor, *, expand: bool, **options: Any) -> Tensor:
     """Gram of the patches, or of their means over the output positions.
 
@@ -30,16 +35,12 @@ def patches_gram(module: nn.Conv2d, x: Tensor, *, expand: bool, **options: Any) 
     if module.groups > 1:
         x = x.unflatten(1, (module.groups, -1)).mean(1)
     form = ops.conv_expand_gram if expand else ops.conv_reduce_gram
-    return form(x, module.kernel_size, **_geometry(module), **options)
+    return form(x, module.kernel_size, **zero_padded_geometry(module), **options)
 
 
 def output_positions(module: nn.Conv2d, x: Tensor) -> int:
     """Number of the convolution's output positions for an input ``[N, C, *spatial]``."""
     dimensions = len(module.kernel_size)
-    options = _geometry(module)
+    options = zero_padded_geometry(module)
     geometry = ConvGeometry.normalize("convolution", dimensions, module.kernel_size, **options)
     return math.prod(geometry.output_size(x.shape[2:]))
-
-
-def _geometry(module: nn.Conv2d) -> dict[str, Any]:
-    return {name: getattr(module, name) for name in ("stride", "padding", "dilation")}

@@ -27,21 +27,20 @@ require("laplace-torch", "0.3")
 from laplace.curvature.curvlinops import CurvlinopsEF, CurvlinopsGGN  # noqa: E402
 
 
-class KFACGGN(CurvlinopsGGN):  # type: ignore[misc]
+class _Kron:
+    """What both backends have in common."""
+
+    def kron(self, x: Any, y: Tensor, N: int, **options: Any) -> tuple[Tensor, Any]:  # noqa: N803
+        """Loss and Kronecker factors of a batch; see laplace-torch's ``CurvatureInterface``."""
+        library: Any = super()
+        with enabled():
+            loss, factors = library.kron(x, y, N, **options)
+        return loss, factors
+
+
+class KFACGGN(_Kron, CurvlinopsGGN):  # type: ignore[misc]
     """The generalised Gauss-Newton matrix: type-2, or Monte-Carlo with ``stochastic=True``."""
 
-    def kron(self, x: Any, y: Tensor, N: int, **options: Any) -> tuple[Tensor, Any]:  # noqa: N803
-        """Loss and Kronecker factors of a batch; see laplace-torch's ``CurvatureInterface``."""
-        with enabled():
-            loss, factors = super().kron(x, y, N, **options)
-        return loss, factors
 
-
-class KFACEF(CurvlinopsEF):  # type: ignore[misc]
+class KFACEF(_Kron, CurvlinopsEF):  # type: ignore[misc]
     """The empirical Fisher."""
-
-    def kron(self, x: Any, y: Tensor, N: int, **options: Any) -> tuple[Tensor, Any]:  # noqa: N803
-        """Loss and Kronecker factors of a batch; see laplace-torch's ``CurvatureInterface``."""
-        with enabled():
-            loss, factors = super().kron(x, y, N, **options)
-        return loss, factors

@@ -25,6 +25,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from kfac_fast import ops
+from kfac_fast.integrations.convolutions import zero_padded_geometry
 from kfac_fast.integrations.versions import require
 from kfac_fast.layers import RULES
 
@@ -90,7 +91,7 @@ class _Convolution:
     @classmethod
     def kfac_xx(cls, buffer: Tensor, mod: nn.Conv2d, layer: Any, x: Tensor, gy: Tensor) -> None:
         """Add a batch to the input factor."""
-        geometry = {name: getattr(mod, name) for name in ("stride", "padding", "dilation")}
+        geometry = zero_padded_geometry(mod)
         bias = layer.bias is not None
         ops.conv_expand_gram(x, mod.kernel_size, bias=bias, beta=1.0, out=buffer, **geometry)
 

@@ -45,6 +45,10 @@ class ConvLayer(RowLayer):
             "transposed": module.transposed,
         }
 
+    def _plan(self, **more: Any) -> ConvGeometry:
+        dimensions = len(self.module.kernel_size)
+        return ConvGeometry.normalize(self.name, dimensions, **self._geometry(), **more)
+
     def _output_padding(self, x: Tensor, output: Tensor) -> tuple[int, ...]:
         return (0,) * len(self.module.kernel_size)
 
@@ -64,9 +68,8 @@ class ConvLayer(RowLayer):
 
     def input_key(self, output: Tensor) -> Hashable:
         """The geometry, of which the output's size tells the output padding."""
-        dimensions = len(self.module.kernel_size)
-        geometry = ConvGeometry.normalize(self.name, dimensions, **self._geometry())
-        return type(self), self.approx, self.has_bias, geometry, output.shape[-dimensions:]
+        plan = self._plan()
+        return type(self), self.approx, self.has_bias, plan, output.shape[-plan.dimensions :]
 
     def gradient_gram(self, gradient: Tensor, scale: float, x: Tensor | None = None) -> Tensor:
         """Output pixels under expand, their sums over the image under reduce."""
@@ -75,11 +78,10 @@ class ConvLayer(RowLayer):
 
     def rows(self, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """The patches, and the output's pixels."""
-        options = {**self._geometry(), "output_padding": self._output_padding(x, gradient)}
-        geometry = ConvGeometry.normalize(self.name, x.dim() - 2, **options)
+        plan = self._plan(output_padding=self._output_padding(x, gradient))
         groups = () if self.groups == 1 else (self.groups,)
         positions = math.prod(gradient.shape[2:])
-        patches = geometry.windows(x).reshape(len(x), *groups, -1, positions).mT
+        patches = plan.windows(x).reshape(len(x), *groups, -1, positions).mT
         pixels = gradient.reshape(len(x), *groups, -1, positions).mT
         return F.pad(patches, (0, int(self.has_bias)), value=1.0), pixels
 
@@ -98,9 +100,7 @@ class ConvTransposeLayer(ConvLayer):
 
     def _output_padding(self, x: Tensor, output: Tensor) -> tuple[int, ...]:
         """From the output's size, because ``forward`` may be given one."""
-        dimensions = len(self.module.kernel_size)
-        geometry = ConvGeometry.normalize(self.name, dimensions, **self._geometry())
-        sizes = zip(output.shape[2:], geometry.output_size(x.shape[2:]), strict=True)
+        sizes = zip(output.shape[2:], self._plan().output_size(x.shape[2:]), strict=True)
         return tuple(made - least for made, least in sizes)
 
     def weight_matrix(self, weight: Tensor) -> Tensor:
