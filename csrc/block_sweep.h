@@ -54,6 +54,19 @@ SquareInverse<T> square_inverse(InstructionSet set) {
   return portable::invert_square<T>;
 }
 
+template <typename T>
+using SquareSolve = void (*)(const T* turned, T* u, T* v, int64_t stride, int64_t columns,
+                             bool both);
+
+template <typename T>
+SquareSolve<T> square_solve(InstructionSet set) {
+#if defined(__x86_64__)
+  if (set == InstructionSet::avx512) return avx512::solve_square<T>;
+  if (set == InstructionSet::avx2) return avx2::solve_square<T>;
+#endif
+  return portable::solve_square<T>;
+}
+
 enum class Sweep { inverse, cholesky };
 
 // For matrices of `size` rows, which must be a multiple of a vector's lanes.
@@ -63,6 +76,7 @@ class BlockSweep {
   BlockSweep(InstructionSet set, Sweep sweep, int64_t size)
       : product_(tile_product<T>(set)),
         invert_square_(square_inverse<T>(set)),
+        solve_square_(square_solve<T>(set)),
         store_square_(square_store<T>(set)),
         lanes_(product_.lanes),
         width_(product_.panel_width()),
@@ -113,7 +127,7 @@ class BlockSweep {
       const int64_t begin = inverts_ ? 0 : first + count;  // of the rows that it is eliminated from
       const int64_t left = size_ - begin;
       if (left == 0 || count == size_) break;
-      turn(y, block_stride, count, y_turned, block_stride);
+      if (count > lanes_) turn(y, block_stride, count, y_turned, block_stride);
       const double products = static_cast<double>(count * count) * static_cast<double>(left);
       share(divide_up(left, width_), products, [&](int64_t panel) {
         const int64_t column = begin + panel * width_;
@@ -121,8 +135,12 @@ class BlockSweep {
         T* u_panel = u + panel * panel_size_;
         T* v_panel = v + panel * panel_size_;
         read_panel(a, stride, first, count, column, columns, u_panel);
-        multiply_upper(y_turned, block_stride, count, u_panel, columns, v_panel);
-        if (inverts_) multiply_lower(y, block_stride, count, v_panel, columns, u_panel);
+        if (count == lanes_) {
+          solve_square_(factor_turned(rest), u_panel, v_panel, width_, columns, inverts_);
+        } else {
+          multiply_upper(y_turned, block_stride, count, u_panel, columns, v_panel);
+          if (inverts_) multiply_lower(y, block_stride, count, v_panel, columns, u_panel);
+        }
         write_panel(inverts_ ? u_panel : v_panel, first, count, column, columns, a, stride);
       });
       update(a + begin * stride + begin, stride, left, {v, count, width_, width_, panel_size_},
@@ -134,12 +152,15 @@ class BlockSweep {
  private:
   int64_t row_stride(int64_t size) const { return size + (size / lanes_ % 2 == 0 ? lanes_ : 0); }
 
+  // Where invert_factor() leaves the last square's L^T in its scratch memory.
+  T* factor_turned(T* scratch) const { return scratch + lanes_ * lanes_; }
+
   // y <- -L^-1 where y = -L L^T in and below the diagonal, above which it becomes zero; `factor` <-
   // L, unless it is null. Returns as operator().
   int64_t invert_factor(T* y, int64_t stride, int64_t size, T* scratch, double& logdet, T* factor,
                         int64_t factor_stride) const {
     T* square_turned = scratch;
-    T* factor_turned = square_turned + lanes_ * lanes_;
+    T* factor_turned = this->factor_turned(scratch);
     T* u = factor_turned + lanes_ * lanes_;
     T* v = u + divide_up(size, width_) * panel_size_;
     for (int64_t first = 0; first < size; first += lanes_) {
@@ -286,6 +307,7 @@ class BlockSweep {
 
   const TileProduct<T>& product_;
   const SquareInverse<T> invert_square_;
+  const SquareSolve<T> solve_square_;
   const SquareStore<T> store_square_;
   const int64_t lanes_, width_;
   const bool inverts_;

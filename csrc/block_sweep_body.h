@@ -41,3 +41,34 @@ KFAC_FAST_TARGET int64_t invert_square(T* square, int64_t stride, T* turned) {
   }
   return LANES;
 }
+
+// v <- -L^-1 u and, if `u` is to be used further, u <- -L^-T v, by substitution: for vectors of
+// columns of LANES rows that lie `stride` apart, with L^T as invert_square leaves it in `turned`.
+template <typename T>
+KFAC_FAST_TARGET void solve_square(const T* turned, T* u, T* v, int64_t stride, int64_t columns,
+                                   bool both) {
+  using Vector = typename VectorOf<T>::type;
+  constexpr int LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
+  T inverse[LANES];
+  for (int k = 0; k < LANES; ++k) inverse[k] = 1 / turned[k * LANES + k];
+  for (int64_t c = 0; c < columns; c += LANES) {
+    Vector rows[LANES];
+#pragma GCC unroll 16
+    for (int k = 0; k < LANES; ++k) rows[k] = -*reinterpret_cast<const Vector*>(u + c + k * stride);
+#pragma GCC unroll 16
+    for (int k = 0; k < LANES; ++k) {
+      rows[k] *= inverse[k];
+      *reinterpret_cast<Vector*>(v + c + k * stride) = rows[k];
+#pragma GCC unroll 16
+      for (int i = k + 1; i < LANES; ++i) rows[i] -= rows[k] * turned[k * LANES + i];
+    }
+    if (!both) continue;
+#pragma GCC unroll 16
+    for (int k = LANES - 1; k >= 0; --k) {
+      rows[k] *= inverse[k];
+      *reinterpret_cast<Vector*>(u + c + k * stride) = -rows[k];
+#pragma GCC unroll 16
+      for (int i = 0; i < k; ++i) rows[i] -= rows[k] * turned[i * LANES + k];
+    }
+  }
+}

@@ -7,14 +7,14 @@
 namespace kfac_fast {
 
 // The matrix `index` of a stacked batch.
-template <typename T>
+template <typename T, typename Tensor>
 Strided<T> matrix_of(const Tensor& tensor, int64_t index) {
   const int64_t dims = tensor.dim();
   return {entry_of<T>(tensor, dims - 2, index), tensor.stride(dims - 2), tensor.stride(dims - 1)};
 }
 
 // All layers that are not empty, those of a stacked batch one by one.
-template <typename T>
+template <typename T, typename Tensor>
 std::vector<Layer<T>> layers_of(const std::vector<Tensor>& grads, const std::vector<Tensor>& rights,
                                 const std::vector<Tensor>& lefts, const std::vector<Tensor>& out) {
   std::vector<Layer<T>> layers;
@@ -34,9 +34,10 @@ std::vector<Layer<T>> layers_of(const std::vector<Tensor>& grads, const std::vec
 }
 
 // The check of precondition and cholesky_precondition.
-inline bool layer_lists_pass(const std::vector<Tensor>& grads, const std::vector<Tensor>& rights,
-                             const std::vector<Tensor>& lefts, const std::vector<Tensor>& out,
-                             const Tensor& inner, std::optional<int32_t> gpu = {}) {
+template <typename Tensor>
+bool layer_lists_pass(const std::vector<Tensor>& grads, const std::vector<Tensor>& rights,
+                      const std::vector<Tensor>& lefts, const std::vector<Tensor>& out,
+                      const Tensor& inner, std::optional<int32_t> gpu = {}) {
   const size_t count = grads.size();
   if (rights.size() != count || lefts.size() != count || out.size() != count) return false;
   const ScalarType type = inner.scalar_type();

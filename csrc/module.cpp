@@ -1,7 +1,8 @@
-// The importable module kfac_fast._C: loading it registers the operators of the other sources; what
-// it offers to Python are the facts of its build and the choice of instruction set.
+// The importable module kfac_fast._C: the operators on the CPU, the facts of the build and the
+// choice of instruction set. Loading it also registers the CUDA kernels with the dispatcher.
 #include <pybind11/pybind11.h>
 
+#include "cpu/bindings.h"
 #include "instruction_set.h"
 
 namespace py = pybind11;
@@ -35,4 +36,5 @@ PYBIND11_MODULE(_C, module) {
              "Names of the instruction sets that this processor has kernels for.");
   module.def("use_instruction_set", &kfac_fast::use_instruction_set, py::arg("name"),
              "Make the CPU kernels use another instruction set; for tests and benchmarks.");
+  kfac_fast::bind_operators(module);
 }

@@ -1,9 +1,8 @@
 #pragma once
-// The check of operators on long lists of tensors, repeated from kfac_fast/schema.py because there
-// it would take longer than the kernels. It says no more than whether all is well: if not, the
-// check in Python tells why.
+// The check of operators' tensors, repeated from kfac_fast/schema.py because there
+// it would take longer than small kernels. It says no more than whether all is well: if not, the
+// check in Python tells why. Tensor is a view (cpu/tensors.h) or torch's own.
 
-#include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
@@ -14,10 +13,26 @@
 namespace kfac_fast {
 
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+
+// In bytes, of the dtypes that operators take.
+inline int64_t item_size(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double:
+    case ScalarType::Long:
+      return 8;
+    case ScalarType::Float:
+    case ScalarType::Int:
+      return 4;
+    case ScalarType::Bool:
+      return 1;
+    default:  // bfloat16 and float16
+      return 2;
+  }
+}
 
 // Whether the first `dims` sizes are the same and `a` has no more.
-inline bool same_shape(const Tensor& a, const Tensor& b, int64_t dims) {
+template <typename Tensor>
+bool same_shape(const Tensor& a, const Tensor& b, int64_t dims) {
   if (a.dim() != dims || b.dim() < dims) return false;
   for (int64_t d = 0; d < dims; ++d) {
     if (a.size(d) != b.size(d)) return false;
@@ -26,7 +41,8 @@ inline bool same_shape(const Tensor& a, const Tensor& b, int64_t dims) {
 }
 
 // Whether `side` is a square for every matrix of `grad`, as wide as its dimension `d`.
-inline bool is_side(const Tensor& side, const Tensor& grad, int64_t d) {
+template <typename Tensor>
+bool is_side(const Tensor& side, const Tensor& grad, int64_t d) {
   const int64_t dims = grad.dim();
   if (side.dim() != dims || side.size(dims - 2) != grad.size(d)) return false;
   if (side.size(dims - 1) != grad.size(d)) return false;
@@ -36,12 +52,13 @@ inline bool is_side(const Tensor& side, const Tensor& grad, int64_t d) {
   return true;
 }
 
-inline bool is_vector(const Tensor& tensor, int64_t size) {
+template <typename Tensor>
+bool is_vector(const Tensor& tensor, int64_t size) {
   return tensor.dim() == 1 && tensor.size(0) == size;
 }
 
 // The entry `index` of the first `dims` dimensions of a stack.
-template <typename T>
+template <typename T, typename Tensor>
 const T* entry_of(const Tensor& tensor, int64_t dims, int64_t index) {
   const T* data = static_cast<const T*>(tensor.const_data_ptr());
   for (int64_t d = dims - 1; d >= 0; --d) {
@@ -57,8 +74,19 @@ class ListCheck {
  public:
   explicit ListCheck(ScalarType type, std::optional<int32_t> gpu = {}) : type_(type), gpu_(gpu) {}
 
-  bool reads(const Tensor& tensor) { return add(tensor, type_, false); }
-  bool writes(const Tensor& tensor) { return writes(tensor, type_); }
+  template <typename Tensor>
+  bool reads(const Tensor& tensor) {
+    return reads(tensor, type_);
+  }
+  template <typename Tensor>
+  bool reads(const Tensor& tensor, ScalarType type) {
+    return add(tensor, type, false);
+  }
+  template <typename Tensor>
+  bool writes(const Tensor& tensor) {
+    return writes(tensor, type_);
+  }
+  template <typename Tensor>
   bool writes(const Tensor& tensor, ScalarType type) {
     return tensor.is_contiguous() && add(tensor, type, true);
   }
@@ -81,18 +109,18 @@ class ListCheck {
     bool is_written;
   };
 
+  template <typename Tensor>
   bool add(const Tensor& tensor, ScalarType type, bool is_written) {
     const bool here =
         gpu_ ? tensor.is_cuda() && tensor.get_device_index() == *gpu_ : tensor.is_cpu();
     if (!here || tensor.scalar_type() != type) return false;
-    const uintptr_t size = type == ScalarType::Double ? 8 : 4;
     uintptr_t last = 0;
     for (int64_t d = 0; d < tensor.dim(); ++d) {
       if (tensor.size(d) == 0) return true;  // uses no memory
       last += (tensor.size(d) - 1) * tensor.stride(d);
     }
     const auto begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
-    spans_.push_back({begin, begin + (last + 1) * size, is_written});
+    spans_.push_back({begin, begin + (last + 1) * item_size(type), is_written});
     return true;
   }
 
@@ -102,10 +130,10 @@ class ListCheck {
 };
 
 // The check of damped_inverse, of a list that is not empty.
-inline bool damped_lists_pass(const std::vector<Tensor>& matrices,
-                              const std::vector<Tensor>& damping, const std::vector<Tensor>& out,
-                              const Tensor& info, const std::optional<Tensor>& logdet,
-                              std::optional<int32_t> gpu = {}) {
+template <typename Tensor>
+bool damped_lists_pass(const std::vector<Tensor>& matrices, const std::vector<Tensor>& damping,
+                       const std::vector<Tensor>& out, const Tensor& info,
+                       const std::optional<Tensor>& logdet, std::optional<int32_t> gpu = {}) {
   const size_t count = matrices.size();
   if (out.size() != count || (damping.size() != 1 && damping.size() != count)) return false;
   const ScalarType type = matrices[0].scalar_type();

@@ -26,8 +26,7 @@ from kfac_fast.conv import ConvGeometry
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 EXTENSION_BUILT = importlib.util.find_spec("kfac_fast._C") is not None
-if EXTENSION_BUILT:
-    importlib.import_module("kfac_fast._C")  # registers the native kernels with the dispatcher
+native: Any = importlib.import_module("kfac_fast._C") if EXTENSION_BUILT else None
 
 
 @dataclass(frozen=True)
@@ -36,21 +35,21 @@ class Implementation:
 
     Attributes:
         name: ``"cpp"``, ``"cuda"``, ``"triton"`` or ``"reference"``.
-        run: Takes the dispatcher arguments, writes the outputs.
+        run: Takes the dispatcher arguments, which have passed the check, and writes the outputs.
         missing: A sentence why this installation does not have it, or None.
         refuses: Takes the dispatcher arguments; a sentence why it cannot serve them, or None. None
             if it serves all.
         way: Takes the dispatcher arguments; names the algorithm. None if there is only one.
-        checks: ``run`` checks its arguments; where it refuses them it returns False and has written
-            nothing.
+        quick: As ``run``, but checks its arguments itself: where it refuses them it returns False
+            and has written nothing. None if only ``run`` is there.
     """
 
     name: str
-    run: Callable[..., bool | None]
+    run: Callable[..., None]
     missing: str | None = None
     refuses: Callable[..., str | None] | None = None
     way: Callable[..., str] | None = None
-    checks: bool = False
+    quick: Callable[..., bool] | None = None
 
     def reason_against(self, *args: Any) -> str | None:
         """A sentence why it does not serve these dispatcher arguments, or None."""
@@ -70,40 +69,85 @@ def _reference(op: str) -> Implementation:
     return Implementation("reference", run)
 
 
-def _missing(kernel: str, device: str) -> str | None:
-    """A sentence why the compiled extension has no such kernel for ``device``, or None."""
+NOT_BUILT = "the C++ extension is not built: run `pip install --no-build-isolation .`"
+
+
+def _checked(op: str, quick: Callable[..., bool]) -> Callable[..., None]:
+    """A kernel that checks its arguments, for arguments that have passed the check."""
+
+    def run(*args: Any) -> None:
+        if not quick(*map(_plain, args)):
+            raise RuntimeError(f"{op}: the kernel refuses arguments that have passed the check")
+
+    return run
+
+
+def _plain(value: Any) -> Any:
+    """An argument with its tensors as what they are under a class of their own."""
+    if isinstance(value, list):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, torch.Tensor) and type(value) not in _TENSORS:
+        return value.as_subclass(torch.Tensor)
+    return value
+
+
+def _cpp(op: str) -> Implementation:
+    """The compiled extension's kernel for the CPU."""
+    way = _way if op == "conv_expand_gram" else None
     if not EXTENSION_BUILT:
-        return "the C++ extension is not built: run `pip install --no-build-isolation .`"
-    if torch._C._dispatch_has_kernel_for_dispatch_key(
-        f"kfac_fast_native::{kernel}", device.upper()
-    ):
-        return None
-    return f"the C++ extension was built without {device.upper()} kernels"
+        return Implementation("cpp", _unavailable, NOT_BUILT)
+    conv = op.startswith("conv_")
+    quick = native.ConvCalls(op, _conv_kernel) if conv else getattr(native, op)
+    return Implementation("cpp", _checked(op, quick), way=way, quick=quick)
 
 
-def _native(op: str, device: str) -> Implementation:
-    """The compiled extension's kernel for ``device``."""
+def _unavailable(*args: Any) -> None:
+    raise RuntimeError(NOT_BUILT)
+
+
+def _conv_kernel(op: str, shape: tuple[int, ...], item: int, *arguments: Any) -> Any:
+    """The compiled kernel for inputs of this shape, with its plan."""
+    checked = schema.conv_arguments(op, len(shape), False, *arguments)
+    schema.conv_shape(op, shape, *checked)
+    geometry = ConvGeometry.from_arguments(*checked[:-1])
+    expand = op == "conv_expand_gram"
+    kernel = conv_kernels.expand_kernel(geometry, shape, item) if expand else op
+    plan = conv_kernels.plan(kernel, geometry, shape[2:]).tolist()
+    return native.ConvKernel(kernel, plan, shape[2:], geometry.groups)
+
+
+def _cuda(op: str) -> Implementation:
+    """The compiled extension's kernel for NVIDIA GPUs."""
     overload = getattr(torch.ops.kfac_fast_native, op).default
-    return Implementation("cpp" if device == "cpu" else "cuda", overload, _missing(op, device))
+    missing = None
+    if not EXTENSION_BUILT:
+        missing = NOT_BUILT
+    elif not torch._C._dispatch_has_kernel_for_dispatch_key(f"kfac_fast_native::{op}", "CUDA"):
+        missing = "the C++ extension was built without CUDA kernels"
+    return Implementation("cuda", overload, missing)
 
 
 _requires_grad = attrgetter("requires_grad")
+_is_cuda = attrgetter("is_cuda")
 
 
-def _native_list(op: str, device: str) -> Implementation:
+def _cuda_list(op: str) -> Implementation:
     """The compiled extension's kernel on lists, which checks faster than Python could."""
-    native = _native(op, device)
-    is_there = attrgetter(f"is_{device}")
+    cuda = _cuda(op)
+    native_op: Callable[..., bool] = getattr(torch.ops.kfac_fast_native, op).default
 
-    def run(*args: Any) -> bool | None:
+    def quick(*args: Any) -> bool:
         # Not known there: which tensors require gradients, and those that other kernels are for.
         if True in map(_requires_grad, _written(op, args)):
             return False
-        if not all(all(map(is_there, value)) for value in args if type(value) is list):
+        if not all(all(map(_is_cuda, value)) for value in args if type(value) is list):
             return False
-        return native.run(*args)
+        done: bool = native_op(*args)
+        if done:
+            _increment_versions(op, args)
+        return done
 
-    return replace(native, run=run, checks=True)
+    return replace(cuda, run=_checked(op, quick), quick=quick)
 
 
 # Multiply-adds of one layer, beyond which PyTorch's matmuls save more than their launches cost. An
@@ -152,34 +196,21 @@ def _way(*args: Any) -> str:
     return conv_kernels.EXPAND_KERNELS[Convolution.of(*args).kernel]
 
 
-def _native_conv(op: str, device: str) -> Implementation:
-    """The compiled extension's kernel of a convolution, which takes a plan of its geometry."""
-    expand = op == "conv_expand_gram"
-
-    def run(x: torch.Tensor, *args: Any) -> None:
-        geometry, target = schema.hashable(args[:-4]), args[-4:]
-        kernel, numbers = _planned(op, tuple(x.shape), x.element_size(), x.device, *geometry)
-        kernel(x, *numbers, *target)
-
-    missing = _missing("conv_offset_gram" if expand else op, device)
-    name = "cpp" if device == "cpu" else "cuda"
-    return Implementation(name, run, missing, way=_way if expand else None)
+def _cuda_window_sum(x: torch.Tensor, *args: Any) -> None:
+    geometry, target = schema.hashable(args[:-4]), args[-4:]
+    numbers = _window_sum_plan(tuple(x.shape), x.device, *geometry)
+    torch.ops.kfac_fast_native.conv_window_sum.default(x, *numbers, *target)
 
 
 @lru_cache(maxsize=256)
-def _planned(
-    op: str, shape: tuple[int, ...], item: int, device: torch.device, *geometry_arguments: Any
-) -> tuple[Callable[..., None], tuple[Any, ...]]:
-    """The compiled kernel for an input of this shape, and its arguments for the geometry."""
-    geometry = ConvGeometry.from_arguments(*geometry_arguments)
-    expand = op == "conv_expand_gram"
-    kernel = conv_kernels.expand_kernel(geometry, shape, item) if expand else op
-    overload = getattr(torch.ops.kfac_fast_native, kernel).default
-    plan = conv_kernels.plan(kernel, geometry, shape[2:]).to(device)
-    if op != "conv_window_sum":
-        return overload, (plan, geometry.groups)
+def _window_sum_plan(
+    shape: tuple[int, ...], device: torch.device, *arguments: Any
+) -> tuple[Any, ...]:
+    """The CUDA kernel's arguments for the geometry."""
+    geometry = ConvGeometry.from_arguments(*arguments)
+    plan = conv_kernels.plan("conv_window_sum", geometry, shape[2:]).to(device)
     cells = [len(axis.sums().weights[0]) for axis in geometry.axes(shape[2:])]
-    return overload, (plan, cells, geometry.kernel_size, geometry.groups)
+    return plan, cells, geometry.kernel_size, geometry.groups
 
 
 def _kernels(name: str) -> Any:
@@ -263,24 +294,21 @@ TABLE: dict[tuple[str, str], tuple[Implementation, ...]] = {
     for device in ("cpu", "cuda", "mps", "xpu")
 }
 for _op in ("gram", "shared_gram"):
-    TABLE[_op, "cpu"] = (_native(_op, "cpu"), _reference(_op), _triton(_op, "cpu"))
+    TABLE[_op, "cpu"] = (_cpp(_op), _reference(_op), _triton(_op, "cpu"))
 for _op, _run in _TRITON_CONV.items():
-    TABLE[_op, "cpu"] = (_native_conv(_op, "cpu"), _reference(_op), _triton(_op, "cpu", _run))
+    TABLE[_op, "cpu"] = (_cpp(_op), _reference(_op), _triton(_op, "cpu", _run))
     TABLE[_op, "cuda"] = (_triton(_op, "cuda", _run), _reference(_op))
-for _op in schema.CHECKING:
-    TABLE[_op, "cpu"] = (_native_list(_op, "cpu"), _reference(_op))
-TABLE["gram", "cuda"] = (_triton("gram", "cuda"), _native("gram", "cuda"), _reference("gram"))
+for _op in ("damped_inverse", "damped_cholesky", "precondition", "cholesky_precondition"):
+    TABLE[_op, "cpu"] = (_cpp(_op), _reference(_op))
+TABLE["gram", "cuda"] = (_triton("gram", "cuda"), _cuda("gram"), _reference("gram"))
 TABLE["shared_gram", "cuda"] = (_triton("shared_gram", "cuda"), _reference("shared_gram"))
-TABLE["damped_inverse", "cuda"] = (
-    _native_list("damped_inverse", "cuda"),
-    _reference("damped_inverse"),
-)
+TABLE["damped_inverse", "cuda"] = (_cuda_list("damped_inverse"), _reference("damped_inverse"))
 TABLE["precondition", "cuda"] = (
-    replace(_native_list("precondition", "cuda"), refuses=_left_to_matmuls),
+    replace(_cuda_list("precondition"), refuses=_left_to_matmuls),
     _reference("precondition"),
 )
 TABLE["conv_window_sum", "cuda"] = (
-    _native_conv("conv_window_sum", "cuda"),
+    replace(_cuda("conv_window_sum"), run=_cuda_window_sum),
     *TABLE["conv_window_sum", "cuda"],
 )
 
@@ -405,16 +433,12 @@ def run(op: str, *args: Any) -> None:
     Args:
         op: Name of the operator.
         *args: Its dispatcher arguments, which have passed :func:`kfac_fast.schema.check`.
-
-    Raises:
-        RuntimeError: If a kernel that checks its arguments refuses them nevertheless.
     """
     explanation = _explanation.get()
     if explanation is not None:
         explanation.extend(_describe(op, *args))
         return
-    if select(op, *args).run(*args) is False:
-        raise RuntimeError(f"{op}: the kernel refuses arguments that have passed the check")
+    select(op, *args).run(*args)
     _increment_versions(op, args)
 
 
@@ -435,11 +459,10 @@ def _written(op: str, args: tuple[Any, ...]) -> list[torch.Tensor]:
 
 
 def _route(op: str, *args: Any) -> None:
-    if op in schema.CHECKING and _explanation.get() is None:
+    if _explanation.get() is None:
         row = _candidates(op, _device_type(args[0]))
         first = next((each for each in row if each.reason_against(*args) is None), None)
-        if first is not None and first.checks and first.run(*args):
-            _increment_versions(op, args)
+        if first is not None and first.quick and first.quick(*args):
             return
     schema.check(op, *args)
     run(op, *args)
@@ -447,6 +470,31 @@ def _route(op: str, *args: Any) -> None:
 
 for _op in schema.OPERATORS:
     schema.LIBRARY.impl(_op, partial(_route, _op), "CompositeExplicitAutograd")
+
+
+def quick(op: str, *args: Any) -> bool:
+    """Run an operator by the compiled kernel for the CPU, if the call is plain.
+
+    The kernel checks the arguments: between it and the caller there are no more than these lines,
+    for each line of Python that has left the processor's caches costs as much as a small kernel's
+    loop.
+
+    Args:
+        op: Name of the operator.
+        *args: Its dispatcher arguments; those of a geometry may be as in :mod:`kfac_fast.ops`.
+
+    Returns:
+        False if nothing was done, because something listens at the dispatcher, another
+        implementation is asked for, a tensor is elsewhere, or an argument is refused.
+
+    Raises:
+        ValueError: If a geometry is refused.
+        TypeError: If an option of one is of another type than its name asks for.
+    """
+    kernel = TABLE[op, "cpu"][0].quick
+    if kernel is None or _listened() or _forced.get() or _explanation.get() is not None:
+        return False
+    return kernel(*args)
 
 
 def call(op: str, *args: Any) -> None:
@@ -459,6 +507,8 @@ def call(op: str, *args: Any) -> None:
         op: Name of the operator.
         *args: Its dispatcher arguments.
     """
+    if quick(op, *args):
+        return
     if dispatched(args):
         getattr(torch.ops.kfac_fast, op).default(*args)
     else:
@@ -467,6 +517,23 @@ def call(op: str, *args: Any) -> None:
 
 _TENSORS = {torch.Tensor, torch.nn.Parameter}
 _PLAIN = _TENSORS | {int, float, bool, str, tuple, list, type(None)}
+
+
+def _listened() -> bool:
+    """Whether the compiler, a tracer, a mode, a transform or a profiler listens to calls."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._autograd._profiler_enabled()
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def _is_lazy(tensor: torch.Tensor) -> bool:
+    """Whether it is negated, or zero without memory, until the dispatcher sees it."""
+    return tensor.is_neg() or tensor._is_zerotensor()
 
 
 def dispatched(args: tuple[Any, ...]) -> bool:
@@ -481,23 +548,19 @@ def dispatched(args: tuple[Any, ...]) -> bool:
     Returns:
         False if the router may be called directly.
     """
-    if torch.compiler.is_compiling():
+    if _listened():
         return True
     for value in args:
         kind = type(value)
         if kind is list and value:
             if not _TENSORS.issuperset(map(type, value)) or value[0].is_meta:
                 return True
+            # The GPU's kernels on lists are behind the dispatcher themselves.
+            if value[0].is_cpu and any(map(_is_lazy, value)):
+                return True
         elif kind in _TENSORS:
-            # Views that are negated, or zero without memory, when the dispatcher sees them.
-            if value.is_meta or value.is_neg() or value._is_zerotensor():
+            if value.is_meta or _is_lazy(value):
                 return True
         elif kind not in _PLAIN:
             return True
-    return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._autograd._profiler_enabled()
-        or torch._C._get_tracing_state() is not None
-    )
+    return False

@@ -53,7 +53,10 @@ def _padding_pairs(
         return [side for total in totals for side in (total // 2, total - total // 2)]
     if isinstance(padding, str):
         raise ValueError(f"{op}: padding must be 'same', 'valid', an int or ints, got {padding!r}")
-    return [p for p in _per_dimension(op, "padding", padding, len(kernel_size)) for _ in range(2)]
+    dimensions = len(kernel_size)
+    if not isinstance(padding, int) and len(padding) == 2 * dimensions:
+        return _per_dimension(op, "padding", padding, 2 * dimensions)
+    return [p for p in _per_dimension(op, "padding", padding, dimensions) for _ in range(2)]
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,8 @@ class ConvGeometry:
             dimensions: Number of spatial dimensions.
             kernel_size: Taps.
             stride: Step.
-            padding: Pixels on both sides, ``"valid"`` or ``"same"``.
+            padding: Pixels on both sides, or before and after each dimension in turn; or
+                ``"valid"`` or ``"same"``.
             padding_mode: One of :data:`PADDING_MODES`.
             dilation: Distance between the taps.
             groups: Groups of channels.

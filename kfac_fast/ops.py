@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kfac_fast import schema
-from kfac_fast.backends import call, dispatched, public, run
+from kfac_fast.backends import call, public, quick
 
 
 def _detached(x: Tensor) -> Tensor:
@@ -34,7 +34,8 @@ def _accumulate(
     schema.check_types(op, alpha=alpha, beta=beta, out=out)
     if out is None:
         out = _new_result(op, schema.result_shape(op, *inputs), inputs[0], beta)
-    call(op, *inputs, alpha, beta, out)
+    x, *options = inputs
+    call(op, _detached(x), *options, alpha, beta, out)
     return out
 
 
@@ -86,8 +87,10 @@ def gram(
 
     Source: Martens & Grosse (2015), section 3; Eschenhagen et al. (2023), section 3.
     """
+    if out is not None and quick("gram", x, mask, groups, bias, alpha, beta, out):
+        return out
     schema.check_types("gram", x=x, bias=bias, groups=groups, mask=mask)
-    return _accumulate("gram", (_detached(x), mask, groups, bias), alpha, beta, out)
+    return _accumulate("gram", (x, mask, groups, bias), alpha, beta, out)
 
 
 @public
@@ -143,10 +146,12 @@ def shared_gram(
 
     Source: Eschenhagen et al. (2023), section 3.3.
     """
+    count = -1 if num_segments is None else num_segments
+    inputs = (x, mask, segments, count, reduction, groups, bias)
+    if out is not None and quick("shared_gram", *inputs, alpha, beta, out):
+        return out
     schema.check_types("shared_gram", x=x, bias=bias, groups=groups, mask=mask, segments=segments)
     schema.check_types("shared_gram", num_segments=num_segments, reduction=reduction)
-    count = -1 if num_segments is None else num_segments
-    inputs = (_detached(x), mask, segments, count, reduction, groups, bias)
     return _accumulate("shared_gram", inputs, alpha, beta, out)
 
 
@@ -159,33 +164,12 @@ def _conv(
     beta: float,
     out: Tensor | None,
 ) -> Tensor:
-    """Run a convolution operator; what depends on shapes alone is found out once."""
+    """Run a convolution operator."""
+    if out is not None and quick(op, x, *geometry, bias, alpha, beta, out):
+        return out
     schema.check_types(op, x=x)
-    geometry = schema.hashable(geometry)
-    if dispatched((x, out)) or not _plain((*geometry, bias)):
-        arguments = schema.conv_arguments(op, x.dim(), bias, *geometry)
-        return _accumulate(op, (_detached(x), *arguments), alpha, beta, out)
-    schema.check_types(op, alpha=alpha, beta=beta, out=out)
-    shape, arguments = schema.kept_conv(op, x.shape, x.dtype, bias, *geometry)
-    if out is None:
-        out = _new_result(op, shape, x, beta)
-    else:
-        schema.check_result(op, out, shape, (x,))
-    run(op, _detached(x), *arguments, alpha, beta, out)
-    return out
-
-
-def _plain(geometry: tuple[Any, ...]) -> bool:
-    """Whether a cache knows these from their equals: it tells 1 from 1.0, but not inside tuples."""
-    for value in geometry:
-        kind = type(value)
-        if kind is tuple:
-            for number in value:
-                if type(number) is not int:
-                    return False
-        elif kind not in (int, str, bool):
-            return False
-    return True
+    arguments = schema.conv_arguments(op, x.dim(), bias, *geometry)
+    return _accumulate(op, (x, *arguments), alpha, beta, out)
 
 
 @public
@@ -221,8 +205,8 @@ def conv_expand_gram(
             strides.
         kernel_size: Taps along each spatial dimension.
         stride: Step of the convolution.
-        padding: Pixels on both sides, ``"valid"`` or ``"same"`` (where uneven, the odd pixel comes
-            after).
+        padding: Pixels on both sides, or before and after each dimension in turn; or ``"valid"`` or
+            ``"same"`` (where uneven, the odd pixel comes after).
         padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
         dilation: Distance between the taps.
         groups: Groups of channels; each has its own factor, never averaged over the groups.
@@ -283,7 +267,7 @@ def conv_reduce_gram(
             strides.
         kernel_size: Taps along each spatial dimension.
         stride: Step of the convolution.
-        padding: Pixels on both sides, ``"valid"`` or ``"same"``.
+        padding: As in :func:`conv_expand_gram`.
         padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
         dilation: Distance between the taps.
         groups: Groups of channels, each reduced on its own.
@@ -339,7 +323,7 @@ def conv_window_sum(
             strides.
         kernel_size: Taps along each spatial dimension.
         stride: Step of the convolution.
-        padding: Pixels on both sides, ``"valid"`` or ``"same"``.
+        padding: As in :func:`conv_expand_gram`.
         padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
         dilation: Distance between the taps.
         groups: Groups of channels, each reduced on its own.

@@ -5,9 +5,10 @@ The check is all that is known about an operator without computing it. It is the
 :func:`result_shape`, what tells :mod:`kfac_fast.ops` how much to allocate. Operators only mutate
 ``out`` and return nothing, so no fake ever invents a result.
 
-``kfac_fast::<op>`` is the router of an operator. The compiled extension registers its kernels in
-``kfac_fast_native``: under the operator's own signature, or, for convolutions, one that takes a
-plan of :mod:`kfac_fast.conv` instead of the geometry.
+``kfac_fast::<op>`` is the router of an operator. The compiled extension registers its CUDA kernels
+in ``kfac_fast_native``: under the operator's own signature, or, for convolutions, one that takes a
+plan of :mod:`kfac_fast.conv` instead of the geometry. Its CPU kernels are functions of
+``kfac_fast._C``.
 """
 
 from __future__ import annotations
@@ -265,7 +266,20 @@ def hashable(arguments: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(tuple(value) if type(value) is list else value for value in arguments)
 
 
-def _conv_shape(op: str, shape: Shape, *arguments: Any) -> Shape:
+def conv_shape(op: str, shape: Shape, *arguments: Any) -> Shape:
+    """Shape of a factor of a convolution.
+
+    Args:
+        op: Name of the operator.
+        shape: Shape of ``x``.
+        *arguments: As :func:`conv_arguments` returns them, which are checked on the way.
+
+    Returns:
+        The shape.
+
+    Raises:
+        ValueError: If the geometry and ``shape`` do not go together.
+    """
     *geometry_arguments, bias = arguments
     geometry = ConvGeometry.from_arguments(*geometry_arguments)
     _check_conv(op, shape, geometry)
@@ -273,14 +287,14 @@ def _conv_shape(op: str, shape: Shape, *arguments: Any) -> Shape:
 
 
 # What passed once passes again. Symbolic sizes, which fakes have, and the compiler's are not kept.
-_kept_conv_shape = lru_cache(maxsize=1024)(_conv_shape)
+_kept_conv_shape = lru_cache(maxsize=1024)(conv_shape)
 
 
 def _conv_gram_shape(op: str, x: Tensor, *arguments: Any) -> Shape:
     if x.dtype not in FLOATING:
         raise _refused_dtype(op, "x", "float32, float64, bfloat16 or float16", x.dtype)
     kept = type(x) is Tensor and not torch.compiler.is_compiling()
-    shape = _kept_conv_shape if kept else _conv_shape
+    shape = _kept_conv_shape if kept else conv_shape
     return shape(op, tuple(x.shape), *hashable(arguments))
 
 
@@ -404,26 +418,11 @@ class Operator:
     shape: Callable[..., Shape] | None = None
 
 
-def check_result(op: str, out: Tensor, shape: Shape, inputs: Sequence[Any]) -> None:
-    """Check the result of an accumulating operator whose other arguments have passed.
-
-    Args:
-        op: Name of the operator.
-        out: The result.
-        shape: What its shape must be.
-        inputs: The operator's arguments before ``alpha``, or the tensors among them.
-
-    Raises:
-        ValueError: If its shape, device, layout or memory is refused.
-        TypeError: If its dtype is refused.
-    """
-    _check_out(op, "out", out, shape, result_dtype(inputs[0].dtype), inputs)
-
-
 def _accumulating(arguments: str, shape: Callable[..., Shape]) -> Operator:
     def check(op: str, *args: Any) -> None:
         *inputs, _, _, out = args
-        check_result(op, out, shape(op, *inputs), inputs)
+        dtype = result_dtype(inputs[0].dtype)
+        _check_out(op, "out", out, shape(op, *inputs), dtype, inputs)
 
     return Operator(f"{arguments}, float alpha, float beta, Tensor(a!) out", check, -1, shape)
 
@@ -511,46 +510,15 @@ def conv_arguments(op: str, rank: int, bias: bool, *geometry: Any) -> tuple[Any,
     return (*ConvGeometry.normalize(op, rank - 2, *geometry).arguments(), bias)
 
 
-@lru_cache(maxsize=1024, typed=True)
-def kept_conv(
-    op: str, shape: Shape, dtype: torch.dtype, bias: bool, *geometry: Any
-) -> tuple[Shape, tuple[Any, ...]]:
-    """Check all of a convolution operator's arguments but ``out``, once.
-
-    Args:
-        op: Name of the operator.
-        shape: Shape of ``x``.
-        dtype: Its dtype.
-        bias: As in :func:`conv_arguments`.
-        *geometry: As in :func:`conv_arguments`.
-
-    Returns:
-        The shape of ``out``, and :func:`conv_arguments`.
-
-    Raises:
-        ValueError: If a shape or a value is refused.
-        TypeError: If a dtype or a type is refused.
-    """
-    arguments = conv_arguments(op, len(shape), bias, *geometry)
-    x = torch.empty(shape, dtype=dtype, device="meta")
-    return result_shape(op, x, *arguments), arguments
-
-
-_TARGET = "int groups, bool bias, float alpha, float beta, Tensor(a!) out"
-_PLANNED = f"Tensor x, Tensor plan, {_TARGET}"
+# The compiled extension's CUDA kernels.
 NATIVE: dict[str, str] = {
     "gram": f"({OPERATORS['gram'].arguments}) -> ()",
-    "shared_gram": f"({OPERATORS['shared_gram'].arguments}) -> ()",
-    "conv_offset_gram": f"({_PLANNED}) -> ()",
-    "conv_patch_gram": f"({_PLANNED}) -> ()",
-    "conv_reduce_gram": f"({_PLANNED}) -> ()",
-    # The number of cells and of taps of each axis, which the host needs on a GPU.
-    "conv_window_sum": f"(Tensor x, Tensor plan, int[] cells, int[] taps, {_TARGET}) -> ()",
-    # Long lists are checked by the kernels, which refuse by False; see CHECKING.
+    # The number of cells and of taps of each axis, which the host needs, beside the plan.
+    "conv_window_sum": "(Tensor x, Tensor plan, int[] cells, int[] taps, int groups, bool bias, "
+    "float alpha, float beta, Tensor(a!) out) -> ()",
+    # Long lists are checked by the kernels, which refuse by False.
     "damped_inverse": f"({_DAMPED}) -> bool",
-    "damped_cholesky": f"({_DAMPED}) -> bool",
     "precondition": f"({_SIDES}) -> bool",
-    "cholesky_precondition": f"({_SIDES}) -> bool",
 }
 
 
@@ -575,20 +543,13 @@ LIBRARY = _define(
 )
 
 
-CHECKING = ("damped_inverse", "damped_cholesky", "precondition", "cholesky_precondition")
+def _native_fake(signature: str) -> Callable[..., bool | None]:
+    result = True if signature.endswith("bool") else None  # the router has checked the arguments
+    return lambda *args: result
 
 
-def _accepting(*args: Any) -> bool:
-    return True
-
-
-def _no_result(*args: Any) -> None:
-    return None
-
-
-# The router has checked what it hands on.
 NATIVE_LIBRARY = _define(
     "kfac_fast_native",
     NATIVE,
-    dict.fromkeys(NATIVE, _no_result) | dict.fromkeys(CHECKING, _accepting),
+    {op: _native_fake(signature) for op, signature in NATIVE.items()},
 )

@@ -22,6 +22,7 @@ from oracle import (
 from torch import Tensor
 
 from kfac_fast import conv_kernels, reference
+from kfac_fast.backends import native
 from kfac_fast.conv import ConvGeometry
 from kfac_fast.schema import result_dtype, result_shape
 
@@ -62,10 +63,9 @@ def run(
     if out is None:
         shape = result_shape(KERNELS[kernel], x, *geometry.arguments(), bias)
         out = poisoned(*shape, dtype=result_dtype(x.dtype))
-    plan = conv_kernels.plan(kernel, geometry, tuple(x.shape[2:]))
-    native = getattr(torch.ops.kfac_fast_native, kernel)
-    sizes = ([], []) if kernel == "conv_window_sum" else ()  # a GPU's host needs them
-    native(x, plan, *sizes, geometry.groups, bias, alpha, beta, out)
+    size = tuple(x.shape[2:])
+    plan = conv_kernels.plan(kernel, geometry, size).tolist()
+    assert native.ConvKernel(kernel, plan, size, geometry.groups)(x, bias, alpha, beta, out)
     return out
 
 

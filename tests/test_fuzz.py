@@ -28,6 +28,7 @@ from torch import Tensor
 
 import kfac_fast
 from kfac_fast import backends, conv_kernels, ops, schema
+from kfac_fast.backends import native
 from kfac_fast.conv import ConvGeometry
 
 pytestmark = [
@@ -164,9 +165,9 @@ def run_kernel(
 ) -> Tensor:
     """A compiled kernel of conv_expand_gram, whichever the cost model prefers."""
     geometry = ConvGeometry.normalize("test", x.dim() - 2, **options)
-    plan = conv_kernels.plan(kernel, geometry, tuple(x.shape[2:]))
-    native = getattr(torch.ops.kfac_fast_native, kernel)
-    native(x, plan, geometry.groups, bias, alpha, beta, out)
+    size = tuple(x.shape[2:])
+    plan = conv_kernels.plan(kernel, geometry, size).tolist()
+    assert native.ConvKernel(kernel, plan, size, geometry.groups)(x, bias, alpha, beta, out)
     return out
 
 

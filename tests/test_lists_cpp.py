@@ -16,6 +16,7 @@ from torch import Tensor
 
 import kfac_fast
 from kfac_fast import backends, ops
+from kfac_fast.backends import native
 
 pytestmark = pytest.mark.usefixtures("one_thread", "instruction_set", "seed")
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -231,7 +232,6 @@ def test_a_bad_factor_touches_only_its_own_layer() -> None:
 def test_refused_lists_are_not_touched() -> None:
     matrix, out = covariance(4), poisoned(4, 4)
     info = torch.empty(1, dtype=torch.int32)
-    native = torch.ops.kfac_fast_native
     scalar = [torch.tensor(0.1)]
     refused = [
         ([matrix[:3]], scalar, [out], info),

@@ -6,8 +6,6 @@
 // A panel of V^T, some rows of V, is solved with R, and transposed to its place in the panels that
 // are solved with L.
 
-#include <torch/csrc/stable/library.h>
-
 #include <vector>
 
 #include "layers.h"
@@ -99,9 +97,12 @@ class CholeskyPreconditioning : LayerPanels<T> {
   const int64_t result_size_;
 };
 
-STABLE_TORCH_LIBRARY_IMPL(kfac_fast_native, CPU, m) {
-  m.impl("cholesky_precondition", TORCH_BOX(&precondition<CholeskyPreconditioning>));
+}  // namespace
+
+bool cholesky_precondition(const std::vector<Tensor>& grads, const std::vector<Tensor>& input_sides,
+                           const std::vector<Tensor>& gradient_sides,
+                           const std::vector<Tensor>& out, const Tensor& inner) {
+  return precondition_by<CholeskyPreconditioning>(grads, input_sides, gradient_sides, out, inner);
 }
 
-}  // namespace
 }  // namespace kfac_fast

@@ -1,38 +1,34 @@
 // The Gram matrix of all patches of a convolution on the CPU by offset correlation; see
 // offset_gram.h.
 
-#include <torch/csrc/stable/library.h>
-
 #include "block_gram.h"
+#include "checks.h"
 #include "offset_gram.h"
-#include "tensors.h"
+#include "operators.h"
 
 namespace kfac_fast {
-namespace {
-
-void conv_offset_gram(const Tensor& x, const Tensor& plan, int64_t groups, bool bias, double alpha,
-                      double beta, const Tensor& out) {
-  PlanNumbers numbers(static_cast<const int64_t*>(plan.const_data_ptr()));
+ConvKernel conv_offset_gram(const std::vector<int64_t>& plan, const std::vector<int64_t>& sizes,
+                            int64_t groups) {
+  PlanNumbers numbers(plan.data());
   const int64_t outputs = numbers.next();
-  const Axes<OffsetAxis> axes = read_axes<OffsetAxis>(numbers, x.dim() - 2);
-  int64_t edge = x.size(1) / groups;
-  for (const OffsetAxis& axis : axes) edge *= axis.taps;
-  edge += bias;
-  check_out("conv_offset_gram", x, out, groups * edge * edge);
-  for_dtype("conv_offset_gram", x, [&]<typename In, typename T>() {
-    const SymmetricStore<T> store{static_cast<T>(alpha), static_cast<T>(beta), edge};
-    const ImageSource<In> source = image_of<In>(x);
-    T* data = static_cast<T*>(out.mutable_data_ptr());
-    if (source.channels > 0) {
-      OffsetGram<In, T>(source, axes, groups, instruction_set_in_use(), store, bias, data).run();
-    }
-    if (bias) store_count(store, source.examples * outputs, groups, data);
-  });
+  const auto axes = read_axes<OffsetAxis>(numbers, static_cast<int64_t>(sizes.size()));
+  return [=](const Tensor& x, bool bias, double alpha, double beta, const Tensor& out) {
+    if (!images_pass(x, sizes, groups)) return false;
+    int64_t edge = x.size(1) / groups;
+    for (const OffsetAxis& axis : axes) edge *= axis.taps;
+    edge += bias;
+    if (!is_stack_of_squares(out, groups, edge) || !memory_passes(x, {}, {}, out)) return false;
+    for_dtype(x, [&]<typename In, typename T>() {
+      const SymmetricStore<T> store{static_cast<T>(alpha), static_cast<T>(beta), edge};
+      const ImageSource<In> source = image_of<In>(x);
+      T* data = static_cast<T*>(out.mutable_data_ptr());
+      if (source.channels > 0) {
+        OffsetGram<In, T>(source, axes, groups, instruction_set_in_use(), store, bias, data).run();
+      }
+      if (bias) store_count(store, source.examples * outputs, groups, data);
+    });
+    return true;
+  };
 }
 
-STABLE_TORCH_LIBRARY_IMPL(kfac_fast_native, CPU, m) {
-  m.impl("conv_offset_gram", TORCH_BOX(&conv_offset_gram));
-}
-
-}  // namespace
 }  // namespace kfac_fast

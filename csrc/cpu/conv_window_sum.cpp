@@ -1,29 +1,31 @@
 // Window sums of a convolution's input on the CPU, and the Gram matrix of their means; see
 // window_sum.h and block_gram.h.
 
-#include <torch/csrc/stable/library.h>
-
 #include <vector>
 
 #include "block_gram.h"
+#include "checks.h"
+#include "operators.h"
 #include "parallel.h"
-#include "tensors.h"
 #include "window_sum.h"
 
 namespace kfac_fast {
 namespace {
 
 struct Convolution {
-  int64_t outputs;
+  std::vector<int64_t> sizes;
+  int64_t groups, outputs;
   Axes<SumAxis> axes;
 
-  Convolution(const Tensor& x, const Tensor& plan) {
-    PlanNumbers numbers(static_cast<const int64_t*>(plan.const_data_ptr()));
+  Convolution(const std::vector<int64_t>& plan, const std::vector<int64_t>& sizes, int64_t groups)
+      : sizes(sizes), groups(groups) {
+    PlanNumbers numbers(plan.data());
     outputs = numbers.next();
-    axes = read_axes<SumAxis>(numbers, x.dim() - 2);
+    axes = read_axes<SumAxis>(numbers, static_cast<int64_t>(sizes.size()));
   }
 
   int64_t taps() const { return axes[0].taps * axes[1].taps * axes[2].taps; }
+  int64_t width(const Tensor& x, bool bias) const { return x.size(1) / groups * taps() + bias; }
 };
 
 template <typename In, typename T>
@@ -41,25 +43,11 @@ void sum_windows(const ImageSource<In>& source, const Convolution& convolution,
   });
 }
 
-// The plan tells the cells and taps; on a GPU the host cannot read it and is told them.
-void conv_window_sum(const Tensor& x, const Tensor& plan, std::vector<int64_t>,
-                     std::vector<int64_t>, int64_t groups, bool bias, double alpha, double beta,
-                     const Tensor& out) {
-  const Convolution convolution(x, plan);
-  const int64_t width = x.size(1) * convolution.taps() + groups * bias;
-  check_out("conv_window_sum", x, out, x.size(0) * width);
-  for_dtype("conv_window_sum", x, [&]<typename In, typename T>() {
-    sum_windows<In, T>(
-        image_of<In>(x), convolution,
-        {static_cast<T*>(out.mutable_data_ptr()), groups, bias, static_cast<T>(alpha),
-         static_cast<T>(beta), static_cast<T>(convolution.outputs)});
-  });
-}
-
 template <typename In, typename T>
-void reduce_gram_of(const Tensor& x, const Convolution& convolution, int64_t groups, bool bias,
-                    double alpha, double beta, T* out) {
-  const int64_t examples = x.size(0), columns = x.size(1) * convolution.taps();
+void reduce_gram_of(const Tensor& x, const Convolution& convolution, bool bias, double alpha,
+                    double beta, T* out) {
+  const int64_t examples = x.size(0), groups = convolution.groups;
+  const int64_t columns = x.size(1) * convolution.taps();
   const SymmetricStore<T> store{static_cast<T>(alpha), static_cast<T>(beta),
                                 columns / groups + bias};
   const SymmetricStore<T> rest{store.alpha, T{1}, store.edge};  // added to the first chunk's
@@ -83,21 +71,42 @@ void reduce_gram_of(const Tensor& x, const Convolution& convolution, int64_t gro
   if (bias) store_count(store, examples, groups, out);
 }
 
-void conv_reduce_gram(const Tensor& x, const Tensor& plan, int64_t groups, bool bias, double alpha,
-                      double beta, const Tensor& out) {
-  const Convolution convolution(x, plan);
-  const int64_t edge = x.size(1) / groups * convolution.taps() + bias;
-  check_out("conv_reduce_gram", x, out, groups * edge * edge);
-  for_dtype("conv_reduce_gram", x, [&]<typename In, typename T>() {
-    reduce_gram_of<In, T>(x, convolution, groups, bias, alpha, beta,
-                          static_cast<T*>(out.mutable_data_ptr()));
-  });
-}
-
-STABLE_TORCH_LIBRARY_IMPL(kfac_fast_native, CPU, m) {
-  m.impl("conv_window_sum", TORCH_BOX(&conv_window_sum));
-  m.impl("conv_reduce_gram", TORCH_BOX(&conv_reduce_gram));
-}
-
 }  // namespace
+
+ConvKernel conv_window_sum(const std::vector<int64_t>& plan, const std::vector<int64_t>& sizes,
+                           int64_t groups) {
+  const Convolution convolution(plan, sizes, groups);
+  return [=](const Tensor& x, bool bias, double alpha, double beta, const Tensor& out) {
+    if (!images_pass(x, sizes, groups) ||
+        !is_stack_of_rows(out, x.size(0), groups, convolution.width(x, bias)) ||
+        !memory_passes(x, {}, {}, out)) {
+      return false;
+    }
+    for_dtype(x, [&]<typename In, typename T>() {
+      sum_windows<In, T>(
+          image_of<In>(x), convolution,
+          {static_cast<T*>(out.mutable_data_ptr()), groups, bias, static_cast<T>(alpha),
+           static_cast<T>(beta), static_cast<T>(convolution.outputs)});
+    });
+    return true;
+  };
+}
+
+ConvKernel conv_reduce_gram(const std::vector<int64_t>& plan, const std::vector<int64_t>& sizes,
+                            int64_t groups) {
+  const Convolution convolution(plan, sizes, groups);
+  return [=](const Tensor& x, bool bias, double alpha, double beta, const Tensor& out) {
+    if (!images_pass(x, sizes, groups) ||
+        !is_stack_of_squares(out, groups, convolution.width(x, bias)) ||
+        !memory_passes(x, {}, {}, out)) {
+      return false;
+    }
+    for_dtype(x, [&]<typename In, typename T>() {
+      reduce_gram_of<In, T>(x, convolution, bias, alpha, beta,
+                            static_cast<T*>(out.mutable_data_ptr()));
+    });
+    return true;
+  };
+}
+
 }  // namespace kfac_fast

@@ -1,16 +1,14 @@
 // Inverses and Cholesky factors of damped symmetric matrices of mixed sizes on the CPU; see
 // block_sweep.h.
 
-#include <torch/csrc/stable/library.h>
-
 #include <optional>
 #include <vector>
 
 #include "block_sweep.h"
 #include "list_loop.h"
+#include "operators.h"
 #include "symmetric_store.h"
 #include "tensor_lists.h"
-#include "tensors.h"
 
 namespace kfac_fast {
 namespace {
@@ -151,9 +149,9 @@ void sweep_all(Sweep sweep, const std::vector<Matrix<T>>& matrices) {
   });
 }
 
-template <Sweep sweep>
-bool damped(std::vector<Tensor> matrices, std::vector<Tensor> damping, std::vector<Tensor> out,
-            const Tensor& info, const std::optional<Tensor>& logdet) {
+bool damped(Sweep sweep, const std::vector<Tensor>& matrices, const std::vector<Tensor>& damping,
+            const std::vector<Tensor>& out, const Tensor& info,
+            const std::optional<Tensor>& logdet) {
   if (matrices.empty()) return out.empty();
   if (!damped_lists_pass(matrices, damping, out, info, logdet)) return false;
   if (matrices[0].scalar_type() == ScalarType::Double) {
@@ -164,10 +162,18 @@ bool damped(std::vector<Tensor> matrices, std::vector<Tensor> damping, std::vect
   return true;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(kfac_fast_native, CPU, m) {
-  m.impl("damped_inverse", TORCH_BOX(&damped<Sweep::inverse>));
-  m.impl("damped_cholesky", TORCH_BOX(&damped<Sweep::cholesky>));
+}  // namespace
+
+bool damped_inverse(const std::vector<Tensor>& matrices, const std::vector<Tensor>& damping,
+                    const std::vector<Tensor>& out, const Tensor& info,
+                    const std::optional<Tensor>& logdet) {
+  return damped(Sweep::inverse, matrices, damping, out, info, logdet);
 }
 
-}  // namespace
+bool damped_cholesky(const std::vector<Tensor>& matrices, const std::vector<Tensor>& damping,
+                     const std::vector<Tensor>& out, const Tensor& info,
+                     const std::optional<Tensor>& logdet) {
+  return damped(Sweep::cholesky, matrices, damping, out, info, logdet);
+}
+
 }  // namespace kfac_fast

@@ -1,13 +1,12 @@
 // The Gram matrix of the rows of a tensor on the CPU; see block_gram.h.
 
-#include <torch/csrc/stable/library.h>
-
 #include <optional>
 #include <vector>
 
 #include "block_gram.h"
+#include "checks.h"
 #include "diagonal_gram.h"
-#include "tensors.h"
+#include "operators.h"
 
 namespace kfac_fast {
 namespace {
@@ -39,16 +38,18 @@ void gram_of(const Tensor& x, const std::optional<Tensor>& mask, int64_t groups,
   if (bias) store_count(store, source.counted(0, source.rows()), groups, data);
 }
 
-void gram(const Tensor& x, const std::optional<Tensor>& mask, int64_t groups, bool bias,
+}  // namespace
+
+bool gram(const Tensor& x, const std::optional<Tensor>& mask, int64_t groups, bool bias,
           double alpha, double beta, const Tensor& out) {
-  const int64_t edge = x.size(x.dim() - 1) / groups + bias;
-  check_out("gram", x, out, groups * edge * edge);
-  for_dtype("gram", x, [&]<typename In, typename T>() {
+  if (!rows_pass(x, mask, groups) || !memory_passes(x, mask, {}, out) ||
+      !is_stack_of_squares(out, groups, x.size(x.dim() - 1) / groups + bias)) {
+    return false;
+  }
+  for_dtype(x, [&]<typename In, typename T>() {
     gram_of<In, T>(x, mask, groups, bias, alpha, beta, out);
   });
+  return true;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(kfac_fast_native, CPU, m) { m.impl("gram", TORCH_BOX(&gram)); }
-
-}  // namespace
 }  // namespace kfac_fast

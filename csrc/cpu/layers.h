@@ -9,7 +9,7 @@
 #include "instruction_set.h"
 #include "layer_lists.h"
 #include "list_loop.h"
-#include "tensors.h"
+#include "operators.h"
 #include "tile_product.h"
 
 namespace kfac_fast {
@@ -88,9 +88,9 @@ void precondition_all(const std::vector<Tensor>& grads, const std::vector<Tensor
 
 // Way<T>(set, layer) has a Job job() and a call that returns the inner product.
 template <template <typename> class Way>
-bool precondition(std::vector<Tensor> grads, std::vector<Tensor> input_sides,
-                  std::vector<Tensor> gradient_sides, std::vector<Tensor> out,
-                  const Tensor& inner) {
+bool precondition_by(const std::vector<Tensor>& grads, const std::vector<Tensor>& input_sides,
+                     const std::vector<Tensor>& gradient_sides, const std::vector<Tensor>& out,
+                     const Tensor& inner) {
   if (!layer_lists_pass(grads, input_sides, gradient_sides, out, inner)) return false;
   if (inner.scalar_type() == ScalarType::Double) {
     precondition_all<Way, double>(grads, input_sides, gradient_sides, out, inner);

@@ -6,8 +6,6 @@
 //
 //   H^T[c][r] = Σ_j V[j][c] G[r][j],   P[r][c] = Σ_j H^T[j][r] A[j][c]
 
-#include <torch/csrc/stable/library.h>
-
 #include <vector>
 
 #include "layers.h"
@@ -114,9 +112,12 @@ class Preconditioning : LayerPanels<T> {
   const int64_t grad_size_, half_size_;
 };
 
-STABLE_TORCH_LIBRARY_IMPL(kfac_fast_native, CPU, m) {
-  m.impl("precondition", TORCH_BOX(&precondition<Preconditioning>));
+}  // namespace
+
+bool precondition(const std::vector<Tensor>& grads, const std::vector<Tensor>& input_sides,
+                  const std::vector<Tensor>& gradient_sides, const std::vector<Tensor>& out,
+                  const Tensor& inner) {
+  return precondition_by<Preconditioning>(grads, input_sides, gradient_sides, out, inner);
 }
 
-}  // namespace
 }  // namespace kfac_fast

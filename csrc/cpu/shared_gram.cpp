@@ -1,7 +1,7 @@
 // The Gram matrix of the sums or means of the rows of every example, or segment, on the CPU: one
 // pass over the rows, then block_gram.h.
 
-#include <torch/csrc/stable/library.h>
+#include <torch/headeronly/util/Exception.h>
 
 #include <numeric>
 #include <optional>
@@ -9,9 +9,10 @@
 #include <vector>
 
 #include "block_gram.h"
+#include "checks.h"
+#include "operators.h"
 #include "parallel.h"
 #include "row_sum.h"
-#include "tensors.h"
 
 namespace kfac_fast {
 namespace {
@@ -162,19 +163,26 @@ void shared_gram_of(const Arguments& a, double alpha, double beta, T* out) {
   gram_of_rows(source, columns, a.groups, store, false, out);
 }
 
-void shared_gram(const Tensor& x, const std::optional<Tensor>& mask,
-                 const std::optional<Tensor>& segments, int64_t num_segments, std::string reduction,
-                 int64_t groups, bool bias, double alpha, double beta, const Tensor& out) {
+}  // namespace
+
+bool shared_gram(const Tensor& x, const std::optional<Tensor>& mask,
+                 const std::optional<Tensor>& segments, int64_t num_segments,
+                 const std::string& reduction, int64_t groups, bool bias, double alpha, double beta,
+                 const Tensor& out) {
+  if (x.dim() < 2 || (reduction != "mean" && reduction != "sum")) return false;
+  if (segments ? x.dim() != 2 || !is_vector(*segments, x.size(0)) || num_segments < 0
+               : num_segments != -1) {
+    return false;
+  }
+  if (!rows_pass(x, mask, groups)) return false;
   const Arguments a{x, mask, segments, num_segments, reduction == "mean", groups, bias};
-  check_out("shared_gram", x, out, groups * a.width() * a.width());
-  for_dtype("shared_gram", x, [&]<typename In, typename T>() {
+  if (!memory_passes(x, mask, segments, out) || !is_stack_of_squares(out, groups, a.width())) {
+    return false;
+  }
+  for_dtype(x, [&]<typename In, typename T>() {
     shared_gram_of<In, T>(a, alpha, beta, static_cast<T*>(out.mutable_data_ptr()));
   });
+  return true;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(kfac_fast_native, CPU, m) {
-  m.impl("shared_gram", TORCH_BOX(&shared_gram));
-}
-
-}  // namespace
 }  // namespace kfac_fast

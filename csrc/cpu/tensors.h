@@ -1,10 +1,9 @@
 #pragma once
-// What the CPU operators share in taking tensors apart. Their arguments have passed the checks of
-// kfac_fast/schema.py; what guards memory is repeated here.
+// A tensor as the CPU kernels see it, and what they share in taking it apart.
 
-#include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
 
 #include "image_source.h"
 #include "narrow_float.h"
@@ -12,11 +11,54 @@
 namespace kfac_fast {
 
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
-// Calls run.operator()<In, T>() for the dtype of x: its elements are In, the result's T.
+// A view on the CPU that lives no longer than the call; its methods are named as torch's own.
+class Tensor {
+ public:
+  Tensor() = default;
+  Tensor(void* data, ScalarType type, int64_t dims, const int64_t* sizes, const int64_t* strides)
+      : data_(data), type_(type), dims_(dims), sizes_(sizes), strides_(strides) {}
+
+  ScalarType scalar_type() const { return type_; }
+  int64_t dim() const { return dims_; }
+  int64_t size(int64_t d) const { return sizes_[d]; }
+  int64_t stride(int64_t d) const { return strides_[d]; }
+  const void* const_data_ptr() const { return data_; }
+  void* mutable_data_ptr() const { return data_; }
+
+  int64_t numel() const {
+    int64_t count = 1;
+    for (int64_t d = 0; d < dims_; ++d) count *= sizes_[d];
+    return count;
+  }
+
+  bool is_contiguous() const {
+    if (numel() == 0) return true;
+    int64_t step = 1;
+    for (int64_t d = dims_ - 1; d >= 0; --d) {
+      if (sizes_[d] == 1) continue;
+      if (strides_[d] != step) return false;
+      step *= sizes_[d];
+    }
+    return true;
+  }
+
+  bool is_cpu() const { return true; }
+  bool is_cuda() const { return false; }
+  int32_t get_device_index() const { return -1; }
+
+ private:
+  void* data_ = nullptr;
+  ScalarType type_ = ScalarType::Undefined;
+  int64_t dims_ = 0;
+  const int64_t* sizes_ = nullptr;
+  const int64_t* strides_ = nullptr;
+};
+
+// Calls run.operator()<In, T>() for the dtype of x, which has passed the check (checks.h): its
+// elements are In, the result's T.
 template <typename Run>
-void for_dtype(const char* op, const Tensor& x, const Run& run) {
+void for_dtype(const Tensor& x, const Run& run) {
   switch (x.scalar_type()) {
     case ScalarType::Float:
       return run.template operator()<float, float>();
@@ -24,19 +66,9 @@ void for_dtype(const char* op, const Tensor& x, const Run& run) {
       return run.template operator()<double, double>();
     case ScalarType::BFloat16:
       return run.template operator()<BFloat16, float>();
-    case ScalarType::Half:
-      return run.template operator()<Half, float>();
     default:
-      STD_TORCH_CHECK(false, op, ": x must be float32, float64, bfloat16 or float16");
+      return run.template operator()<Half, float>();
   }
-}
-
-inline void check_out(const char* op, const Tensor& x, const Tensor& out, int64_t size) {
-  const ScalarType result =
-      x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  STD_TORCH_CHECK(out.scalar_type() == result && out.is_contiguous() && out.numel() == size, op,
-                  ": out must be contiguous with ", size, " elements of the result's dtype, got ",
-                  out.numel());
 }
 
 template <typename In>

@@ -13,6 +13,8 @@
 namespace kfac_fast {
 namespace {
 
+using torch::stable::Tensor;
+
 template <typename T>
 void add(const Tensor& matrices, const Tensor& damping, const Tensor& out, InversePlan<T>& plan) {
   std::vector<int64_t> sizes, strides, damping_strides(matrices.dim() - 2, 0);

@@ -12,6 +12,8 @@
 namespace kfac_fast {
 namespace {
 
+using torch::stable::Tensor;
+
 template <typename T>
 void run(const std::vector<Layer<T>>& layers, const Tensor& inner) {
   constexpr char op[] = "precondition";

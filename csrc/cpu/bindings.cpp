@@ -1,0 +1,145 @@
+// The CPU's operators as functions of the module kfac_fast._C. Each takes the arguments of
+// kfac_fast/schema.py and checks them; it returns False, with nothing written, where they are not
+// plain (python_tensor.h) or the operator refuses them.
+
+#include "bindings.h"
+
+#include <pybind11/stl.h>
+
+#include <string>
+
+#include "checks.h"
+#include "conv_calls.h"
+#include "operators.h"
+#include "python_tensor.h"
+
+namespace kfac_fast {
+namespace {
+
+// Runs a kernel apart from the interpreter's lock and, if it did, tells autograd what it wrote.
+template <typename Run>
+bool run(const py::list& written, const Run& kernel) {
+  bool done;
+  {
+    const py::gil_scoped_release release;
+    done = kernel();
+  }
+  if (done) Torch::get().increment_versions(written);
+  return done;
+}
+
+py::list objects(const std::vector<Output>& outputs) {
+  py::list list;
+  for (const Output& output : outputs) list.append(py::handle(output.object));
+  return list;
+}
+
+void append(py::list& list, const Output& output) { list.append(py::handle(output.object)); }
+
+std::vector<Tensor> tensors(const std::vector<Output>& outputs) {
+  return {outputs.begin(), outputs.end()};
+}
+
+bool call_gram(const Tensor& x, const std::optional<Tensor>& mask, int64_t groups, bool bias,
+               Number alpha, Number beta, const Output& out) {
+  return run(objects({out}),
+             [&] { return gram(x, mask, groups, bias, alpha.value, beta.value, out); });
+}
+
+bool call_shared_gram(const Tensor& x, const std::optional<Tensor>& mask,
+                      const std::optional<Tensor>& segments, int64_t num_segments,
+                      const std::string& reduction, int64_t groups, bool bias, Number alpha,
+                      Number beta, const Output& out) {
+  return run(objects({out}), [&] {
+    return shared_gram(x, mask, segments, num_segments, reduction, groups, bias, alpha.value,
+                       beta.value, out);
+  });
+}
+
+bool call_conv_kernel(const ConvKernel& kernel, const Tensor& x, bool bias, Number alpha,
+                      Number beta, const Output& out) {
+  return run(objects({out}), [&] { return kernel(x, bias, alpha.value, beta.value, out); });
+}
+
+bool call_damped(decltype(damped_inverse)& op, const std::vector<Tensor>& matrices,
+                 const std::vector<Tensor>& damping, const std::vector<Output>& out,
+                 const Output& info, const std::optional<Output>& logdet) {
+  py::list written = objects(out);
+  append(written, info);
+  std::optional<Tensor> logdets;
+  if (logdet) {
+    append(written, *logdet);
+    logdets = *logdet;
+  }
+  return run(written, [&] { return op(matrices, damping, tensors(out), info, logdets); });
+}
+
+bool call_precondition(decltype(precondition)& op, const std::vector<Tensor>& grads,
+                       const std::vector<Tensor>& input_sides,
+                       const std::vector<Tensor>& gradient_sides, const std::vector<Output>& out,
+                       const Output& inner) {
+  py::list written = objects(out);
+  append(written, inner);
+  return run(written, [&] { return op(grads, input_sides, gradient_sides, tensors(out), inner); });
+}
+
+ConvKernel make_conv_kernel(const std::string& name, const std::vector<int64_t>& plan,
+                            const std::vector<int64_t>& sizes, int64_t groups) {
+  if (name == "conv_offset_gram") return conv_offset_gram(plan, sizes, groups);
+  if (name == "conv_patch_gram") return conv_patch_gram(plan, sizes, groups);
+  if (name == "conv_reduce_gram") return conv_reduce_gram(plan, sizes, groups);
+  if (name == "conv_window_sum") return conv_window_sum(plan, sizes, groups);
+  throw py::value_error("ConvKernel: there is no kernel " + name);
+}
+
+bool call_conv(ConvCalls& calls, const Tensor& x, py::handle kernel_size, py::handle stride,
+               py::handle padding, py::handle padding_mode, py::handle dilation, py::handle groups,
+               py::handle transposed, py::handle output_padding, bool bias, Number alpha,
+               Number beta, const Output& out) {
+  if (!is_floating(x.scalar_type())) return false;
+  const auto kernel = calls.find(x, {kernel_size, stride, padding, padding_mode, dilation, groups,
+                                     transposed, output_padding});
+  return kernel && call_conv_kernel(*kernel, x, bias, alpha, beta, out);
+}
+
+bool refuse(const py::args&) { return false; }
+
+}  // namespace
+
+void bind_operators(py::module_& module) {
+  const auto bind = [&](const char* name, const auto& function) {
+    module.def(name, function);
+    module.def(name, &refuse);
+  };
+  bind("gram", &call_gram);
+  bind("shared_gram", &call_shared_gram);
+  const auto damped = [](auto& op) {
+    return [&op](const std::vector<Tensor>& matrices, const std::vector<Tensor>& damping,
+                 const std::vector<Output>& out, const Output& info,
+                 const std::optional<Output>& logdet) {
+      return call_damped(op, matrices, damping, out, info, logdet);
+    };
+  };
+  bind("damped_inverse", damped(damped_inverse));
+  bind("damped_cholesky", damped(damped_cholesky));
+  const auto layers = [](auto& op) {
+    return [&op](const std::vector<Tensor>& grads, const std::vector<Tensor>& input_sides,
+                 const std::vector<Tensor>& gradient_sides, const std::vector<Output>& out,
+                 const Output& inner) {
+      return call_precondition(op, grads, input_sides, gradient_sides, out, inner);
+    };
+  };
+  bind("precondition", layers(precondition));
+  bind("cholesky_precondition", layers(cholesky_precondition));
+  py::class_<ConvKernel, std::shared_ptr<ConvKernel>>(module, "ConvKernel")
+      .def(py::init(&make_conv_kernel), py::arg("name"), py::arg("plan"), py::arg("sizes"),
+           py::arg("groups"))
+      .def("__call__", &call_conv_kernel)
+      .def("__call__", [](const ConvKernel&, const py::args&) { return false; });
+  py::class_<ConvCalls>(module, "ConvCalls")
+      .def(py::init<py::str, py::object>(), py::arg("op"), py::arg("plan"))
+      .def("__call__", &call_conv)
+      .def("__call__", [](const ConvCalls&, const py::args&) { return false; });
+}
+
+}  // namespace kfac_fast

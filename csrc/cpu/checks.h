@@ -1,0 +1,64 @@
+#pragma once
+// The check of accumulating operators, repeated from kfac_fast/schema.py for its speed; see
+// tensor_lists.h.
+
+#include <initializer_list>
+#include <optional>
+#include <vector>
+
+#include "tensor_lists.h"
+#include "tensors.h"
+
+namespace kfac_fast {
+
+inline bool has_sizes(const Tensor& tensor, std::initializer_list<int64_t> sizes) {
+  if (tensor.dim() != static_cast<int64_t>(sizes.size())) return false;
+  int64_t d = 0;
+  for (const int64_t size : sizes) {
+    if (tensor.size(d++) != size) return false;
+  }
+  return true;
+}
+
+// Whether a result has a row, or a square, of this width for each of several groups.
+inline bool is_stack_of_squares(const Tensor& out, int64_t groups, int64_t width) {
+  return groups == 1 ? has_sizes(out, {width, width}) : has_sizes(out, {groups, width, width});
+}
+inline bool is_stack_of_rows(const Tensor& out, int64_t rows, int64_t groups, int64_t width) {
+  return groups == 1 ? has_sizes(out, {rows, width}) : has_sizes(out, {rows, groups, width});
+}
+
+inline bool is_floating(ScalarType type) {
+  return type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16 ||
+         type == ScalarType::Half;
+}
+
+// The dtypes, and that the result shares memory with nothing.
+inline bool memory_passes(const Tensor& x, const std::optional<Tensor>& mask,
+                          const std::optional<Tensor>& segments, const Tensor& out) {
+  const ScalarType type = x.scalar_type();
+  if (!is_floating(type)) return false;
+  const ScalarType result = type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  ListCheck check(type);
+  return check.reads(x) && (!mask || check.reads(*mask, ScalarType::Bool)) &&
+         (!segments || check.reads(*segments, ScalarType::Long)) && check.writes(out, result) &&
+         check.apart();
+}
+
+// x [*, D] whose features are split into groups, and a mask [*].
+inline bool rows_pass(const Tensor& x, const std::optional<Tensor>& mask, int64_t groups) {
+  const int64_t last = x.dim() - 1;
+  if (last < 0 || (mask && !same_shape(*mask, x, last))) return false;
+  return groups >= 1 && x.size(last) % groups == 0;
+}
+
+// x [N, C, *sizes] whose channels are split into groups.
+inline bool images_pass(const Tensor& x, const std::vector<int64_t>& sizes, int64_t groups) {
+  if (x.dim() != static_cast<int64_t>(sizes.size()) + 2 || x.size(1) % groups != 0) return false;
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (x.size(static_cast<int64_t>(d) + 2) != sizes[d]) return false;
+  }
+  return true;
+}
+
+}  // namespace kfac_fast

@@ -1,0 +1,238 @@
+"""Plain calls go straight to the CPU's kernels: which do, what is refused, what autograd hears."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from oracle import bits, poisoned
+from torch import Tensor
+
+import kfac_fast
+from kfac_fast import backends, conv_kernels, ops, schema
+from kfac_fast.backends import native
+from kfac_fast.conv import ConvGeometry
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+GEOMETRY = (3, 1, 1, "zeros", 1, 1, False, 0)
+
+
+def no_other_way(*args: Any) -> Any:
+    raise AssertionError("not the quick way")
+
+
+def rows_and_image() -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    return torch.randn(5, 4), torch.randn(2, 4, 5, 6)
+
+
+PLAIN: dict[str, Callable[[], Any]] = {
+    "gram": lambda: ops.gram(rows_and_image()[0], bias=True, out=poisoned(5, 5)),
+    "whole weights": lambda: ops.gram(rows_and_image()[0], alpha=2, beta=1, out=torch.eye(4)),
+    "without out": lambda: ops.gram(rows_and_image()[0], groups=2),
+    "a parameter": lambda: ops.gram(torch.nn.Parameter(rows_and_image()[0])),
+    "shared_gram": lambda: ops.shared_gram(rows_and_image()[1], out=poisoned(6, 6)),
+    "conv_expand_gram": lambda: ops.conv_expand_gram(rows_and_image()[1], 3, padding=(1, 0, 0, 2)),
+    "conv_reduce_gram": lambda: ops.conv_reduce_gram(rows_and_image()[1], [3, 1], groups=2),
+    "conv_window_sum": lambda: ops.conv_window_sum(rows_and_image()[1], 3, padding="same"),
+    "damped_inverse": lambda: ops.damped_inverse([2 * torch.eye(3)], 0.5).matrices[0],
+    "precondition": lambda: ops.precondition([torch.ones(2, 3)], [torch.eye(3)], [torch.eye(2)])[1],
+}
+
+
+@pytest.mark.parametrize("call", PLAIN.values(), ids=PLAIN)
+def test_plain_calls_are_quick(call: Callable[[], Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    with kfac_fast.use("reference"):
+        expected = call()
+    monkeypatch.setattr(backends, "dispatched", no_other_way)
+    torch.testing.assert_close(call(), expected)
+
+
+def test_a_geometry_is_planned_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    planned: list[tuple[Any, ...]] = []
+
+    def plan(*args: Any) -> Any:
+        planned.append(args)
+        return backends._conv_kernel(*args)
+
+    calls = native.ConvCalls("conv_window_sum", plan)
+    x, out = torch.randn(2, 4, 5, 6), torch.empty(2, 36)
+    for _ in range(3):
+        assert calls(x, *GEOMETRY, False, 1.0, 0.0, out)
+    assert planned == [("conv_window_sum", (2, 4, 5, 6), 4, *GEOMETRY)]
+    assert calls(x.double(), *GEOMETRY, False, 1.0, 0.0, out.double())
+    assert calls(x, (3, 3), *GEOMETRY[1:], False, 1.0, 0.0, out)
+    assert [args[1:4] for args in planned[1:]] == [((2, 4, 5, 6), 8, 3), ((2, 4, 5, 6), 4, (3, 3))]
+
+
+def test_many_geometries_are_not_all_kept() -> None:
+    for size in range(3, 1100):
+        x = torch.full((1, 1, size), 1.0)
+        assert ops.conv_window_sum(x, 3, out=torch.empty(1, 3)).tolist() == [[size - 2.0] * 3]
+
+
+def test_a_refused_geometry_says_why() -> None:
+    x, out = torch.randn(2, 4, 5, 6), poisoned(2, 36)
+    with pytest.raises(ValueError, match=r"^conv_window_sum: stride must be at least 1, got"):
+        ops.conv_window_sum(x, 3, stride=0, out=out)
+    with pytest.raises(TypeError, match=r"^conv_window_sum: transposed must be bool, got int"):
+        ops.conv_window_sum(x, 3, transposed=0, out=out)
+    assert out.isnan().all()
+
+
+def dense(**options: Any) -> Tensor:
+    return torch.ones(5, 4, **options)
+
+
+STRANGE: dict[str, Callable[[], Tensor]] = {
+    "negated": lambda: torch.ones(5, 4, dtype=torch.complex64).conj().imag,
+    "zeros without memory": lambda: torch._efficientzerotensor((5, 4)),
+    "sparse": lambda: dense().to_sparse(),
+    "of a class of its own": lambda: dense().as_subclass(type("Own", (Tensor,), {})),
+    "without data": lambda: dense(device="meta"),
+    "integers": lambda: dense(dtype=torch.int32),
+    "complex": lambda: dense(dtype=torch.complex64),
+}
+
+
+@pytest.mark.parametrize("strange", STRANGE.values(), ids=STRANGE)
+def test_other_tensors_do_not_go_the_quick_way(strange: Callable[[], Tensor]) -> None:
+    x, out = strange(), poisoned(4, 4)
+    assert native.gram(x, None, 1, False, 1.0, 0.0, out) is False
+    assert native.damped_inverse([x], [torch.tensor(0.1)], [out], torch.empty(1), None) is False
+    assert out.isnan().all()
+
+
+def test_lazy_tensors_have_their_values() -> None:
+    negated = torch.randn(5, 4, dtype=torch.complex64).conj().imag
+    assert negated.is_neg()
+    out = ops.gram(negated, out=poisoned(4, 4))
+    torch.testing.assert_close(out, negated.resolve_neg().T @ negated.resolve_neg())
+    square = torch.randn(4, 4, dtype=torch.complex64).conj().imag
+    expected = torch.eye(4) @ square.resolve_neg() @ torch.eye(4)
+    result = ops.precondition([square], [torch.eye(4)], [torch.eye(4)]).grads[0]
+    torch.testing.assert_close(result, expected)
+    assert not ops.gram(torch._efficientzerotensor((5, 4)), out=poisoned(4, 4)).any()
+
+
+def gram_arguments(**changed: Any) -> tuple[Any, ...]:
+    arguments = {
+        "x": torch.ones(5, 4),
+        "mask": None,
+        "groups": 1,
+        "bias": False,
+        "alpha": 1.0,
+        "beta": 0.0,
+        "out": poisoned(4, 4),
+    }
+    return tuple((arguments | changed).values())
+
+
+MEMORY = torch.full((64,), float("nan"))
+REFUSED: dict[str, dict[str, Any]] = {
+    "a scalar": {"x": torch.tensor(1.0)},
+    "groups that do not divide": {"groups": 3},
+    "no group": {"groups": 0},
+    "a mask of another shape": {"mask": torch.ones(4, dtype=torch.bool)},
+    "a mask of numbers": {"mask": torch.ones(5)},
+    "an out of another shape": {"out": poisoned(5, 5)},
+    "an out of another rank": {"out": poisoned(1, 4, 4)},
+    "an out of another dtype": {"out": poisoned(4, 4).double()},
+    "an out with gaps": {"out": poisoned(4, 8)[:, ::2]},
+    "an out that requires gradients": {"out": poisoned(4, 4).requires_grad_()},
+    "an out in the input": {"x": MEMORY[:20].view(5, 4), "out": MEMORY[10:26].view(4, 4)},
+    "an out in the mask": {
+        "mask": MEMORY.view(torch.bool)[16:21],
+        "out": MEMORY[:16].view(4, 4),
+    },
+}
+
+
+@pytest.mark.parametrize("changed", REFUSED.values(), ids=REFUSED)
+def test_what_the_check_refuses_the_kernel_refuses(changed: dict[str, Any]) -> None:
+    arguments = gram_arguments(**changed)
+    with pytest.raises((ValueError, TypeError)):
+        schema.check("gram", *arguments)
+    before = bits(arguments[-1].detach()).clone()
+    assert native.gram(*arguments) is False
+    assert torch.equal(bits(arguments[-1].detach()), before)
+
+
+SHARED_REFUSED: dict[str, tuple[Any, ...]] = {
+    "rows": (torch.ones(4), None, None, -1, "mean"),
+    "another reduction": (torch.ones(5, 2, 4), None, None, -1, "max"),
+    "a count without segments": (torch.ones(5, 2, 4), None, None, 3, "mean"),
+    "segments without a count": (torch.ones(5, 4), None, torch.zeros(5).long(), -1, "mean"),
+    "short segments": (torch.ones(5, 4), None, torch.zeros(5).int(), 3, "mean"),
+    "segments of another length": (torch.ones(5, 4), None, torch.zeros(4).long(), 3, "mean"),
+    "segments of a batch": (torch.ones(5, 2, 4), None, torch.zeros(5).long(), 3, "mean"),
+}
+
+
+@pytest.mark.parametrize("inputs", SHARED_REFUSED.values(), ids=SHARED_REFUSED)
+def test_what_shared_gram_refuses(inputs: tuple[Any, ...]) -> None:
+    out = poisoned(4, 4)
+    with pytest.raises((ValueError, TypeError)):
+        schema.check("shared_gram", *inputs, 1, False, 1.0, 0.0, out)
+    assert native.shared_gram(*inputs, 1, False, 1.0, 0.0, out) is False
+    assert out.isnan().all()
+
+
+@pytest.mark.parametrize("kernel", ["conv_offset_gram", "conv_patch_gram", "conv_reduce_gram"])
+def test_a_kernel_takes_only_its_plans_images(kernel: str) -> None:
+    plan = conv_kernels.plan(kernel, ConvGeometry.normalize("test", 2, 3), (5, 6)).tolist()
+    run = native.ConvKernel(kernel, plan, (5, 6), 1)
+    out = poisoned(36, 36)
+    for shape in ((2, 4, 6, 5), (2, 4, 5, 7), (2, 4, 5), (2, 4, 1, 5, 6), (2, 3, 5, 6)):
+        assert run(torch.ones(shape), False, 1.0, 0.0, out) is False
+    assert out.isnan().all()
+    assert run(torch.ones(2, 4, 5, 6), False, 1.0, 0.0, out) and out.isfinite().all()
+
+
+def test_autograd_sees_what_was_written() -> None:
+    out, weight = torch.eye(3), torch.ones(3, requires_grad=True)
+    for write in (
+        lambda: ops.gram(torch.ones(5, 3), out=out),
+        lambda: ops.damped_inverse([torch.eye(3)], 0.1, out=[out]),
+    ):
+        product = (out * weight).sum()
+        write()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product.backward()
+
+
+def test_refused_calls_leave_the_version() -> None:
+    out = torch.zeros(3, 3)
+    before = out._version
+    assert native.gram(torch.ones(5, 4), None, 1, False, 1.0, 0.0, out) is False
+    assert out._version == before
+    assert native.gram(torch.ones(5, 3), None, 1, False, 1.0, 0.0, out)
+    assert out._version > before
+
+
+def test_inference_tensors_may_be_written() -> None:
+    with torch.inference_mode():
+        x, out = torch.ones(5, 3), torch.empty(3, 3)
+        assert torch.equal(ops.gram(x, out=out), torch.full((3, 3), 5.0))
+
+
+def test_threads_of_python_may_call_at_the_same_time() -> None:
+    x = torch.randn(2, 3, 40, 40)
+    expected = ops.conv_expand_gram(x, 3)
+    results: list[Tensor] = []
+
+    def work() -> None:
+        for size in range(20, 40):
+            ops.conv_window_sum(x[..., :size], 3)
+            results.append(ops.conv_expand_gram(x, 3))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 80 and all(torch.equal(result, expected) for result in results)
