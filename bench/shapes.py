@@ -129,16 +129,25 @@ FAMILIES: dict[str, Sequence[str]] = {
     "strided": list(CONV_STRIDED),
 }
 
-# The last two stages of ResNet-18 are left out: their inverses of sizes 2304 and 4608 alone would
-# take most of the run.
+_RESNET18 = [
+    Layer(64, 147, 1),
+    Layer(64, 576, 4),
+    Layer(128, 576, 1),
+    Layer(128, 64, 1),
+    Layer(128, 1152, 3),
+    Layer(256, 1152, 1),
+    Layer(256, 128, 1),
+    Layer(256, 2304, 3),
+    Layer(512, 2304, 1),
+    Layer(512, 256, 1),
+    Layer(512, 4608, 3),
+    Layer(1000, 513, 1),
+]
+
 NETWORKS: dict[str, Sequence[Layer]] = {
-    "resnet18-to-layer2": [
-        Layer(64, 147, 1),
-        Layer(64, 576, 4),
-        Layer(128, 576, 1),
-        Layer(128, 64, 1),
-        Layer(128, 1152, 3),
-    ],
+    "resnet18": _RESNET18,
+    # Without the last two stages, whose sizes 2304 and 4608 take most of the time.
+    "resnet18-to-layer2": _RESNET18[:5],
     "vit-ti": [
         Layer(192, 769, 1),
         Layer(576, 193, 12),

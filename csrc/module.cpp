@@ -2,8 +2,8 @@
 // choice of instruction set. Loading it also registers the CUDA kernels with the dispatcher.
 #include <pybind11/pybind11.h>
 
-#include "cpu/bindings.h"
 #include "instruction_set.h"
+#include "python/bindings.h"
 
 namespace py = pybind11;
 

@@ -16,12 +16,15 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from operator import attrgetter
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 
 from kfac_fast import conv_kernels, reference, schema
 from kfac_fast.conv import ConvGeometry
+
+if TYPE_CHECKING:
+    from kfac_fast._C import ConvKernel
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -105,7 +108,7 @@ def _unavailable(*args: Any) -> None:
     raise RuntimeError(NOT_BUILT)
 
 
-def _conv_kernel(op: str, shape: tuple[int, ...], item: int, *arguments: Any) -> Any:
+def _conv_kernel(op: str, shape: tuple[int, ...], item: int, *arguments: Any) -> ConvKernel:
     """The compiled kernel for inputs of this shape, with its plan."""
     checked = schema.conv_arguments(op, len(shape), False, *arguments)
     schema.conv_shape(op, shape, *checked)
@@ -113,7 +116,8 @@ def _conv_kernel(op: str, shape: tuple[int, ...], item: int, *arguments: Any) ->
     expand = op == "conv_expand_gram"
     kernel = conv_kernels.expand_kernel(geometry, shape, item) if expand else op
     plan = conv_kernels.plan(kernel, geometry, shape[2:]).tolist()
-    return native.ConvKernel(kernel, plan, shape[2:], geometry.groups)
+    made: ConvKernel = native.ConvKernel(kernel, plan, shape[2:], geometry.groups)
+    return made
 
 
 def _cuda(op: str) -> Implementation:
@@ -498,7 +502,7 @@ def quick(op: str, *args: Any) -> bool:
 
 
 def call(op: str, *args: Any) -> None:
-    """Check the arguments of an operator and run it, by the dispatcher where that is needed.
+    """Check an operator's arguments and run it, by the dispatcher where that is needed.
 
     The dispatcher turns every argument into its own kind of value and back, which takes longer than
     a small kernel.
@@ -507,8 +511,6 @@ def call(op: str, *args: Any) -> None:
         op: Name of the operator.
         *args: Its dispatcher arguments.
     """
-    if quick(op, *args):
-        return
     if dispatched(args):
         getattr(torch.ops.kfac_fast, op).default(*args)
     else:

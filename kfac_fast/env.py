@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import platform
 import shutil
 from collections.abc import Iterator
@@ -33,7 +32,7 @@ def _facts() -> Iterator[tuple[str, str]]:
     if not backends.EXTENSION_BUILT:
         yield "extension", "not built"
         return
-    extension = importlib.import_module("kfac_fast._C")
+    extension = backends.native
     yield "extension", f"{extension.compiler}, for torch {extension.torch_target} and newer"
     yield "CUDA kernels", extension.cuda_archs or "none"
     others = ", ".join(extension.instruction_sets())

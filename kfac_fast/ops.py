@@ -34,6 +34,8 @@ def _accumulate(
     schema.check_types(op, alpha=alpha, beta=beta, out=out)
     if out is None:
         out = _new_result(op, schema.result_shape(op, *inputs), inputs[0], beta)
+        if quick(op, *inputs, alpha, beta, out):
+            return out
     x, *options = inputs
     call(op, _detached(x), *options, alpha, beta, out)
     return out
@@ -399,13 +401,14 @@ def _damped(
     logdet: bool,
     out: Sequence[Tensor] | None,
 ) -> DampedInverses:
-    matrices = _all_detached(matrices)
     results = _contiguous_like(matrices) if out is None else list(out)
     like = matrices[0] if matrices else torch.empty(0)
     total = schema.number_of_matrices(matrices)
     info = torch.empty(total, dtype=torch.int32, device=like.device)
     logdets = torch.empty(total, dtype=like.dtype, device=like.device) if logdet else None
-    call(op, matrices, _damping_tensors(op, damping, matrices), results, info, logdets)
+    others = _damping_tensors(op, damping, matrices), results, info, logdets
+    if not quick(op, matrices, *others):
+        call(op, _all_detached(matrices), *others)
     return DampedInverses(results, info, logdets)
 
 
@@ -505,11 +508,12 @@ def _preconditioned(
     gradient_sides: Sequence[Tensor],
     out: Sequence[Tensor] | None,
 ) -> Preconditioned:
-    grads = _all_detached(grads)
     results = _contiguous_like(grads) if out is None else list(out)
     like = grads[0] if grads else torch.empty(0)
     inner = torch.zeros((), dtype=like.dtype, device=like.device)
-    call(op, grads, list(input_sides), list(gradient_sides), results, inner)
+    if not quick(op, grads, input_sides, gradient_sides, results, inner):
+        sides = list(input_sides), list(gradient_sides)
+        call(op, _all_detached(grads), *sides, results, inner)
     return Preconditioned(results, inner)
 
 

@@ -217,7 +217,7 @@ def test_every_dependency_is_pinned() -> None:
 def test_stub_names_what_the_extension_has() -> None:
     stub = ast.parse((ROOT / "kfac_fast/_C.pyi").read_text())
     named = {node.target.id for node in stub.body if isinstance(node, ast.AnnAssign)}
-    named |= {node.name for node in stub.body if isinstance(node, ast.FunctionDef)}
+    named |= {node.name for node in stub.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     assert named == {name for name in vars(kfac_fast._C) if not name.startswith("_")}
 
 

@@ -8,8 +8,8 @@
 #include <type_traits>
 #include <vector>
 
-#include "../dlpack.h"
-#include "tensors.h"
+#include "../cpu/tensors.h"
+#include "dlpack.h"
 
 namespace kfac_fast {
 

@@ -11,8 +11,8 @@
 #include <unordered_map>
 #include <vector>
 
-#include "operators.h"
-#include "tensor_lists.h"
+#include "../cpu/operators.h"
+#include "../tensor_lists.h"
 
 namespace kfac_fast {
 

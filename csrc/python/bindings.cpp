@@ -8,9 +8,9 @@
 
 #include <string>
 
-#include "checks.h"
+#include "../cpu/checks.h"
+#include "../cpu/operators.h"
 #include "conv_calls.h"
-#include "operators.h"
 #include "python_tensor.h"
 
 namespace kfac_fast {
