@@ -32,8 +32,12 @@ class HostCopy:
             self._arrived.record(torch.cuda.current_stream(number.device))
 
     def read(self) -> int | None:
-        """The number, or None if it has not arrived or none was sent."""
-        if self._copy is None or (self._arrived is not None and not self._arrived.query()):
+        """The number, or None if none was sent, or it is not known whether it has arrived."""
+        if self._copy is None:
             return None
+        if self._arrived is not None:
+            # A query would break off the capture of a graph.
+            if torch.cuda.is_current_stream_capturing() or not self._arrived.query():
+                return None
         # item() would be a wait, at least for whoever looks for them.
         return ctypes.c_int64.from_address(self._copy.data_ptr()).value
