@@ -1,4 +1,7 @@
-"""Tests marked ``gpu`` are skipped, with that reason, where torch sees no CUDA device."""
+"""Tests marked ``gpu`` are skipped, with that reason, where torch sees no CUDA device.
+
+Those marked ``large`` too are skipped where its memory is too small.
+"""
 
 import importlib
 from collections.abc import Callable, Iterator
@@ -11,13 +14,28 @@ from kfac_fast import backends
 NATIVE = importlib.import_module("kfac_fast._C") if backends.EXTENSION_BUILT else None
 
 
+LARGE_BYTES = 40e9
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    reason = "needs a CUDA device: torch.cuda.is_available() is False"
     if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs a CUDA device: torch.cuda.is_available() is False")
-    for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(skip)
+        size = torch.cuda.get_device_properties(0).total_memory
+        if size >= LARGE_BYTES:
+            return
+        marked = [item for item in marked if item.get_closest_marker("large")]
+        reason = (
+            f"needs {LARGE_BYTES / 1e9:.0f} GB of the device's memory, which has {size / 1e9:.0f}"
+        )
+    for item in marked:
+        item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """What a large test has freed goes back to the device, which other processes may use."""
+    if item.get_closest_marker("large"):
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture(scope="module")

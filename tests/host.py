@@ -1,8 +1,10 @@
-"""A mode under which nothing may make the host wait for the device."""
+"""Modes under which nothing may make the host wait for the device."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +14,18 @@ from kfac_fast import backends
 
 # The last two read values inside their own kernels.
 WAITING = ("_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "multinomial")
+
+
+@contextmanager
+def waits_refused() -> Iterator[None]:
+    """On a CUDA device: PyTorch raises at every operation that it knows to make the host wait."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 class NeverWaits(TorchDispatchMode):

@@ -171,6 +171,7 @@ def test_no_examples(op: str, name: str) -> None:
         check(op, name, x, alpha=0.5, beta=2.0, bias=True, kernel_size=3)
 
 
+@pytest.mark.large
 @convolutions
 def test_more_elements_than_int32_counts(op: str, name: str) -> None:
     if name == "reference":
@@ -283,3 +284,20 @@ def test_shared_repeats_bit_for_bit(name: str) -> None:
     x = random((64, 300, 200), torch.float32)
     results = [run("shared_gram", name, x, bias=True) for _ in range(3)]
     assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.large
+@shared
+def test_shared_more_elements_than_int32_counts(name: str) -> None:
+    if name == "reference":
+        pytest.skip("copies more than a device holds")
+    x = torch.zeros(4, 2**19 + 2, 1024, dtype=torch.bfloat16, device="cuda")
+    x[-1, -1] = torch.arange(1024, device="cuda") % 16
+    row = x[-1, -1].float()
+    positions_first = x.transpose(0, 1).contiguous().transpose(0, 1)
+    for layout in (x, positions_first):
+        assert torch.equal(run("shared_gram", name, layout, reduction="sum"), row.outer(row))
+    rows = x.flatten(0, 1)
+    graphs = torch.arange(len(rows), device="cuda") // 3
+    options = {"segments": graphs, "num_segments": len(rows) // 3 + 1, "reduction": "sum"}
+    assert torch.equal(run("shared_gram", name, rows, **options), row.outer(row))

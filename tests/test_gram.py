@@ -166,6 +166,7 @@ def test_repeatable(implementation: backends.Implementation, device: str) -> Non
     assert all(torch.equal(out, results[0]) for out in results)
 
 
+@pytest.mark.large
 @implementations
 def test_offsets_beyond_32_bits(implementation: backends.Implementation, device: str) -> None:
     step = 2**30 + 3

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from host import waits_refused
 from nets import Net, images, preconditioner
 from plain_kfac import assert_covariances, assert_solved, covariances
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from kfac_fast import KFAC
 
 pytestmark = pytest.mark.gpu
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 OPTIONS: dict[str, dict[str, Any]] = {
     "factored": {},
     "plain": {"damping_mode": "plain"},
@@ -40,18 +42,27 @@ def train_step(model: nn.Module, kfac: KFAC, x: Tensor, y: Tensor) -> None:
     kfac.step()
 
 
+def batch(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return images().to("cuda", dtype), torch.randint(3, (5,)).cuda()
+
+
+def assert_near(out: Tensor, expected: Tensor, condition: float = 1e3) -> None:
+    """Check that two solutions of one system differ as its condition explains."""
+    bound = 64 * torch.finfo(out.dtype).eps * condition * torch.linalg.vector_norm(expected)
+    assert torch.linalg.vector_norm(out - expected) <= bound
+
+
+@dtypes
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_the_host_does_not_wait(options: dict[str, Any]) -> None:
-    model = Net().cuda()
+def test_the_host_does_not_wait(options: dict[str, Any], dtype: torch.dtype) -> None:
+    model = Net().to("cuda", dtype)
     kfac = preconditioner(model, **options)
-    x, y = images().cuda(), torch.randint(3, (5,)).cuda()
-    train_step(model, kfac, x, y)  # plans and workspaces are made
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    x, y = batch(dtype)
+    for _ in range(2):  # plans and workspaces are made
+        train_step(model, kfac, x, y)
+    with waits_refused():
         for _ in range(3):
             train_step(model, kfac, x, y)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("approx", ["expand", "reduce"])
@@ -71,11 +82,23 @@ def test_factors_and_steps_are_those_of_the_cpu(approx: str) -> None:
         assert_solved(one.grad.cpu(), two.grad)
 
 
-def test_a_captured_step_goes_on_averaging() -> None:
-    batches = [(images().cuda(), torch.randint(3, (5,)).cuda()) for _ in range(4)]
-    captured = Net().cuda()
+@dtypes
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"inverse_update_steps": 1000},
+        {},
+        {"approx": "reduce"},
+        {"kl_clip": 1e-3, "learning_rate": 0.1},
+        {"grafting": "adam"},
+    ],
+    ids=("update", "refresh", "reduce", "clipped", "grafted"),
+)
+def test_a_captured_step_goes_on_averaging(options: dict[str, Any], dtype: torch.dtype) -> None:
+    batches = [batch(dtype) for _ in range(4)]
+    captured = Net().to("cuda", dtype)
     eager = copy.deepcopy(captured)
-    kfacs = [preconditioner(model, inverse_update_steps=1000) for model in (captured, eager)]
+    kfacs = [preconditioner(model, **options) for model in (captured, eager)]
     x, y = (tensor.clone() for tensor in batches[0])
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -94,8 +117,8 @@ def test_a_captured_step_goes_on_averaging() -> None:
         graph.replay()
         train_step(eager, kfacs[1], inputs, labels)
         for one, two in zip(captured.parameters(), eager.parameters(), strict=True):
-            assert_solved(one.grad.cpu(), two.grad.cpu())
+            assert_near(one.grad, two.grad)
     found, expected = (covariances(kfac) for kfac in kfacs)
     for name, pair in expected.items():
         for own, other in zip(found[name], pair, strict=True):
-            assert_solved(own.cpu(), other.cpu())
+            assert_near(own, other)

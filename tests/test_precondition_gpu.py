@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from host import waits_refused
 from oracle import assert_within_budget, bits, poisoned, positive_definite, spread
 from steps import Lists, assert_steps_within_budget, layers
 from torch import Tensor
@@ -125,11 +126,23 @@ def test_graph_capture_on_a_side_stream() -> None:
 
 def test_the_host_does_not_wait() -> None:
     lists = _layers([(40, 300), (5, 5)])
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waits_refused():
         _run(lists)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.large
+def test_more_elements_than_int32_counts() -> None:
+    grads = torch.zeros(2**21 + 3, 32, 32, device="cuda")
+    grads[-3:] = torch.randn(3, 32, 32)
+    sides = [torch.randn(32, 32, device="cuda") for _ in range(2)]
+    result = _run([[grads], *([side.expand_as(grads)] for side in sides)])
+    last = grads[-4:].clone()
+    alone = _run([[last], *([side.expand_as(last)] for side in sides)])
+    assert torch.equal(bits(result.grads[0][-4:]), bits(alone.grads[0]))
+    assert not result.grads[0][:-3].any()
+    products = last.double() * alone.grads[0]
+    eps = torch.finfo(torch.float32).eps
+    assert (result.inner_product - products.sum()).abs() <= 8 * eps * products.abs().sum()
 
 
 def test_refused_lists_are_not_touched() -> None:
