@@ -7,6 +7,7 @@ BENCH_ARGS ?=
 EXAMPLE ?= train_vit
 EXAMPLE_ARGS ?=
 PEER_ARGS ?=
+GPU_ARGS ?= bench/output/gpu
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -20,7 +21,7 @@ PEERS := .venv/peers
 CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 PYTHON_TOO_OLD := kfac_fast needs Python 3.10 or newer, but %s is %d.%d: choose one with make PYTHON=...
 
-.PHONY: help bench bench-peers test example lint format clean
+.PHONY: help bench bench-peers gpu test example lint format clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -33,6 +34,10 @@ bench: $(PACKAGE) $(EXTENSION) ## run the microbenchmarks and print the table (B
 
 bench-peers: $(PACKAGE) $(EXTENSION) $(PEERS)/installed.stamp ## time other libraries with and without kfac_fast (PEER_ARGS go to it)
 	PYTHONPATH=$(PEERS) $(BIN)/python bench/bench_peers.py $(PEER_ARGS)
+
+# Not in .venv: offline, with the torch that PYTHON has.
+gpu: ## on a machine with a GPU: build, test, sanitize, benchmark, plot (GPU_ARGS="DIR STAGE ..." go to bench/gpu.sh)
+	PYTHON=$(PYTHON) bench/gpu.sh $(GPU_ARGS)
 
 test: $(PACKAGE) $(EXTENSION) ## run the tests (TEST_ARGS go to pytest)
 	$(BIN)/python -m pytest $(TEST_ARGS)

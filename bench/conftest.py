@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import gc
+import json
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 import memory
 import pytest
@@ -23,6 +25,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where to run")
     parser.addoption(
         "--seconds", type=float, default=1.0, help="about how long to time each benchmark"
+    )
+    parser.addoption(
+        "--append-records", type=Path, help="append each record to this file as its benchmark ends"
     )
 
 
@@ -49,6 +54,19 @@ def settings(pytestconfig: pytest.Config) -> Iterator[None]:
         with kfac_fast.use(name):
             yield
     gc.enable()
+
+
+@pytest.fixture(autouse=True)
+def appended(benchmark: BenchmarkFixture, pytestconfig: pytest.Config) -> Iterator[None]:
+    """Keeps the record of a benchmark even if the run is killed later; peaks come too late for it.
+
+    The JSON of pytest-benchmark is written when all is done.
+    """
+    yield
+    path = pytestconfig.getoption("append_records")
+    if path is not None and benchmark.extra_info:
+        with path.open("a") as file:
+            file.write(json.dumps(benchmark.extra_info) + "\n")
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,10 @@
 """Show and keep the results of a benchmark run.
 
-``python bench/report.py bench/output/bench.json`` prints tables and draws ``ratios.png`` beside the
-JSON. ``--records bench/results`` also keeps the records and the plot under the device's name;
-``--markdown README.md`` also writes the tables between that file's two ``benchmarks`` comments.
+``python bench/report.py bench/output/bench.json`` prints tables and draws ``ratios.png`` and
+``floors.png`` beside the JSON; it also takes the file of ``--append-records``, whose name ends in
+``.jsonl``. ``--records bench/results`` also keeps the records and the plots under the device's
+name; ``--markdown README.md`` also writes the tables between that file's two ``benchmarks``
+comments.
 """
 
 from __future__ import annotations
@@ -17,15 +19,11 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import Any, TypeVar
 
-import matplotlib
+import plots
 from record import Record, StepRecord
 from rich.console import Console
 from rich.table import Table
 from shapes import FAMILIES
-
-matplotlib.use("Agg")  # draws files only; needs no display
-from matplotlib import pyplot  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
 
 COLUMNS = (
     "operator",
@@ -67,12 +65,18 @@ AnyRecord = TypeVar("AnyRecord", Record, StepRecord)
 
 
 def _infos(path: Path) -> list[dict[str, Any]]:
+    """Of pytest-benchmark's JSON; of appended lines the newest of each benchmark."""
+    if path.suffix == ".jsonl":
+        lines = map(json.loads, path.read_text().splitlines())
+        newest = {(line["op"], *_identity(line)): line for line in lines}
+        operators = list(dict.fromkeys(line["op"] for line in newest.values()))
+        return sorted(newest.values(), key=lambda line: operators.index(line["op"]))
     benchmarks = json.loads(path.read_text())["benchmarks"]
     return [benchmark["extra_info"] for benchmark in benchmarks]
 
 
 def load(path: Path) -> list[Record]:
-    """The records of operators in pytest-benchmark's JSON, in the order of the run."""
+    """The records of operators of a run, in its order."""
     return [Record(**info) for info in _infos(path) if info["op"] != "step"]
 
 
@@ -289,51 +293,11 @@ def device_folder(records: Sequence[Record | StepRecord]) -> str:
     return re.sub(r"[^a-z0-9]+", "-", records[0].device.lower()).strip("-")
 
 
-def _bars(axes: Axes, records: Sequence[Record], values: Sequence[float], label: str) -> None:
-    """Horizontal bars in the order of the records, a colour for each operator."""
-    operators = [op for op, _ in by_operator(records)]
-    colours = [f"C{operators.index(record.op)}" for record in records]
-    names = [f"{record.op}  {record.shape}" for record in records]
-    # The ratio of an equal is 1, of which the logarithmic axis makes the bars' common start.
-    start = 1.0 if label.startswith("times") else 0.0
-    lengths = [value - start for value in values]
-    bars = axes.barh(range(len(values)), lengths, left=start, color=colours)
-    axes.bar_label(bars, [f"{value:.3g}" for value in values], padding=3, fontsize=7)
-    axes.set_yticks(range(len(values)), names, fontsize=7)
-    axes.set_ylim(len(values) - 0.5, -0.5)
-    axes.margins(x=0.12)
-    axes.axvline(start, color="black", linewidth=0.8)
-    axes.set_xlabel(label)
-
-
-def draw(records: Sequence[Record], path: Path) -> None:
-    """Draw the ratios, and below them the microseconds added to short calls."""
-    long = [record for record in records if record.added_us is None]
-    short = [record for record in records if record.added_us is not None]
-    heights = [len(part) + 3 for part in (long, short) if part]
-    figure, all_axes = pyplot.subplots(
-        len(heights),
-        figsize=(9, 0.19 * sum(heights) + 0.6),
-        height_ratios=heights,
-        squeeze=False,
-        layout="constrained",
-    )
-    axes = iter(all_axes[:, 0])
-    if long:
-        ratios = next(axes)
-        _bars(ratios, long, [r.ratio_of_medians for r in long], "times as fast as PyTorch")
-        ratios.set_xscale("log", base=2)
-        ratios.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    if short:
-        _bars(next(axes), short, [r.added_us for r in short], "microseconds added to PyTorch's")
-    figure.suptitle(conditions(records[0]), fontsize=8)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("json", type=Path, help="what pytest --benchmark-json wrote")
+    parser.add_argument(
+        "json", type=Path, help="what --benchmark-json wrote, or --append-records as FILE.jsonl"
+    )
     parser.add_argument("--records", type=Path, help="keep the records under this folder")
     parser.add_argument("--markdown", type=Path, help="file whose table to replace")
     arguments = parser.parse_args()
@@ -347,8 +311,9 @@ def main() -> None:
         folder = arguments.records / device_folder([*records, *steps])
         keep([*records, *steps], folder)
     if records:
-        draw(records, folder / "ratios.png")
-        console.print(f"plot: {folder / 'ratios.png'}")
+        for draw, name in ((plots.draw_ratios, "ratios.png"), (plots.draw_floors, "floors.png")):
+            draw(records, folder / name, conditions(records[0]))
+            console.print(f"plot: {folder / name}")
     if arguments.markdown:
         insert(arguments.markdown, markdown(records, steps))
 

@@ -119,7 +119,8 @@ def test_report(results: Path, tmp_path: Path) -> None:
     printed = run(*report)
     assert run(*report) == printed
     (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
-    assert (folder / "ratios.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("ratios.png", "floors.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
     text = readme.read_text()
     assert text.startswith("a\n<!-- benchmarks:begin -->\n")
     assert text.endswith("\n<!-- benchmarks:end -->\nz\n") and "stale" not in text
