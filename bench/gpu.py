@@ -89,14 +89,14 @@ def build(setup: Setup) -> Commands:
 def test(setup: Setup) -> Commands:
     """The tests that need a GPU: first the many, next to each other; then the large, alone."""
     paths = sorted((ROOT / "tests").glob("test_*.py"))
-    files = [str(path) for path in paths if "mark.gpu" in path.read_text()]
+    files = [str(path.relative_to(ROOT)) for path in paths if "mark.gpu" in path.read_text()]
     # A warning that a new GPU or torch brings is to be seen, but not to fail what it is not about.
     common = ("-W", "default", "--durations=10", *files)
-    beside = ("-n", str(setup.workers)) if setup.workers > 1 else ()
-    return [
-        setup.pytest("-m", "gpu and not large", *common, *beside),
-        setup.pytest("-m", "gpu and large", *common),
-    ]
+    many = setup.pytest("-m", "gpu and not large", *common)
+    if setup.workers > 1:
+        threads = max(1, (os.cpu_count() or 1) // setup.workers)
+        many = ["env", f"OMP_NUM_THREADS={threads}", *many, "-n", str(setup.workers)]
+    return [many, setup.pytest("-m", "gpu and large", *common)]
 
 
 def sanitize(setup: Setup) -> Commands:

@@ -301,6 +301,8 @@ def main() -> None:
     parser.add_argument("--records", type=Path, help="keep the records under this folder")
     parser.add_argument("--markdown", type=Path, help="file whose table to replace")
     arguments = parser.parse_args()
+    if not arguments.json.is_file():
+        parser.error(f"there are no results yet: {arguments.json} is not a file")
     records, steps = load(arguments.json), load_steps(arguments.json)
     if not [*records, *steps]:
         parser.error(f"{arguments.json} holds no benchmark")

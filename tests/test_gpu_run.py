@@ -151,7 +151,8 @@ def test_every_file_with_a_gpu_test_is_run(gpu: Any, setup: Any) -> None:
     assert "gpu and not large" in first and "gpu and large" in large
     assert "-n" not in first
     beside, alone = gpu.test(setup._replace(workers=4, select="gram"))
-    assert beside[-4:] == ["-n", "4", "-k", "gram"] and "-n" not in alone
+    assert beside[0] == "env" and beside[-4:] == ["-k", "gram", "-n", "4"]
+    assert alone[-2:] == ["-k", "gram"]
 
 
 def test_the_sanitizers_watch_tests_of_every_compiled_kernel(
@@ -207,6 +208,13 @@ def test_killed_benchmarks_leave_records(gpu: Any, setup: Any, monkeypatch: Any)
     assert [record.p50_ms for record in loaded] == [1234.0, *(line["p50_ms"] for line in lines[1:])]
     for name in ("ratios.png", "floors.png"):
         assert (setup.folder / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_plot_needs_records(gpu: Any, setup: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(gpu, "PYTHON", sys.executable)
+    (plot,) = gpu.plot(setup)
+    made = subprocess.run(plot, cwd=ROOT, capture_output=True, text=True)
+    assert made.returncode == 2 and "there are no results yet" in made.stderr
 
 
 def test_make_hands_its_arguments_on() -> None:

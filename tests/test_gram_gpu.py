@@ -31,7 +31,7 @@ def gram(request: pytest.FixtureRequest) -> Callable[..., None]:
     implementation = IMPLEMENTATIONS[request.param]
 
     def run(*args: object) -> None:
-        reason = implementation.refuses(*args)
+        reason = implementation.reason_against(*args)
         if reason is not None:
             pytest.skip(reason)
         implementation.run(*args)
