@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from enum import IntEnum
 from typing import Any
 
 import pytest
@@ -67,6 +68,17 @@ def test_a_geometry_is_planned_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls(x.double(), *GEOMETRY, False, 1.0, 0.0, out.double())
     assert calls(x, (3, 3), *GEOMETRY[1:], False, 1.0, 0.0, out)
     assert [args[1:4] for args in planned[1:]] == [((2, 4, 5, 6), 8, 3), ((2, 4, 5, 6), 4, (3, 3))]
+
+
+def test_what_derives_from_int_is_one() -> None:
+    class Size(IntEnum):
+        THREE = 3
+
+    x = torch.randn(2, 4, 5, 6)
+    expected = ops.conv_window_sum(x, (3, 1))
+    assert torch.equal(ops.conv_window_sum(x, (Size.THREE, True)), expected)
+    with torch.profiler.profile():
+        assert torch.equal(ops.conv_window_sum(x, (Size.THREE, True)), expected)
 
 
 def test_many_geometries_are_not_all_kept() -> None:

@@ -59,14 +59,18 @@ class ConvCalls {
       (numbers.push_back(more), ...);
     }
 
+    bool add_integer(PyObject* object) {
+      int overflow = 0;
+      add(integer, PyLong_AsLongLongAndOverflow(object, &overflow));
+      return !overflow;
+    }
+
     bool add(py::handle value) {
       PyObject* object = value.ptr();
       if (PyBool_Check(object)) {
         add(boolean, object == Py_True);
-      } else if (PyLong_CheckExact(object)) {
-        int overflow = 0;
-        add(integer, PyLong_AsLongLongAndOverflow(object, &overflow));
-        return !overflow;
+      } else if (PyLong_Check(object)) {
+        return add_integer(object);
       } else if (PyUnicode_CheckExact(object)) {
         Py_ssize_t size = 0;
         const char* text = PyUnicode_AsUTF8AndSize(object, &size);
@@ -76,8 +80,8 @@ class ConvCalls {
       } else if (PyTuple_CheckExact(object) || PyList_CheckExact(object)) {
         add(sequence, PySequence_Fast_GET_SIZE(object));
         for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(object); ++i) {
-          const py::handle entry = PySequence_Fast_GET_ITEM(object, i);
-          if (!PyLong_CheckExact(entry.ptr()) || !add(entry)) return false;
+          PyObject* entry = PySequence_Fast_GET_ITEM(object, i);
+          if (!PyLong_Check(entry) || !add_integer(entry)) return false;
         }
       } else {
         return false;

@@ -38,14 +38,19 @@ class Torch {
       PyErr_Clear();  // without strides or without memory
       return {};
     }
-    if (view.device != dlpack::cpu || is_true(is_negated_, object)) return {};
+    if (view.device != dlpack::cpu || is_negated(object)) return {};
     const Tensor tensor(static_cast<char*>(view.data) + view.byte_offset, scalar_type(view.type),
                         view.dims, view.sizes, view.strides);
     if (!view.data && tensor.numel() > 0) return {};  // zeros that nobody has written yet
     return tensor;
   }
 
-  bool requires_grad(py::handle tensor) const { return is_true(requires_grad_, tensor); }
+  bool requires_grad(py::handle tensor) const {
+    const auto answer =
+        py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor.ptr(), requires_grad_.ptr()));
+    if (!answer) throw py::error_already_set();
+    return answer.ptr() == Py_True;
+  }
 
   // Lets autograd see that what it may have saved has changed.
   void increment_versions(const py::list& tensors) const { increment_version_(tensors); }
@@ -56,7 +61,7 @@ class Torch {
     tensor_ = torch.attr("Tensor");
     parameter_ = torch.attr("nn").attr("Parameter");
     is_negated_ = tensor_.attr("is_neg");
-    requires_grad_ = py::module_::import("operator").attr("attrgetter")("requires_grad");
+    requires_grad_ = py::reinterpret_steal<py::object>(PyUnicode_InternFromString("requires_grad"));
     increment_version_ = torch.attr("autograd").attr("graph").attr("increment_version");
     const py::capsule capsule = tensor_.attr("__dlpack_c_exchange_api__");
     api_ = capsule.get_pointer<dlpack::ExchangeApi>();
@@ -64,11 +69,12 @@ class Torch {
     if (!api_) throw py::import_error("kfac_fast: this torch does not offer DLPack 1");
   }
 
-  static bool is_true(const py::object& predicate, py::handle object) {
-    PyObject* answer = PyObject_CallOneArg(predicate.ptr(), object.ptr());
+  // Whether the memory holds the values with the other sign, until the dispatcher sees them.
+  bool is_negated(py::handle tensor) const {
+    const auto answer =
+        py::reinterpret_steal<py::object>(PyObject_CallOneArg(is_negated_.ptr(), tensor.ptr()));
     if (!answer) throw py::error_already_set();
-    Py_DECREF(answer);  // True or False, which stay
-    return answer == Py_True;
+    return answer.ptr() == Py_True;
   }
 
   static ScalarType scalar_type(dlpack::DataType type) {
