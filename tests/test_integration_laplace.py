@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from typing import Any
 
 import pytest
@@ -64,6 +65,7 @@ def test_posterior_and_marginal_likelihood_are_those_of_laplace(
     ours, theirs, options = CASES[case]
     mine, expected = (fitted(b, subset, likelihood, options) for b in (ours, theirs))
     assert_solved(mine.H.to_matrix(), expected.H.to_matrix(), condition=1e5)
+    assert_solved(mine.loss, expected.loss)
     assert_solved(
         mine.log_marginal_likelihood(torch.tensor(2.0)),
         expected.log_marginal_likelihood(torch.tensor(2.0)),
@@ -71,6 +73,39 @@ def test_posterior_and_marginal_likelihood_are_those_of_laplace(
     x = torch.randn(4, 1, 6, 6)
     for found, wanted in zip(as_tuple(mine(x)), as_tuple(expected(x)), strict=True):
         assert_solved(found, wanted, condition=1e6)
+
+
+def test_a_batch_takes_one_forward_pass() -> None:
+    passes: list[nn.Module] = []
+    model, data = problem("classification")
+    model.register_forward_hook(lambda module, inputs, output: passes.append(module))
+    x, y = next(iter(data))
+    KFACGGN(model, "classification").kron(x, y, N=12)
+    assert len(passes) == 1
+
+
+def test_inputs_may_be_a_mapping() -> None:
+    class Mapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = problem("classification")[0]
+
+        def forward(self, inputs: Any) -> Tensor:
+            return self.layers(inputs["images"])
+
+    model, y = Mapped(), torch.randint(3, (5,))
+    inputs = UserDict(images=torch.randn(5, 1, 6, 6), labels=y)
+    for stochastic in (False, True):
+        found, expected = (
+            kind(model, "classification", dict_key_x="images", stochastic=stochastic).kron(
+                inputs, y, N=12
+            )
+            for kind in (KFACGGN, CurvlinopsGGN)
+        )
+        assert_solved(found[0], expected[0])
+        for mine, theirs in zip(found[1].kfacs, expected[1].kfacs, strict=True):
+            for factor, wanted in zip(mine, theirs, strict=True):
+                assert_solved(factor, wanted)
 
 
 def as_tuple(prediction: Any) -> tuple[Tensor, ...]:

@@ -8,18 +8,20 @@ Pass a class of this module for the backend::
 
 It serves all weights and the last layer, and the marginal likelihood on top of them. The factors
 are those of laplace-torch's own curvlinops backend to rounding, see
-:mod:`kfac_fast.integrations.curvlinops`; other structures than ``"kron"`` are that backend's.
+:mod:`kfac_fast.integrations.curvlinops`; other structures than ``"kron"`` are that backend's. The
+loss is that of the pass which the factors are computed in, where laplace-torch runs another one.
 
 Tested with laplace-torch 0.3 and curvlinops-for-pytorch 3.0.1.
 """
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from typing import Any
 
 from torch import Tensor
 
-from kfac_fast.integrations.curvlinops import enabled
+from kfac_fast.integrations.curvlinops import KFACLinearOperator
 from kfac_fast.integrations.versions import require
 
 require("laplace-torch", "0.3")
@@ -27,15 +29,39 @@ require("laplace-torch", "0.3")
 from laplace.curvature.curvlinops import CurvlinopsEF, CurvlinopsGGN  # noqa: E402
 
 
+class _Operator(KFACLinearOperator):
+    """Keeps the loss of its pass."""
+
+    loss: Tensor
+
+    def _compute_loss_and_backward(self, output: Tensor, y: Tensor) -> None:
+        self.loss = self._loss_func(output.detach(), y)
+        super()._compute_loss_and_backward(output, y)
+
+
 class _Kron:
     """What both backends have in common."""
 
     def kron(self, x: Any, y: Tensor, N: int, **options: Any) -> tuple[Tensor, Any]:  # noqa: N803
         """Loss and Kronecker factors of a batch; see laplace-torch's ``CurvatureInterface``."""
-        library: Any = super()
-        with enabled():
-            loss, factors = library.kron(x, y, N, **options)
-        return loss, factors
+        library: Any = self
+        if isinstance(x, MutableMapping):
+            options["batch_size_fn"] = lambda inputs: len(inputs[library.dict_key_x])
+        operator = _Operator(
+            library.model,
+            library.lossfunc,
+            library.params,
+            [(x, y)],
+            fisher_type=library._kron_fisher_type,
+            separate_weight_and_bias=True,
+            check_deterministic=False,
+            **options,
+        )
+        operator.compute_kronecker_factors()
+        factors = library._get_kron_factors(operator)
+        factors = library._rescale_kron_factors(factors, len(y), N)
+        factors *= library.factor
+        return library.factor * operator.loss, factors
 
 
 class KFACGGN(_Kron, CurvlinopsGGN):  # type: ignore[misc]
