@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -22,8 +22,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)
-def seed() -> None:
+def float64() -> Iterator[None]:
+    """The default, too: nngeometry's identities, and so its damping, are of that."""
     torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 def images(**options: Any) -> nn.Module:
@@ -75,6 +79,33 @@ def test_factors_are_those_of_nngeometry(network: str) -> None:
             assert_solved(mine, theirs)
 
 
+@pytest.mark.parametrize("use_pi", [True, False])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_inverses_are_those_of_nngeometry(network: str, use_pi: bool) -> None:
+    generator, data = problem(network)
+    matrix = PMatKFAC(generator=generator, examples=data)
+    options = {"regul": 1e-4, "use_pi": use_pi}
+    expected = matrix.inverse(**options)
+    with ours.enabled():
+        found = matrix.inverse(**options)
+    assert found.data.keys() == expected.data.keys()
+    for name, pair in expected.data.items():
+        for mine, theirs in zip(found.data[name], pair, strict=True):
+            assert_solved(mine, theirs, condition=1e6)
+
+
+def test_inverses_of_indefinite_factors_are_those_of_nngeometry() -> None:
+    generator, data = problem("signals")
+    matrix = PMatKFAC(generator=generator, examples=data)
+    name = next(iter(matrix.data))
+    matrix.data[name] = tuple(-factor for factor in matrix.data[name])
+    expected = matrix.inverse(regul=1e-4)
+    with ours.enabled():
+        found = matrix.inverse(regul=1e-4)
+    for mine, theirs in zip(found.data[name], expected.data[name], strict=True):
+        assert mine.equal(theirs)
+
+
 @pytest.mark.parametrize("network", NETWORKS)
 def test_diagonals_in_the_eigenbasis_are_those_of_nngeometry(network: str) -> None:
     generator, data = problem(network)
@@ -101,5 +132,6 @@ def test_factories_are_replaced_inside_of_a_block_only() -> None:
     before = dict(FactoryMap)
     with pytest.raises(ZeroDivisionError), ours.enabled():
         assert {FactoryMap[kind] for kind in ours._OURS} == set(ours._OURS.values())
+        assert PMatKFAC.inverse is ours.inverse
         raise ZeroDivisionError
-    assert FactoryMap == before
+    assert FactoryMap == before and PMatKFAC.inverse is not ours.inverse

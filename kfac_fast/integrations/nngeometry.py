@@ -1,4 +1,4 @@
-"""nngeometry's Kronecker factors and their eigenbases' diagonals, computed by kfac_fast.
+"""nngeometry's Kronecker factors, their inverses and eigenbases' diagonals, computed by kfac_fast.
 
 Have the matrices that are made for a while take them::
 
@@ -11,7 +11,8 @@ nngeometry to rounding. With ``n`` examples and ``c`` outputs of the function, t
 ``sqrt(c) / n`` times its sum and the gradient factor ``1 / (n sqrt(c))``, for convolutions also
 divided by the number of output positions. Where they are not those of the Fisher, they are so here:
 patches are padded with zeros under every ``padding_mode``, and those of a grouped convolution are
-taken over all groups, so that its factors fit no weight.
+taken over all groups, so that its factors fit no weight. The inverses of ``PMatKFAC.inverse`` are
+one call; a factor that is not positive definite is nngeometry's business.
 
 Tested with nngeometry 0.4.
 """
@@ -22,6 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from kfac_fast import ops
@@ -33,6 +35,7 @@ require("nngeometry", "0.4")
 
 import nngeometry.layercollection as layers  # noqa: E402  # isort: skip
 from nngeometry.backend.torch_hooks import grads  # noqa: E402  # isort: skip
+from nngeometry.object import PMatKFAC  # noqa: E402  # isort: skip
 
 
 def _add_squared_gradients(
@@ -127,6 +130,31 @@ class Conv2dFactory(_Convolution, grads.Conv2dJacobianFactory):  # type: ignore[
     """nngeometry's ``Conv2dJacobianFactory``."""
 
 
+def inverse(matrix: Any, regul: float = 1e-8, use_pi: bool = True) -> Any:
+    """Invert both factors of every layer; see nngeometry's ``PMatKFAC``.
+
+    Args:
+        matrix: A ``PMatKFAC``.
+        regul: Damping of the product; each factor has a share of its root.
+        use_pi: Whether the shares are those of the factors' average eigenvalues, or the same.
+
+    Returns:
+        A ``PMatKFAC``.
+    """
+    factors: list[Tensor] = []
+    dampings: list[Any] = []
+    for a, g in matrix.data.values():
+        pi = (torch.trace(a) / torch.trace(g) * len(g) / len(a)) ** 0.5 if use_pi else 1.0
+        factors += [a, g]
+        dampings += [regul**0.5 * pi, regul**0.5 / pi]
+    inverses, info, _ = ops.damped_inverse(factors, dampings)
+    if torch.any(info != 0):
+        return _inverse(matrix, regul, use_pi)
+    pairs = zip(inverses[0::2], inverses[1::2], strict=True)
+    return PMatKFAC(generator=matrix.generator, data=dict(zip(matrix.data, pairs, strict=True)))
+
+
+_inverse = PMatKFAC.inverse
 _OURS = {
     layers.LinearLayer: LinearFactory,
     layers.Conv1dLayer: Conv1dFactory,
@@ -136,14 +164,16 @@ _OURS = {
 
 @contextmanager
 def enabled() -> Iterator[None]:
-    """Have matrices that are computed inside of a ``with`` block take this module's factors.
+    """Have matrices that are computed inside of a ``with`` block be this module's.
 
     Yields:
         Nothing.
     """
     before = {kind: grads.FactoryMap[kind] for kind in _OURS}
     grads.FactoryMap.update(_OURS)
+    PMatKFAC.inverse = inverse
     try:
         yield
     finally:
         grads.FactoryMap.update(before)
+        PMatKFAC.inverse = _inverse
