@@ -32,8 +32,10 @@ bench: $(PACKAGE) $(EXTENSION) ## run the microbenchmarks and print the table (B
 	$(BIN)/python -m pytest bench/ --benchmark-json=bench/output/bench.json $(BENCH_ARGS)
 	$(BIN)/python bench/report.py bench/output/bench.json
 
-bench-peers: $(PACKAGE) $(EXTENSION) $(PEERS)/installed.stamp ## time other libraries with and without kfac_fast (PEER_ARGS go to it)
-	PYTHONPATH=$(PEERS) $(BIN)/python bench/bench_peers.py $(PEER_ARGS)
+bench-peers: $(PACKAGE) $(EXTENSION) $(PEERS)/installed.stamp ## time other libraries with and without kfac_fast (PEER_ARGS go to pytest)
+	@mkdir -p bench/output
+	PYTHONPATH=$(PEERS) $(BIN)/python -m pytest bench/bench_peers.py --benchmark-json=bench/output/peers.json $(PEER_ARGS)
+	$(BIN)/python bench/report.py bench/output/peers.json
 
 # Not in .venv: offline, with the torch that PYTHON has.
 gpu: ## on a machine with a GPU: build, test, sanitize, benchmark, plot (GPU_ARGS="DIR STAGE ..." go to bench/gpu.sh)

@@ -1,130 +1,130 @@
-"""Other libraries on their own path and on kfac_fast's, timed in turn.
+"""Other libraries by themselves, on kfac_fast's backend, and beside ``KFAC``, timed in turn.
 
-``make bench-peers`` installs the libraries into a folder of their own and runs it. Nothing here is
-part of ``make bench``, and nothing is recorded. The network is a ResNet-18 for images of 32 x 32
-pixels, its normalisations without parameters; the batch has 16 images.
+``make bench-peers`` installs the libraries into a folder of their own and runs it; ``make bench``
+leaves it out. What is timed is in ``peer_cases.py``.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+import gc
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
 from statistics import median
-from typing import Any
 
+import machine
 import memory
+import pytest
 import torch
-from rich.console import Console
-from rich.table import Table
+from bench_step import time_in_turn
+from errors import check_ways, relative_error
+from measure import served, times
+from peer_calls import MAKERS, Call, Calls
+from peer_cases import CASES, Case
+from peer_networks import problem
+from pytest_benchmark.fixture import BenchmarkFixture
+from record import PeerRecord
 from timers import timer_of
-from torch import Tensor, nn
 
-Path = Callable[[], AbstractContextManager[None]]
-Peer = tuple[str, Callable[[Path], Callable[[], Any]], Path]
+import kfac_fast
 
-
-class Block(nn.Module):
-    """Two convolutions and the way around them."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False),
-            nn.BatchNorm2d(outputs, affine=False),
-            nn.ReLU(),
-            nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False),
-            nn.BatchNorm2d(outputs, affine=False),
-        )
-        short = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
-        self.around = nn.Identity() if inputs == outputs else short
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.layers(x) + self.around(x))
+# A call is a pass of a network or more: more time is needed than for an operator.
+TIMES_SECONDS = 8
+FEWEST_ROUNDS, MOST_ROUNDS = 3, 25
+MODULES = {"laplace-torch": "laplace"}
 
 
-def resnet18() -> nn.Module:
-    widths = [(64, 64, 1), (64, 64, 1), (64, 128, 2), (128, 128, 1)]
-    widths += [(128, 256, 2), (256, 256, 1), (256, 512, 2), (512, 512, 1)]
-    stem = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64, affine=False), nn.ReLU()
-    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10)
-    return nn.Sequential(*stem, *(Block(*width) for width in widths), *head).eval()
+def _calls(case: Case, device: str) -> Calls:
+    _, make = MAKERS[case.library, case.result]
+    return make(problem(case.network, device))
 
 
-def batch(device: str) -> tuple[Tensor, Tensor]:
-    return torch.randn(16, 3, 32, 32, device=device), torch.arange(16, device=device) % 10
+def _arms(calls: Calls) -> dict[str, Call]:
+    arms = {"library": calls.library, "ours": calls.ours, "KFAC": calls.kfac, "bare": calls.bare}
+    return {name: call for name, call in arms.items() if call is not None}
 
 
-def peers(device: str) -> Iterator[Peer]:
-    """Name, what makes the call on a path, and kfac_fast's path."""
-    import curvlinops
-    from laplace.curvature.curvlinops import CurvlinopsGGN
-
-    from kfac_fast.integrations.curvlinops import enabled
-    from kfac_fast.integrations.laplace import KFACGGN
-
-    model, data = resnet18().to(device), batch(device)
-    loss, weights = nn.CrossEntropyLoss(), list(model.parameters())
-
-    def operator(path: Path, approx: str) -> Any:
-        options = {"kfac_approx": approx, "fisher_type": "mc", "check_deterministic": False}
-        with path():
-            return curvlinops.KFACLinearOperator(model, loss, weights, [data], **options)
-
-    def factors(approx: str) -> Callable[[Path], Callable[[], Any]]:
-        def made(path: Path) -> Callable[[], Any]:
-            def call() -> None:
-                operator(path, approx).compute_kronecker_factors()
-
-            return call
-
-        return made
-
-    known = operator(nullcontext, "expand")
-    known.compute_kronecker_factors()
-
-    def inverses(path: Path) -> Callable[[], Any]:
-        def call() -> None:
-            with path():
-                inverse = curvlinops.KFACInverseLinearOperator(known, damping=1e-3)
-            for name in known._mapping:
-                inverse._compute_or_get_cached_inverse(name)
-
-        return call
-
-    def kron(path: Path) -> Callable[[], Any]:
-        kind = CurvlinopsGGN if path is nullcontext else KFACGGN
-        backend = kind(model, "classification")
-        return lambda: backend.kron(*data, N=len(data[0]))
-
-    yield "curvlinops, expand, Monte-Carlo", factors("expand"), enabled
-    yield "curvlinops, reduce, Monte-Carlo", factors("reduce"), enabled
-    yield "curvlinops, all inverses", inverses, enabled
-    yield "laplace-torch, kron, type-2", kron, enabled
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--rounds", type=int, default=7, help="calls of each path, in turn")
-    arguments = parser.parse_args()
+def _result(call: Call) -> list[torch.Tensor]:
+    """What a call gives that draws the same labels as others."""
     torch.manual_seed(0)
-    timer = timer_of(arguments.device)
-    table = Table("library", "its own", "kfac_fast", "ratio", "memory, its own", "kfac_fast")
-    for name, make, ours in peers(arguments.device):
-        calls = [make(nullcontext), make(ours)]
-        peaks = ["" if memory.missing(arguments.device) else _mebibytes(call) for call in calls]
-        times = [[timer(call) for call in calls] for _ in range(arguments.rounds)]
-        own, fast = (median(each) for each in zip(*times, strict=True))
-        ratio = median(theirs / mine for theirs, mine in times)
-        table.add_row(name, f"{own:.3f} s", f"{fast:.3f} s", f"{ratio:.2f}x", *peaks)
-    Console().print(table)
+    return [tensor.clone() for tensor in call()]
 
 
-def _mebibytes(call: Callable[[], Any]) -> str:
-    call()
-    return f"{memory.peak_growth(call) / 2**20:.0f} MiB"
+def _error(calls: Calls) -> float:
+    theirs = [tensor.double() for tensor in _result(calls.library)]
+    return relative_error(_result(calls.ours), theirs)
 
 
-if __name__ == "__main__":
-    main()
+def _timer(device: str) -> Callable[[Call], float]:
+    """A timer that collects garbage before a call: libraries' operators hold on to their hooks."""
+    timer = timer_of(device)
+
+    def seconds(call: Call) -> float:
+        gc.collect()
+        return timer(call)
+
+    return seconds
+
+
+def beyond_bare(seconds: dict[str, list[float]]) -> float:
+    """The library's median time beyond the bare passes over ours beyond them."""
+    library, ours, bare = (median(seconds[arm]) for arm in ("library", "ours", "bare"))
+    return (library - bare) / (ours - bare)
+
+
+def _add_peaks(case: Case, device: str, beside: dict[str, float]) -> None:
+    """Add the peaks in MB: what a call takes over what there was, and what ``KFAC`` keeps."""
+    calls = _calls(case, device)
+    if calls.kfac is not None:
+        calls.kfac()  # makes what is kept
+    names = {"ours": "peak MB", "library": "library peak MB", "KFAC": "KFAC peak MB"}
+    arms = _arms(calls)
+    for arm, name in names.items():
+        if arm in arms:
+            gc.collect()
+            held = calls.held() if arm == "KFAC" else 0
+            beside[name] = (memory.peak_growth(arms[arm]) + held) / 1e6
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def bench_peer(
+    case: Case,
+    benchmark: BenchmarkFixture,
+    pytestconfig: pytest.Config,
+    device: str,
+    afterwards: list[Callable[[], None]],
+) -> None:
+    if find_spec(MODULES.get(case.library, case.library)) is None:
+        pytest.skip(f"{case.library} is not installed: make bench-peers installs it")
+    calls = _calls(case, device)
+    arms, error = _arms(calls), _error(calls)
+    check_ways({str(case): error})
+    timer = _timer(device)
+    took = sum(timer(call) for call in arms.values())  # warms up, too
+    rounds = round(TIMES_SECONDS * pytestconfig.getoption("seconds") / took)
+    rounds = min(max(rounds, FEWEST_ROUNDS), MOST_ROUNDS)
+    seconds = time_in_turn(benchmark, arms, {}, timer, rounds)
+    gradient = torch.empty(1, 1, device=device)
+    implementation, _ = served(kfac_fast.explain("gram", gradient)) or ("none", None)
+    beside = {f"{arm} ms": 1e3 * median(seconds[arm]) for arm in ("KFAC", "bare") if arm in arms}
+    if "bare" in arms:
+        beside["beyond bare x"] = beyond_bare(seconds)
+    record = PeerRecord(
+        op="peer",
+        library=case.library,
+        version=version(MAKERS[case.library, case.result][0]),
+        result=case.result,
+        shape=case.network,
+        dtype="float32",
+        implementation=implementation,
+        **times(seconds["ours"], seconds["library"]),
+        error=error,
+        **machine.facts(device),
+        beside=beside,
+    )
+    benchmark.extra_info.update(asdict(record))
+    if not memory.missing(device):
+        beside = benchmark.extra_info["beside"]
+        afterwards.append(partial(_add_peaks, case, device, beside))

@@ -19,6 +19,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 import kfac_fast
 
+collect_ignore = ["bench_peers.py"]  # but for make bench-peers, which names it
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--impl", help="serve every operator by this implementation")

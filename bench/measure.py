@@ -210,7 +210,7 @@ def _speed(case: Case, device: str, seconds: float) -> dict[str, float]:
     }
 
 
-def _times(ours: list[float], baseline: list[float]) -> dict[str, Any]:
+def times(ours: list[float], baseline: list[float]) -> dict[str, Any]:
     """The record's times, from the seconds of each round."""
     quantiles = ("p20_ms", "p50_ms", "p80_ms")
     our_ms, baseline_ms = _quantiles(ours), _quantiles(baseline)
@@ -271,7 +271,7 @@ def measure(
         implementation=implementation,
         way=way,
         baseline=baseline,
-        **_times(our_seconds, theirs[baseline]),
+        **times(our_seconds, theirs[baseline]),
         error=relative_error(our_results, oracle),
         baseline_error=errors[baseline],
         **_speed(case, device, median(our_seconds)),

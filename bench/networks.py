@@ -47,22 +47,23 @@ class ResNet(nn.Sequential):
 
 
 class TransformerBlock(nn.Module):
-    """Attention and an MLP, each behind a normalisation."""
+    """Attention and an MLP with ``hidden`` units, each behind a normalisation."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, hidden: int, causal: bool = False) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.attention_norm = nn.LayerNorm(width)
         self.query_key_value = nn.Linear(width, 3 * width)
         self.projection = nn.Linear(width, width)
         self.mlp_norm = nn.LayerNorm(width)
-        self.up = nn.Linear(width, 2 * width)
-        self.down = nn.Linear(2 * width, width)
+        self.up = nn.Linear(width, hidden)
+        self.down = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, S, width]`` to the same shape."""
         joint = self.query_key_value(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1))
-        attended = F.scaled_dot_product_attention(*joint.permute(2, 0, 3, 1, 4))
+        q, k, v = joint.permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         x = x + self.projection(attended.transpose(1, 2).flatten(2))
         return x + self.down(F.gelu(self.up(self.mlp_norm(x))))
 
@@ -74,7 +75,8 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.embedding = nn.Linear(49, width)
         self.positions = nn.Parameter(0.02 * torch.randn(16, width))
-        self.blocks = nn.Sequential(*(TransformerBlock(width, heads) for _ in range(depth)))
+        blocks = (TransformerBlock(width, heads, 2 * width) for _ in range(depth))
+        self.blocks = nn.Sequential(*blocks)
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 10)
 

@@ -1,4 +1,4 @@
-"""The schemas of a benchmark's result: of an operator, and of training steps."""
+"""The schemas of a benchmark's result: of an operator, of training steps, of another library."""
 
 from __future__ import annotations
 
@@ -141,3 +141,74 @@ class StepRecord:
     kfac_fast: str
     commit: str | None
     date: str
+
+
+@dataclass(frozen=True)
+class PeerRecord:
+    """Another library by itself and with kfac_fast: a line of JSON in ``bench/results``.
+
+    Attributes:
+        op: ``"peer"``.
+        library: The library's name.
+        version: Its version.
+        result: What was computed; with the library, a key of ``MAKERS`` in ``peer_calls.py``.
+        shape: Name of the network in ``peer_networks.py``.
+        dtype: Of weights and inputs.
+        implementation: What served the operator ``gram``.
+        rounds: How often each was timed, in turn.
+        p20_ms: As in :class:`Record` of the library with kfac_fast, like all that follow.
+        p50_ms: See there.
+        p80_ms: See there.
+        baseline_p20_ms: See there, of the library by itself, like the next two.
+        baseline_p50_ms: See there.
+        baseline_p80_ms: See there.
+        ratio_of_medians: See there.
+        median_of_ratios: See there.
+        added_us: See there.
+        error: Difference of the results, relative to the library's in the Frobenius norm, of the
+            worst matrix.
+        device: See there.
+        threads: See there.
+        instruction_set: See there.
+        torch: See there.
+        kfac_fast: See there.
+        commit: See there.
+        date: See there.
+        beside: What else was measured in the same run, by a name that ends in its unit. In "ms" the
+            median times of "KFAC", a step of :class:`kfac_fast.KFAC` to a like result, and of
+            "bare" passes: forward, and backward to the outputs of the layers. In "x" what the
+            library takes "beyond bare" passes over what it takes beyond them with kfac_fast; it is
+            negative where that is faster than they are. In "MB" the "peak" of memory over what the
+            process held before a call with kfac_fast, that of the "library", and of "KFAC" with
+            the state that it keeps.
+    """
+
+    op: str
+    library: str
+    version: str
+    result: str
+    shape: str
+    dtype: str
+    implementation: str
+    rounds: int
+    p20_ms: float
+    p50_ms: float
+    p80_ms: float
+    baseline_p20_ms: float
+    baseline_p50_ms: float
+    baseline_p80_ms: float
+    ratio_of_medians: float
+    median_of_ratios: float
+    added_us: float | None
+    error: float
+    device: str
+    threads: int
+    instruction_set: str | None
+    torch: str
+    kfac_fast: str
+    commit: str | None
+    date: str
+    beside: dict[str, float] = field(default_factory=dict)
+
+
+AnyRecord = Record | StepRecord | PeerRecord

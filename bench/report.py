@@ -4,13 +4,15 @@
 ``floors.png`` beside the JSON; it also takes the file of ``--append-records``, whose name ends in
 ``.jsonl``. ``--records bench/results`` also keeps the records and the plots under the device's
 name; ``--markdown README.md`` also writes the tables between that file's two ``benchmarks``
-comments.
+comments. A run of ``make bench-peers`` leaves ``bench/output/peers.json``, whose table is that of
+``docs/benchmarks.md``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -20,7 +22,8 @@ from statistics import geometric_mean
 from typing import Any, TypeVar
 
 import plots
-from record import Record, StepRecord
+from peer_cases import CASES, Case
+from record import AnyRecord, PeerRecord, Record, StepRecord
 from rich.console import Console
 from rich.table import Table
 from shapes import FAMILIES
@@ -53,7 +56,23 @@ STEP_COLUMNS = (
     "peak",
     "activations",
 )
-NUMBERS = (*COLUMNS[3:7], *MEAN_COLUMNS[2:], "bar", *STEP_COLUMNS[2:])
+PEER_COLUMNS = (
+    "library",
+    "result",
+    "network",
+    "its own ms",
+    "on kfac_fast ms",
+    "faster (bar)",
+    "beyond bare passes (bar)",
+    "`KFAC` ms",
+    "bare ms",
+    "peak MB, its own",
+    "on kfac_fast",
+    "less (bar)",
+    "`KFAC`, state too",
+    "bars",
+)
+NUMBERS = (*COLUMNS[3:7], *MEAN_COLUMNS[2:], "bar", *STEP_COLUMNS[2:], *PEER_COLUMNS[3:13])
 # A full product takes about 1.9 times as long as the triangle of it that a Gram needs.
 TRIANGLE_SAVES = 1.9
 ATTAINED = 0.8
@@ -61,7 +80,8 @@ BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 
 
 Rows = list[tuple[str, ...]]
-AnyRecord = TypeVar("AnyRecord", Record, StepRecord)
+Timed = Record | PeerRecord
+OneKind = TypeVar("OneKind", bound=AnyRecord)
 
 
 def _infos(path: Path) -> list[dict[str, Any]]:
@@ -77,7 +97,7 @@ def _infos(path: Path) -> list[dict[str, Any]]:
 
 def load(path: Path) -> list[Record]:
     """The records of operators of a run, in its order."""
-    return [Record(**info) for info in _infos(path) if info["op"] != "step"]
+    return [Record(**info) for info in _infos(path) if info["op"] not in ("step", "peer")]
 
 
 def load_steps(path: Path) -> list[StepRecord]:
@@ -85,12 +105,17 @@ def load_steps(path: Path) -> list[StepRecord]:
     return [StepRecord(**info) for info in _infos(path) if info["op"] == "step"]
 
 
-def by_operator(records: Sequence[AnyRecord]) -> Iterator[tuple[str, list[AnyRecord]]]:
+def load_peers(path: Path) -> list[PeerRecord]:
+    """The records of other libraries."""
+    return [PeerRecord(**info) for info in _infos(path) if info["op"] == "peer"]
+
+
+def by_operator(records: Sequence[OneKind]) -> Iterator[tuple[str, list[OneKind]]]:
     """Runs of records of one operator."""
     return ((op, list(group)) for op, group in groupby(records, lambda record: record.op))
 
 
-def faster(record: Record) -> str:
+def faster(record: Timed) -> str:
     """The baseline's time over ours; for short calls the microseconds added to it."""
     if record.added_us is not None:
         return f"{record.added_us:+.1f} us"
@@ -189,7 +214,66 @@ def step_rows(records: Sequence[StepRecord]) -> Rows:
     ]
 
 
-def conditions(record: Record | StepRecord) -> str:
+def missed(record: PeerRecord) -> list[str]:
+    """The bars of a record's case that it does not reach; short calls have none in time."""
+    bars, beside = _case(record), record.beside
+    reached = {"memory": beside["library peak MB"] / beside["peak MB"]} if _peaks(record) else {}
+    if record.added_us is None:
+        reached["faster"] = record.ratio_of_medians
+        # Negative where ours is faster than the bare passes: there is nothing left to be less.
+        beyond = beside.get("beyond bare x", math.inf)
+        reached["beyond"] = beyond if beyond > 0 else math.inf
+    asked = {name: getattr(bars, name) for name in reached}
+    return [name for name, bar in asked.items() if bar is not None and reached[name] < bar]
+
+
+def _case(record: PeerRecord) -> Case:
+    (case,) = (c for c in CASES if c[:3] == (record.library, record.result, record.shape))
+    return case
+
+
+def _peaks(record: PeerRecord) -> bool:
+    return "library peak MB" in record.beside
+
+
+def _barred(ratio: float | None, bar: float | None) -> str:
+    """A ratio and, in brackets, its bar."""
+    if ratio is None:
+        return ""
+    shown = "all" if ratio < 0 else f"{ratio:.2f}x"
+    return shown if bar is None else f"{shown} ({bar:g}x)"
+
+
+def peer_rows(records: Sequence[PeerRecord]) -> Rows:
+    """Other libraries, one row for each of ``PEER_COLUMNS``."""
+    rows = []
+    for record in records:
+        case, beside = _case(record), record.beside
+        numbers = {name: _short(value) for name, value in beside.items()}
+        less = beside["library peak MB"] / beside["peak MB"] if _peaks(record) else None
+        short = record.added_us is not None
+        rows.append(
+            (
+                f"{record.library} {record.version}",
+                record.result,
+                record.shape,
+                _short(record.baseline_p50_ms),
+                _short(record.p50_ms),
+                faster(record) if short else _barred(record.ratio_of_medians, case.faster),
+                _barred(beside.get("beyond bare x"), case.beyond),
+                numbers.get("KFAC ms", ""),
+                numbers.get("bare ms", ""),
+                numbers.get("library peak MB", ""),
+                numbers.get("peak MB", ""),
+                _barred(less, case.memory),
+                numbers.get("KFAC peak MB", ""),
+                ", ".join(f"{name} missed" for name in missed(record)) or "met",
+            )
+        )
+    return rows
+
+
+def conditions(record: AnyRecord) -> str:
     """What the run was made on, in one line."""
     instruction_set = f", {record.instruction_set}" if record.instruction_set else ""
     return (
@@ -205,9 +289,14 @@ def _table(columns: Sequence[str]) -> Table:
     return table
 
 
-def print_tables(records: Sequence[Record], steps: Sequence[StepRecord], console: Console) -> None:
-    """Print all records, their means, what was measured beside them, and training steps."""
-    console.print(conditions([*records, *steps][0]))
+def print_tables(
+    records: Sequence[Record],
+    steps: Sequence[StepRecord],
+    peers: Sequence[PeerRecord],
+    console: Console,
+) -> None:
+    """Print all records, their means, what was measured beside them, steps, other libraries."""
+    console.print(conditions([*records, *steps, *peers][0]))
     table = _table(COLUMNS)
     for _, group in by_operator(records):
         for record in group:
@@ -216,7 +305,7 @@ def print_tables(records: Sequence[Record], steps: Sequence[StepRecord], console
         table.add_section()
     if records:
         console.print(table)
-    for columns, rows in further_tables(records, steps):
+    for columns, rows in further_tables(records, steps, peers):
         table = _table(columns)
         for row in rows:
             table.add_row(*row)
@@ -224,13 +313,14 @@ def print_tables(records: Sequence[Record], steps: Sequence[StepRecord], console
 
 
 def further_tables(
-    records: Sequence[Record], steps: Sequence[StepRecord]
+    records: Sequence[Record], steps: Sequence[StepRecord], peers: Sequence[PeerRecord]
 ) -> list[tuple[tuple[str, ...], Rows]]:
     """Columns and rows of the tables after the first that are not empty."""
     tables = [
         (MEAN_COLUMNS, mean_rows(records)),
         (BESIDE_COLUMNS, beside_rows(records)),
         (STEP_COLUMNS, step_rows(steps)),
+        (PEER_COLUMNS, peer_rows(peers)),
     ]
     return [(columns, rows) for columns, rows in tables if rows]
 
@@ -240,13 +330,14 @@ def _markdown_table(columns: Sequence[str], rows: Rows) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [columns, rule, *rows])
 
 
-def markdown(records: Sequence[Record], steps: Sequence[StepRecord]) -> str:
+def markdown(
+    records: Sequence[Record], steps: Sequence[StepRecord], peers: Sequence[PeerRecord]
+) -> str:
     """The tables in Markdown."""
     first = [(COLUMNS, [cells(record) for record in records])] if records else []
-    tables = [*first, *further_tables(records, steps)]
-    return "\n\n".join(
-        [f"{conditions([*records, *steps][0])}.", *(_markdown_table(*t) for t in tables)]
-    )
+    tables = [*first, *further_tables(records, steps, peers)]
+    head = f"{conditions([*records, *steps, *peers][0])}."
+    return "\n\n".join([head, *(_markdown_table(*t) for t in tables)])
 
 
 def insert(path: Path, text: str) -> None:
@@ -268,16 +359,17 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
-def _line(record: Record | StepRecord) -> dict[str, Any]:
+def _line(record: AnyRecord) -> dict[str, Any]:
     return {name: _rounded(value) for name, value in asdict(record).items()}
 
 
 def _identity(line: dict[str, Any]) -> tuple[str, ...]:
     """What a later record of the same thing replaces it by."""
-    return tuple(line.get(name, "") for name in ("shape", "approx", "dtype", "implementation"))
+    names = ("library", "result", "shape", "approx", "dtype", "implementation")
+    return tuple(line.get(name, "") for name in names)
 
 
-def keep(records: Sequence[Record | StepRecord], folder: Path) -> None:
+def keep(records: Sequence[AnyRecord], folder: Path) -> None:
     """Write ``<operator>.jsonl`` into the folder; records that were not measured again stay."""
     folder.mkdir(parents=True, exist_ok=True)
     for op, group in by_operator(records):
@@ -288,7 +380,7 @@ def keep(records: Sequence[Record | StepRecord], folder: Path) -> None:
         path.write_text("".join(json.dumps(line) + "\n" for line in newest.values()))
 
 
-def device_folder(records: Sequence[Record | StepRecord]) -> str:
+def device_folder(records: Sequence[AnyRecord]) -> str:
     """The device's name as a folder."""
     return re.sub(r"[^a-z0-9]+", "-", records[0].device.lower()).strip("-")
 
@@ -303,21 +395,23 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.json.is_file():
         parser.error(f"there are no results yet: {arguments.json} is not a file")
-    records, steps = load(arguments.json), load_steps(arguments.json)
-    if not [*records, *steps]:
+    kinds = load(arguments.json), load_steps(arguments.json), load_peers(arguments.json)
+    if not any(kinds):
         parser.error(f"{arguments.json} holds no benchmark")
     console = Console()
-    print_tables(records, steps, console if console.is_terminal else Console(width=215))
+    print_tables(*kinds, console if console.is_terminal else Console(width=280))
+    records, *_ = kinds
+    everything = [record for kind in kinds for record in kind]
     folder = arguments.json.parent
     if arguments.records:
-        folder = arguments.records / device_folder([*records, *steps])
-        keep([*records, *steps], folder)
+        folder = arguments.records / device_folder(everything)
+        keep(everything, folder)
     if records:
         for draw, name in ((plots.draw_ratios, "ratios.png"), (plots.draw_floors, "floors.png")):
             draw(records, folder / name, conditions(records[0]))
             console.print(f"plot: {folder / name}")
     if arguments.markdown:
-        insert(arguments.markdown, markdown(records, steps))
+        insert(arguments.markdown, markdown(*kinds))
 
 
 if __name__ == "__main__":

@@ -56,27 +56,46 @@ class CovarianceTracker(factor.CovarianceTracker):  # type: ignore[misc]
     def _update_activation_covariance_matrix(
         self, input_activation: Tensor, count: Tensor | int
     ) -> None:
-        # Without any rows, kronfluence's own makes the zeros, counts, and adds nothing.
-        width = self.module.weight[0].numel() + (self.module.bias is not None)
-        super()._update_activation_covariance_matrix(input_activation.new_empty(0, width), count)
-        total = self.module.storage[constants.ACTIVATION_COVARIANCE_MATRIX_NAME]
-        _add(total, self.module.input_gram, input_activation)
+        names = (
+            constants.ACTIVATION_COVARIANCE_MATRIX_NAME,
+            constants.NUM_ACTIVATION_COVARIANCE_PROCESSED,
+        )
+        known = self._activation_covariance_initialized
+        self._add(names, known, count, self.module.input_gram, input_activation)
+        self._activation_covariance_initialized = True
 
     def _update_gradient_covariance_matrix(
         self, output_gradient: Tensor, count: Tensor | int
     ) -> None:
-        empty = output_gradient.new_empty(0, output_gradient.shape[-1])
-        super()._update_gradient_covariance_matrix(empty, count)
-        total = self.module.storage[constants.GRADIENT_COVARIANCE_MATRIX_NAME]
-        _add(total, ops.gram, output_gradient, alpha=float(self.module.gradient_scale) ** 2)
+        names = (
+            constants.GRADIENT_COVARIANCE_MATRIX_NAME,
+            constants.NUM_GRADIENT_COVARIANCE_PROCESSED,
+        )
+        known = self._gradient_covariance_initialized
+        scale = float(self.module.gradient_scale) ** 2
+        self._add(names, known, count, ops.gram, output_gradient, alpha=scale)
+        self._gradient_covariance_initialized = True
 
-
-def _add(total: Tensor, form: Callable[..., Tensor], x: Tensor, **options: Any) -> None:
-    """Add a sum of outer products; in float32 where the total is narrower."""
-    if total.dtype in (torch.float32, torch.float64):
-        form(x, beta=1.0, out=total, **options)
-    else:
-        total += form(x, **options)
+    def _add(
+        self,
+        names: tuple[str, str],
+        known: bool,
+        count: Tensor | int,
+        form: Callable[..., Tensor],
+        x: Tensor,
+        **options: Any,
+    ) -> None:
+        """Add a sum of outer products and its count to those that are known, or keep them."""
+        storage, (total, number) = self.module.storage, names
+        if not known:
+            device = count.device if isinstance(count, Tensor) else None
+            storage[number] = torch.zeros(1, dtype=torch.int64, device=device)
+            storage[total] = form(x, **options).to(x.dtype)
+        elif storage[total].dtype in (torch.float32, torch.float64):
+            form(x, beta=1.0, out=storage[total], **options)
+        else:
+            storage[total] += form(x, **options)  # which is in float32
+        storage[number].add_(count)
 
 
 class LambdaTracker(factor.LambdaTracker):  # type: ignore[misc]
