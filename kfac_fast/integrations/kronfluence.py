@@ -53,6 +53,9 @@ Factors = dict[str, dict[str, Tensor]]
 class CovarianceTracker(factor.CovarianceTracker):  # type: ignore[misc]
     """kronfluence's tracker; what it is given are inputs and gradients as the module has them."""
 
+    _activation_covariance_initialized: bool
+    _gradient_covariance_initialized: bool
+
     def _update_activation_covariance_matrix(
         self, input_activation: Tensor, count: Tensor | int
     ) -> None:
