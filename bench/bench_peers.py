@@ -79,13 +79,13 @@ def _add_peaks(case: Case, device: str, beside: dict[str, float]) -> None:
     calls = _calls(case, device)
     if calls.kfac is not None:
         calls.kfac()  # makes what is kept
-    names = {"ours": "peak MB", "library": "library peak MB", "KFAC": "KFAC peak MB"}
-    arms = _arms(calls)
-    for arm, name in names.items():
-        if arm in arms:
-            gc.collect()
-            held = calls.held() if arm == "KFAC" else 0
-            beside[name] = (memory.peak_growth(arms[arm]) + held) / 1e6
+    if calls.made:
+        beside["result MB"] = sum(tensor.nbytes for tensor in calls.ours()) / 1e6
+    prefixes = {"ours": "", "library": "library ", "KFAC": "KFAC ", "bare": "bare "}
+    for arm, call in _arms(calls).items():
+        gc.collect()
+        held = calls.held() if arm == "KFAC" else 0
+        beside[f"{prefixes[arm]}peak MB"] = (memory.peak_growth(call) + held) / 1e6
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

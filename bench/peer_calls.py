@@ -38,7 +38,8 @@ class Calls:
         library: The library's own; its result is a list of tensors.
         ours: The library's with kfac_fast's backend, to the same result.
         kfac: ``kfac_fast.KFAC`` to a like one.
-        bare: A forward pass and the gradients of the layers' outputs, which each of them needs.
+        bare: Forward passes and the gradients of the layers' outputs, which each of them needs.
+        made: Whether a call makes its result anew, rather than changing it in place.
         held: Bytes of the state that ``kfac`` keeps between calls.
     """
 
@@ -46,6 +47,7 @@ class Calls:
     ours: Call
     kfac: Call | None = None
     bare: Call | None = None
+    made: bool = True
     held: Callable[[], int] = lambda: 0
 
 
@@ -212,7 +214,13 @@ def laplace_fit(problem: Problem, fisher: Kind, batches: int) -> Calls:
 
         return call
 
-    return Calls(make(CurvlinopsGGN), make(KFACGGN))
+    passes = bare_passes(problem, fisher)
+
+    def bare() -> None:
+        for _ in range(batches):
+            passes()
+
+    return Calls(make(CurvlinopsGGN), make(KFACGGN), bare=bare)
 
 
 def _kronfluence(problem: Problem, path: Enabled) -> tuple[nn.Module, dict[str, Any]]:
@@ -269,7 +277,7 @@ def kronfluence_covariances(problem: Problem) -> Calls:
 
         return call
 
-    return Calls(**_both(make, enabled))
+    return Calls(**_both(make, enabled), bare=bare_passes(problem, "mc"))
 
 
 def _kronfluence_bases(problem: Problem) -> tuple[Any, dict[str, Any]]:
@@ -340,7 +348,7 @@ def nngeometry_factors(problem: Problem) -> Calls:
 
         return call
 
-    return Calls(**_both(make, enabled))
+    return Calls(**_both(make, enabled), bare=bare_passes(problem, "mc"))
 
 
 def _nngeometry_layers(problem: Problem) -> Any:
@@ -401,7 +409,7 @@ def asdl_factors(problem: Problem) -> Calls:
 
         return call
 
-    return Calls(**_both(make, enabled))
+    return Calls(**_both(make, enabled), bare=bare_passes(problem, "mc"))
 
 
 def asdl_inverses(problem: Problem) -> Calls:
@@ -448,7 +456,7 @@ def singd_steps(problem: Problem) -> Calls:
 
         return call
 
-    return Calls(make(SINGD), make(ours.SINGD))
+    return Calls(make(SINGD), make(ours.SINGD), bare=bare_passes(problem, "mc"), made=False)
 
 
 @contextmanager

@@ -179,8 +179,9 @@ class PeerRecord:
             "bare" passes: forward, and backward to the outputs of the layers. In "x" what the
             library takes "beyond bare" passes over what it takes beyond them with kfac_fast; it is
             negative where that is faster than they are. In "MB" the "peak" of memory over what the
-            process held before a call with kfac_fast, that of the "library", and of "KFAC" with
-            the state that it keeps.
+            process held before a call with kfac_fast, that of the "library", that of "bare" passes,
+            that of "KFAC" with the state that it keeps; and the size of the "result", if it is not
+            there before the call.
     """
 
     op: str

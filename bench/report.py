@@ -68,11 +68,13 @@ PEER_COLUMNS = (
     "bare ms",
     "peak MB, its own",
     "on kfac_fast",
-    "less (bar)",
     "`KFAC`, state too",
+    "extra MB, its own",
+    "on kfac_fast ",
+    "less (bar)",
     "bars",
 )
-NUMBERS = (*COLUMNS[3:7], *MEAN_COLUMNS[2:], "bar", *STEP_COLUMNS[2:], *PEER_COLUMNS[3:13])
+NUMBERS = (*COLUMNS[3:7], *MEAN_COLUMNS[2:], "bar", *STEP_COLUMNS[2:], *PEER_COLUMNS[3:15])
 # A full product takes about 1.9 times as long as the triangle of it that a Gram needs.
 TRIANGLE_SAVES = 1.9
 ATTAINED = 0.8
@@ -214,17 +216,31 @@ def step_rows(records: Sequence[StepRecord]) -> Rows:
     ]
 
 
-def missed(record: PeerRecord) -> list[str]:
-    """The bars of a record's case that it does not reach; short calls have none in time."""
-    bars, beside = _case(record), record.beside
-    reached = {"memory": beside["library peak MB"] / beside["peak MB"]} if _peaks(record) else {}
-    if record.added_us is None:
-        reached["faster"] = record.ratio_of_medians
-        # Negative where ours is faster than the bare passes: there is nothing left to be less.
-        beyond = beside.get("beyond bare x", math.inf)
-        reached["beyond"] = beyond if beyond > 0 else math.inf
-    asked = {name: getattr(bars, name) for name in reached}
-    return [name for name, bar in asked.items() if bar is not None and reached[name] < bar]
+def extras(record: PeerRecord) -> tuple[float | None, float | None]:
+    """Peak memory beyond that of bare passes and the result, in MB: the library's and ours.
+
+    It is not positive where the result is formed as memory of the passes becomes free. Without such
+    passes it is None.
+    """
+    beside = record.beside
+    if "bare peak MB" not in beside:
+        return None, None
+    needed = beside["bare peak MB"] + beside.get("result MB", 0.0)
+    return beside["library peak MB"] - needed, beside["peak MB"] - needed
+
+
+def _ratios(record: PeerRecord) -> dict[str, float]:
+    """The library's over ours: time, time beyond bare passes, extra memory; what was measured.
+
+    The last two are infinite where nothing is beyond on our side.
+    """
+    found = {} if record.added_us is not None else {"faster": record.ratio_of_medians}
+    beyond, (own, ours) = record.beside.get("beyond bare x"), extras(record)
+    if beyond is not None and record.added_us is None:
+        found["beyond"] = beyond if beyond > 0 else math.inf
+    if own is not None and ours is not None:
+        found["memory"] = max(own, 0.0) / ours if ours > 0 else math.inf
+    return found
 
 
 def _case(record: PeerRecord) -> Case:
@@ -232,26 +248,25 @@ def _case(record: PeerRecord) -> Case:
     return case
 
 
-def _peaks(record: PeerRecord) -> bool:
-    return "library peak MB" in record.beside
-
-
-def _barred(ratio: float | None, bar: float | None) -> str:
-    """A ratio and, in brackets, its bar."""
-    if ratio is None:
-        return ""
-    shown = "all" if ratio < 0 else f"{ratio:.2f}x"
-    return shown if bar is None else f"{shown} ({bar:g}x)"
+def missed(record: PeerRecord) -> list[str]:
+    """The bars of a record's case that it does not reach; short calls have none in time."""
+    bars = _case(record)._asdict()
+    ratios = _ratios(record).items()
+    return [name for name, ratio in ratios if bars[name] is not None and ratio < bars[name]]
 
 
 def peer_rows(records: Sequence[PeerRecord]) -> Rows:
     """Other libraries, one row for each of ``PEER_COLUMNS``."""
     rows = []
     for record in records:
-        case, beside = _case(record), record.beside
-        numbers = {name: _short(value) for name, value in beside.items()}
-        less = beside["library peak MB"] / beside["peak MB"] if _peaks(record) else None
-        short = record.added_us is not None
+        bars, ratios = _case(record)._asdict(), _ratios(record)
+        numbers = {name: _short(value) for name, value in record.beside.items()}
+        barred = {
+            name: ("all" if math.isinf(ratio) else f"{ratio:.2f}x")
+            + (f" ({bars[name]:g}x)" if bars[name] is not None else "")
+            for name, ratio in ratios.items()
+        }
+        own, ours = extras(record)
         rows.append(
             (
                 f"{record.library} {record.version}",
@@ -259,14 +274,16 @@ def peer_rows(records: Sequence[PeerRecord]) -> Rows:
                 record.shape,
                 _short(record.baseline_p50_ms),
                 _short(record.p50_ms),
-                faster(record) if short else _barred(record.ratio_of_medians, case.faster),
-                _barred(beside.get("beyond bare x"), case.beyond),
+                barred.get("faster") or faster(record),
+                barred.get("beyond", ""),
                 numbers.get("KFAC ms", ""),
                 numbers.get("bare ms", ""),
                 numbers.get("library peak MB", ""),
                 numbers.get("peak MB", ""),
-                _barred(less, case.memory),
                 numbers.get("KFAC peak MB", ""),
+                "" if own is None else f"{own:.1f}",
+                "" if ours is None else f"{ours:.1f}",
+                barred.get("memory", ""),
                 ", ".join(f"{name} missed" for name in missed(record)) or "met",
             )
         )

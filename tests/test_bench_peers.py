@@ -47,8 +47,10 @@ BESIDE = {
     "KFAC ms": 98.0,
     "bare ms": 60.0,
     "beyond bare x": 6.0,
-    "peak MB": 20.0,
+    "result MB": 10.0,
+    "peak MB": 30.0,
     "library peak MB": 50.0,
+    "bare peak MB": 8.0,
     "KFAC peak MB": 31.0,
 }
 
@@ -87,9 +89,11 @@ def test_a_row_has_what_was_measured(bench: Any) -> None:
         "`KFAC` ms": "98.0",
         "bare ms": "60.0",
         "peak MB, its own": "50.0",
-        "on kfac_fast": "20.0",
-        "less (bar)": "2.50x (2x)",
+        "on kfac_fast": "30.0",
         "`KFAC`, state too": "31.0",
+        "extra MB, its own": "32.0",
+        "on kfac_fast ": "12.0",
+        "less (bar)": "2.67x (2x)",
         "bars": "met",
     }
 
@@ -100,11 +104,12 @@ def test_a_row_has_what_was_measured(bench: Any) -> None:
         ({"ratio_of_medians": 2.79}, {}, ["faster"]),
         ({}, {"beyond bare x": 4.9}, ["beyond"]),
         ({}, {"beyond bare x": -7.0}, []),
-        ({}, {"peak MB": 26.0}, ["memory"]),
+        ({}, {"peak MB": 36.0}, ["memory"]),
+        ({}, {"peak MB": 17.0}, []),
         ({"ratio_of_medians": 0.5, "added_us": 99.0}, {"beyond bare x": 1.0}, []),
         ({"ratio_of_medians": 0.5, "shape": "vit-ti-cifar"}, {"peak MB": 99.0}, ["faster"]),
     ],
-    ids=["slow", "beyond", "nothing beyond", "memory", "short", "no other bars"],
+    ids=["slow", "beyond", "nothing beyond", "memory", "no extra", "short", "no other bars"],
 )
 def test_bars_that_are_missed(
     bench: Any, changes: dict[str, Any], beside: dict[str, float], missed: list[str]
@@ -118,7 +123,7 @@ def test_bars_that_are_missed(
 def test_what_was_not_measured_is_left_out(bench: Any) -> None:
     report = bench("report")
     (row,) = report.peer_rows([made_up(bench, {})])
-    assert row[6:] == ("",) * 7 + ("met",)
+    assert row[6:] == ("",) * 9 + ("met",)
 
 
 def test_report_keeps_records_and_writes_the_table(bench: Any, tmp_path: Path) -> None:
@@ -196,7 +201,8 @@ def test_a_run_leaves_records(bench: Any, tmp_path: Path) -> None:
         if record["result"].startswith("factors"):
             expected |= {"bare ms", "beyond bare x"}
         if not bench("memory").missing("cpu"):
-            expected |= {"peak MB", "library peak MB"} | ({"KFAC peak MB"} if expected else set())
+            expected |= {f"{name[:-3]} peak MB" for name in expected if name.endswith(" ms")}
+            expected |= {"peak MB", "library peak MB", "result MB"}
         assert measured == expected
 
 
