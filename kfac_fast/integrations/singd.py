@@ -8,8 +8,8 @@ or have optimizers that are made for a while be of it with :func:`enabled`. It s
 two structures are dense; others are singd's own. The terms ``H_K`` and ``H_C`` are those of singd
 to rounding, with its scales. Where they are not those of the Fisher, they are so here: patches are
 averaged over the groups of channels and padded with zeros under every ``padding_mode``. Other is
-how they are computed, of a side with more rows than features: its covariance is formed first,
-without ever writing patches out, and then rotated.
+how they are computed, of a side with many rows: its covariance is formed first, without ever
+writing patches out, and then rotated.
 
 Tested with singd 0.0.5.
 """
@@ -33,6 +33,9 @@ require("singd", "0.0.5")
 import singd.optim.optimizer as library  # noqa: E402  # isort: skip
 from singd.optim.utils import process_grad_output, process_input  # noqa: E402  # isort: skip
 from singd.structures.dense import DenseMatrix  # noqa: E402  # isort: skip
+
+# Rotating a covariance takes two products of its own size, which rotating few rows does not.
+ROWS_PER_FEATURE = 2
 
 
 class SINGD(library.SINGD):  # type: ignore[misc]
@@ -73,7 +76,8 @@ def _input_term(k: DenseMatrix, x: Tensor, module: Any, approx: str) -> DenseMat
     else:
         positions = x.shape[1:-1].numel() if expand else 1
     rows = len(x) * positions
-    if rows <= len(k.to_dense()):
+    few = 1 if is_convolution else ROWS_PER_FEATURE  # patches would have to be written out
+    if rows <= few * len(k.to_dense()):
         return k.from_inner(X=process_input(x, module, approx).T)
     options: dict[str, Any] = {"bias": module.bias is not None, "alpha": 1 / rows}
     if is_convolution:
@@ -91,7 +95,8 @@ def _gradient_term(
     """``C^T G C`` for the covariance ``G`` of the gradients, whose unit is that of the loss."""
     rows = g.movedim(1, -1) if isinstance(module, nn.Conv2d) else g
     expand = approx == "expand" or g.dim() == 2
-    if (rows.shape[:-1].numel() if expand else len(g)) <= len(c.to_dense()):
+    number = rows.shape[:-1].numel() if expand else len(g)
+    if number <= ROWS_PER_FEATURE * len(c.to_dense()):
         inner = process_grad_output(g, module, average, approx) * sqrt(scale)
         return c.from_inner(X=inner.T)
     terms = {None: 1, "batch": len(g), "batch+sequence": rows.shape[:-1].numel()}[average]
