@@ -78,6 +78,7 @@ NUMBERS = (*COLUMNS[3:7], *MEAN_COLUMNS[2:], "bar", *STEP_COLUMNS[2:], *PEER_COL
 # A full product takes about 1.9 times as long as the triangle of it that a Gram needs.
 TRIANGLE_SAVES = 1.9
 ATTAINED = 0.8
+BARRED_FROM_MS = 1.0  # other libraries' shorter calls have no bars in time
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 
 
@@ -234,9 +235,10 @@ def _ratios(record: PeerRecord) -> dict[str, float]:
 
     The last two are infinite where nothing is beyond on our side.
     """
-    found = {} if record.added_us is not None else {"faster": record.ratio_of_medians}
+    short = record.baseline_p50_ms < BARRED_FROM_MS
+    found = {} if short else {"faster": record.ratio_of_medians}
     beyond, (own, ours) = record.beside.get("beyond bare x"), extras(record)
-    if beyond is not None and record.added_us is None:
+    if beyond is not None and not short:
         found["beyond"] = beyond if beyond > 0 else math.inf
     if own is not None and ours is not None:
         found["memory"] = max(own, 0.0) / ours if ours > 0 else math.inf

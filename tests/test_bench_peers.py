@@ -106,7 +106,7 @@ def test_a_row_has_what_was_measured(bench: Any) -> None:
         ({}, {"beyond bare x": -7.0}, []),
         ({}, {"peak MB": 36.0}, ["memory"]),
         ({}, {"peak MB": 17.0}, []),
-        ({"ratio_of_medians": 0.5, "added_us": 99.0}, {"beyond bare x": 1.0}, []),
+        ({"ratio_of_medians": 0.5, "baseline_p50_ms": 0.9}, {"beyond bare x": 1.0}, []),
         ({"ratio_of_medians": 0.5, "shape": "vit-ti-cifar"}, {"peak MB": 99.0}, ["faster"]),
     ],
     ids=["slow", "beyond", "nothing beyond", "memory", "no extra", "short", "no other bars"],
@@ -129,7 +129,9 @@ def test_what_was_not_measured_is_left_out(bench: Any) -> None:
 def test_report_keeps_records_and_writes_the_table(bench: Any, tmp_path: Path) -> None:
     infos = [
         MADE_UP | {"beside": BESIDE},
-        MADE_UP | {"beside": {}, "library": "asdl", "result": "factors", "added_us": 12.0},
+        MADE_UP
+        | {"beside": {}, "library": "asdl", "result": "factors"}
+        | {"baseline_p50_ms": 0.1, "added_us": 12.0},
     ]
     results = tmp_path / "peers.json"
     results.write_text(json.dumps({"benchmarks": [{"extra_info": info} for info in infos]}))
@@ -143,7 +145,7 @@ def test_report_keeps_records_and_writes_the_table(bench: Any, tmp_path: Path) -
     assert not list(tmp_path.rglob("*.png"))
     text = page.read_text()
     assert "| curvlinops 3.0.1 | factors, expand | resnet18-cifar | 300 | 100 |" in text
-    assert "| asdl 3.0.1 | factors | resnet18-cifar | 300 | 100 | +12.0 us |" in text
+    assert "| asdl 3.0.1 | factors | resnet18-cifar | 0.100 | 100 | +12.0 us |" in text
     assert text.count("\n| ") == 4
 
 
