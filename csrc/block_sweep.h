@@ -15,11 +15,11 @@
 //
 //   U[k][i] = A[P_k][i],   V = L^-1 U,   W = L^-T V
 //
-// which are zero for i in P, A[i][j] loses (V^T V)[i][j] and A[P_k][i] becomes W[k][i]. V and W come
-// from products with L^-1 or, where the block is a vector wide, as in small matrices, by
-// substitution, which loses no digits to the condition of L and takes no longer. Pivots, the squares
-// of L's diagonal, are those of the whole matrix' Cholesky factor: their product is the determinant,
-// and the first that is not positive tells which leading minor is not.
+// which are zero for i in P, A[i][j] loses (V^T V)[i][j] and A[P_k][i] becomes W[k][i]. V and W
+// come from products with L^-1 or, where the block is a vector wide, as in small matrices, by
+// substitution, which loses no digits to the condition of L and takes no longer. Pivots, the
+// squares of L's diagonal, are those of the whole matrix' Cholesky factor: their product is the
+// determinant, and the first that is not positive tells which leading minor is not.
 //
 // Signs: the matrix is kept as -A, in its lower triangle, so that products are added; L^-1 as
 // Y = -L^-1, which comes in pairs. L^-1 itself is found by the same steps with blocks as wide as a
