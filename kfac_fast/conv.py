@@ -54,8 +54,9 @@ def _padding_pairs(
     if isinstance(padding, str):
         raise ValueError(f"{op}: padding must be 'same', 'valid', an int or ints, got {padding!r}")
     dimensions = len(kernel_size)
-    if not isinstance(padding, int) and len(padding) == 2 * dimensions:
-        return _per_dimension(op, "padding", padding, 2 * dimensions)
+    if isinstance(padding, Sequence) and len(padding) == 2 * dimensions:
+        sides: Sequence[int] = padding  # type: ignore[assignment]  # no str comes here
+        return _per_dimension(op, "padding", sides, 2 * dimensions)
     return [p for p in _per_dimension(op, "padding", padding, dimensions) for _ in range(2)]
 
 

@@ -401,6 +401,7 @@ def _damped(
     logdet: bool,
     out: Sequence[Tensor] | None,
 ) -> DampedInverses:
+    matrices = list(matrices)  # the kernels' views live as long as this list holds the tensors
     results = _contiguous_like(matrices) if out is None else list(out)
     like = matrices[0] if matrices else torch.empty(0)
     total = schema.number_of_matrices(matrices)
@@ -508,12 +509,13 @@ def _preconditioned(
     gradient_sides: Sequence[Tensor],
     out: Sequence[Tensor] | None,
 ) -> Preconditioned:
+    # The kernels' views live as long as these lists hold the tensors.
+    grads, input_sides, gradient_sides = list(grads), list(input_sides), list(gradient_sides)
     results = _contiguous_like(grads) if out is None else list(out)
     like = grads[0] if grads else torch.empty(0)
     inner = torch.zeros((), dtype=like.dtype, device=like.device)
     if not quick(op, grads, input_sides, gradient_sides, results, inner):
-        sides = list(input_sides), list(gradient_sides)
-        call(op, _all_detached(grads), *sides, results, inner)
+        call(op, _all_detached(grads), input_sides, gradient_sides, results, inner)
     return Preconditioned(results, inner)
 
 

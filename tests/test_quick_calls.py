@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 from typing import Any
 
@@ -203,6 +203,33 @@ def test_a_kernel_takes_only_its_plans_images(kernel: str) -> None:
         assert run(torch.ones(shape), False, 1.0, 0.0, out) is False
     assert out.isnan().all()
     assert run(torch.ones(2, 4, 5, 6), False, 1.0, 0.0, out) and out.isfinite().all()
+
+
+class MadeOnAccess(Sequence):
+    """Tensors that nobody but the caller holds."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self.tensors = tensors
+
+    def __len__(self) -> int:  # noqa: D105
+        return len(self.tensors)
+
+    def __getitem__(self, i: int) -> Tensor:  # noqa: D105
+        return self.tensors[i].clone()
+
+
+def test_lists_may_be_made_on_access() -> None:
+    torch.manual_seed(0)
+    squares = [x @ x.mT + 64 * torch.eye(64) for x in torch.randn(5, 64, 64)]
+    lazy, grads = MadeOnAccess(squares), list(torch.randn(5, 64, 64))
+    expected = ops.precondition(grads, squares, squares).grads
+    inverses = ops.damped_inverse(squares, 1.0).matrices
+    stacked = torch.stack(squares)
+    for each in (lazy, stacked, dict(enumerate(squares)).values()):
+        found = ops.precondition(grads, each, each).grads
+        assert all(map(torch.equal, found, expected))
+        found = ops.damped_inverse(each, 1.0).matrices
+        assert all(map(torch.equal, found, inverses))
 
 
 def test_autograd_sees_what_was_written() -> None:
