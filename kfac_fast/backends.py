@@ -98,14 +98,10 @@ def _cpp(op: str) -> Implementation:
     """The compiled extension's kernel for the CPU."""
     way = _way if op == "conv_expand_gram" else None
     if not EXTENSION_BUILT:
-        return Implementation("cpp", _unavailable, NOT_BUILT)
+        return Implementation("cpp", _checked(op, lambda *args: False), NOT_BUILT)
     conv = op.startswith("conv_")
     quick = native.ConvCalls(op, _conv_kernel) if conv else getattr(native, op)
     return Implementation("cpp", _checked(op, quick), way=way, quick=quick)
-
-
-def _unavailable(*args: Any) -> None:
-    raise RuntimeError(NOT_BUILT)
 
 
 def _conv_kernel(op: str, shape: tuple[int, ...], item: int, *arguments: Any) -> ConvKernel:

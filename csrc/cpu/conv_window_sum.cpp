@@ -13,12 +13,11 @@ namespace kfac_fast {
 namespace {
 
 struct Convolution {
-  std::vector<int64_t> sizes;
   int64_t groups, outputs;
   Axes<SumAxis> axes;
 
   Convolution(const std::vector<int64_t>& plan, const std::vector<int64_t>& sizes, int64_t groups)
-      : sizes(sizes), groups(groups) {
+      : groups(groups) {
     PlanNumbers numbers(plan.data());
     outputs = numbers.next();
     axes = read_axes<SumAxis>(numbers, static_cast<int64_t>(sizes.size()));

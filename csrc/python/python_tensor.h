@@ -1,6 +1,7 @@
 #pragma once
 // Tensors as pybind11 hands them to the CPU's operators: seen through DLPack, without the
-// dispatcher and without a reference to count, which together take longer than a small kernel.
+// dispatcher and without a reference to count, which together take longer than a small kernel. So
+// the caller holds the tensors until the call returns, those of a list by a list that is its own.
 
 #include <pybind11/pybind11.h>
 
