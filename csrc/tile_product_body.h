@@ -43,6 +43,7 @@ KFAC_FAST_TARGET void tile_product(const T* left, int64_t left_stride, const T* 
       for (int v = 0; v < VECTORS; ++v) __builtin_prefetch(sum + r * sum_stride + v * LANES);
     }
   }
+#pragma GCC unroll 4
   for (int64_t step = depth / SPLIT; step > 0; --step) {
 #pragma GCC unroll 8
     for (int s = 0; s < SPLIT; ++s, left += left_stride, right += right_stride) {
