@@ -138,6 +138,20 @@ SquareStore<T> square_store(InstructionSet set) {
   return portable::store_transposed<T>;
 }
 
+// See store_and_multiply.
+template <typename T>
+using PanelStore = double (*)(const T* panel, const T* other, int64_t panel_stride, int64_t rows,
+                              int64_t columns, T* target, int64_t target_stride);
+
+template <typename T>
+PanelStore<T> panel_store(InstructionSet set) {
+#if defined(__x86_64__)
+  if (set == InstructionSet::avx512) return avx512::store_and_multiply<T>;
+  if (set == InstructionSet::avx2) return avx2::store_and_multiply<T>;
+#endif
+  return portable::store_and_multiply<T>;
+}
+
 // A block of `depth` rows cut into panels, packed or in place (then distance == width: the panels
 // lie side by side in every row).
 template <typename T>

@@ -47,6 +47,8 @@ KFAC_FAST_TARGET void tile_product(const T* left, int64_t left_stride, const T* 
   for (int64_t step = depth / SPLIT; step > 0; --step) {
 #pragma GCC unroll 8
     for (int s = 0; s < SPLIT; ++s, left += left_stride, right += right_stride) {
+      // A step of the left operand touches a line of its own, which nothing else asks for in time.
+      if constexpr (SPLIT == 1) __builtin_prefetch(left + 32 * left_stride);
       Vector columns[VECTORS];
 #pragma GCC unroll 3
       for (int v = 0; v < VECTORS; ++v) {
@@ -92,6 +94,7 @@ KFAC_FAST_TARGET void pack_adjacent(const In* source, int64_t row_stride, int64_
       const int64_t width = std::min(columns_a_panel, left);
       int64_t c = 0;
       for (; c + LANES <= width; c += LANES) {
+        __builtin_prefetch(from + 8 * row_stride + c);
         if constexpr (std::is_same_v<In, T>) {
           *reinterpret_cast<Vector*>(to + c) = *reinterpret_cast<const Vector*>(from + c);
         } else {
@@ -190,4 +193,37 @@ KFAC_FAST_TARGET void pack_strided(const In* source, int64_t row_stride, int64_t
     }
     source += columns_a_panel * column_stride;
   }
+}
+
+// Writes a panel's first `columns` columns to the rows of a matrix and returns Σ panel · other over
+// them, summed in double but for stretches of a few rows.
+template <typename T>
+KFAC_FAST_TARGET double store_and_multiply(const T* panel, const T* other, int64_t panel_stride,
+                                           int64_t rows, int64_t columns, T* target,
+                                           int64_t target_stride) {
+  using Vector = typename VectorOf<T>::type;
+  constexpr int64_t LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
+  constexpr int64_t STRETCH = 8;
+  double lanes[LANES] = {}, rest = 0;
+  for (int64_t first = 0; first < rows; first += STRETCH) {
+    Vector sum = {};
+    for (int64_t r = first; r < std::min(first + STRETCH, rows); ++r) {
+      int64_t c = 0;
+      for (; c + LANES <= columns; c += LANES) {
+        const Vector value = *reinterpret_cast<const Vector*>(panel + c);
+        *reinterpret_cast<Vector*>(target + c) = value;
+        sum += value * *reinterpret_cast<const Vector*>(other + c);
+      }
+      for (; c < columns; ++c) {
+        target[c] = panel[c];
+        rest += static_cast<double>(panel[c]) * static_cast<double>(other[c]);
+      }
+      panel += panel_stride;
+      other += panel_stride;
+      target += target_stride;
+    }
+    for (int64_t i = 0; i < LANES; ++i) lanes[i] += static_cast<double>(sum[i]);
+  }
+  for (const double lane : lanes) rest += lane;
+  return rest;
 }

@@ -24,6 +24,7 @@ class LayerPanels {
       : layer_(layer),
         product_(tile_product<T>(set)),
         pack_(packing<T, T>(set)),
+        store_(panel_store<T>(set)),
         width_(product_.panel_width()) {}
 
   int64_t panels(int64_t columns) const { return divide_up(columns, width_); }
@@ -39,32 +40,24 @@ class LayerPanels {
     return {(m + 24) * (k + 24) * (m + k + 24), scratch, scratch_to_share};
   }
 
-  void pack(const Strided<T>& from, int64_t rows, int64_t columns, int64_t panel, T* packed) const {
+  // Packs the panels [panel, last) of the columns, `distance` apart.
+  void pack(const Strided<T>& from, int64_t rows, int64_t columns, int64_t panel, int64_t last,
+            T* packed, int64_t distance) const {
     pack_(from.data + panel * width_ * from.column_stride, from.row_stride, from.column_stride,
-          rows, columns_of(panel, columns), width_, packed, width_, 0);
+          rows, std::min(last * width_, columns) - panel * width_, width_, packed, width_,
+          distance);
   }
 
   // Stores a panel of the result and returns its inner product with the gradient's.
   double store(const T* sums, const T* grad, int64_t panel) const {
-    constexpr int64_t lanes = 16;  // sums side by side, which the compiler makes vectors of
-    const int64_t columns = columns_of(panel, layer_.columns);
-    double inner = 0;
-    for (int64_t r = 0; r < layer_.rows; ++r, sums += width_, grad += width_) {
-      std::copy_n(sums, columns, layer_.out + r * layer_.columns + panel * width_);
-      T row[lanes] = {};
-      int64_t c = 0;
-      for (; c + lanes <= columns; c += lanes) {
-        for (int64_t i = 0; i < lanes; ++i) row[i] += sums[c + i] * grad[c + i];
-      }
-      for (; c < columns; ++c) row[0] += sums[c] * grad[c];
-      inner += static_cast<double>(std::accumulate(row, row + lanes, T{0}));
-    }
-    return inner;
+    return store_(sums, grad, width_, layer_.rows, columns_of(panel, layer_.columns),
+                  layer_.out + panel * width_, layer_.columns);
   }
 
   const Layer<T>& layer_;
   const TileProduct<T>& product_;
   const Packing<T, T> pack_;
+  const PanelStore<T> store_;
   const int64_t width_;
 };
 

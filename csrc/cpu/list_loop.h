@@ -32,23 +32,35 @@ struct Job {
   int64_t scratch_to_share;
 };
 
+// The work of the busiest thread if each takes the next of these jobs when it is done.
+inline double busiest_thread(const std::vector<Job>& jobs, const std::vector<int64_t>& order,
+                             size_t first, size_t threads) {
+  std::vector<double> busy(threads);
+  for (size_t i = first; i < order.size(); ++i) {
+    *std::min_element(busy.begin(), busy.end()) += jobs[order[i]].work;
+  }
+  return *std::max_element(busy.begin(), busy.end());
+}
+
 // Calls run(job, scratch, share) for every job, the largest first, so that no thread begins a long
-// one when the others are done. All threads share those that would keep one of them busy longer
-// than the rest the others; some small ones together are one task.
+// one when the others are done. All threads share as many of the largest as it takes that the rest
+// keeps all of them busy; some small ones together are one task.
 template <typename T, typename Run>
 void for_each_job(const std::vector<Job>& jobs, const Run& run) {
-  constexpr double work_to_share = 5e7, work_a_task = 1e5;
+  constexpr double work_to_share = 5e7, work_a_task = 1e5, balanced = 1.03;
   std::vector<int64_t> order(jobs.size());
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(),
                    [&](int64_t a, int64_t b) { return jobs[a].work > jobs[b].work; });
   double left = 0;
   for (const Job& job : jobs) left += job.work;
-  const auto threads = static_cast<double>(torch::stable::get_num_threads());
+  const auto threads = static_cast<size_t>(torch::stable::get_num_threads());
   size_t first = 0;
   for (; first < order.size() && threads > 1; ++first) {
     const Job& job = jobs[order[first]];
-    if (job.work < work_to_share || job.work * threads <= left) break;
+    if (job.work < work_to_share) break;
+    const double mean = left / static_cast<double>(threads);
+    if (busiest_thread(jobs, order, first, threads) <= balanced * mean) break;
     left -= job.work;
     const auto scratch = make_scratch<T>(job.scratch_to_share);
     run(order[first], scratch.get(), InParallel{});
