@@ -6,6 +6,7 @@
 // A panel of V^T, some rows of V, is solved with R, and transposed to its place in the panels that
 // are solved with L.
 
+#include <numeric>
 #include <vector>
 
 #include "layers.h"

@@ -2,7 +2,6 @@
 // What the operators that precondition the gradients of all layers share on the CPU: a gradient in
 // panels, and the store of a result with its inner product.
 
-#include <numeric>
 #include <vector>
 
 #include "gram_layout.h"

@@ -6,6 +6,7 @@
 //
 //   H^T[c][r] = Σ_j V[j][c] G[r][j],   P[r][c] = Σ_j H^T[j][r] A[j][c]
 
+#include <numeric>
 #include <vector>
 
 #include "layers.h"
