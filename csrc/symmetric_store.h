@@ -53,6 +53,29 @@ const MultiplySymmetric<T>* multiply_symmetric(InstructionSet set) {
 #undef KFAC_FAST_MULTIPLY
 
 template <typename T>
+using MultiplyAndStore = void (*)(const T*, int64_t, const T*, int64_t, int64_t, int64_t, int64_t,
+                                  T, T*, int64_t, bool);
+
+#define KFAC_FAST_MULTIPLY(set, rows)                                        \
+  {set::multiply_and_store<T, rows, 1>, set::multiply_and_store<T, rows, 2>, \
+   set::multiply_and_store<T, rows, 3>}
+
+// Of tiles as high as the set's full tile products, by the number of vectors less one.
+template <typename T>
+const MultiplyAndStore<T>* multiply_and_store(InstructionSet set) {
+  static constexpr MultiplyAndStore<T> on_portable[] = KFAC_FAST_MULTIPLY(portable, 2);
+#if defined(__x86_64__)
+  static constexpr MultiplyAndStore<T> on_avx2[] = KFAC_FAST_MULTIPLY(avx2, 4);
+  static constexpr MultiplyAndStore<T> on_avx512[] = KFAC_FAST_MULTIPLY(avx512, 8);
+  if (set == InstructionSet::avx512) return on_avx512;
+  if (set == InstructionSet::avx2) return on_avx2;
+#endif
+  return on_portable;
+}
+
+#undef KFAC_FAST_MULTIPLY
+
+template <typename T>
 struct SymmetricStore {
   T alpha;
   T beta;        // 0: the matrix is not read
@@ -93,6 +116,27 @@ struct SymmetricStore {
       }
     }
     return true;
+  }
+
+  // Stores rows of the whole matrix, both triangles, as products of the panels' columns: twice the
+  // products, but every line is written once and from end to end. Needs beta == 0.
+  void multiply_all(const Panels<T>& panels, int64_t row, int64_t rows, int64_t columns,
+                    T* matrix) const {
+    const int64_t height = tile_product<T>(set).rows, lanes = tile_product<T>(set).lanes;
+    T* target = matrix + row * edge;
+    const bool past = past_caches() && reinterpret_cast<uintptr_t>(matrix) % line == 0;
+    for (int64_t c = 0; c < columns; c += panels.width) {
+      const int64_t width = std::min(panels.width, columns - c);
+      const auto multiply = multiply_and_store<T>(set)[(width - 1) / lanes];
+      for (int64_t r = 0; r < rows; r += height) {
+        multiply(panels.at(row + r), panels.row_stride, panels.at(c), panels.row_stride,
+                 panels.depth, std::min(height, rows - r), width, alpha, target + r * edge + c,
+                 edge, past && width % lanes == 0);
+      }
+    }
+#if defined(__x86_64__)
+    if (past) __builtin_ia32_sfence();  // before this thread says that it is done
+#endif
   }
 
   // The same of any number of columns.

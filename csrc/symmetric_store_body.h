@@ -140,3 +140,42 @@ KFAC_FAST_TARGET void multiply_symmetric(const T* left, int64_t left_stride, con
     }
   }
 }
+
+// target[r][c] <- alpha · Σ_k left[k][r] · right[k][c] for rows x columns of a full tile, as the
+// products leave the registers; see SymmetricStore::multiply_all.
+template <typename T, int ROWS, int VECTORS>
+KFAC_FAST_TARGET void multiply_and_store(const T* left, int64_t left_stride, const T* right,
+                                         int64_t right_stride, int64_t depth, int64_t rows,
+                                         int64_t columns, T alpha, T* target, int64_t edge,
+                                         bool past_caches) {
+  using Vector = typename VectorOf<T>::type;
+  constexpr int LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
+  Vector total[ROWS][VECTORS] = {};
+#pragma GCC unroll 4
+  for (int64_t k = 0; k < depth; ++k, left += left_stride, right += right_stride) {
+    Vector values[VECTORS];
+#pragma GCC unroll 3
+    for (int v = 0; v < VECTORS; ++v) values[v] = load_vector<T, T>(right + v * LANES);
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 3
+      for (int v = 0; v < VECTORS; ++v) total[r][v] += values[v] * left[r];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r, target += edge) {
+    if (r == rows) break;
+#pragma GCC unroll 3
+    for (int v = 0; v < VECTORS; ++v) {
+      T* place = target + v * LANES;
+      const Vector value = total[r][v] * alpha;
+      if (past_caches) {
+        store_past_caches(place, value);
+      } else if ((v + 1) * LANES <= columns) {
+        *reinterpret_cast<Vector*>(place) = value;
+      } else {
+        for (int64_t c = v * LANES; c < columns; ++c) target[c] = value[c - v * LANES];
+      }
+    }
+  }
+}

@@ -32,7 +32,7 @@ dtypes = pytest.mark.parametrize("dtype", FLOATING, ids=str)
 COLUMNS = (1, 2, 3, 4, 5, 7, 8, 9, 12, 13, 15, 16, 17, 23, 24, 25, 31, 33, 47, 48, 49)
 MORE_COLUMNS = (64, 95, 96, 97, 127, 128, 129, 144, 145, 192, 200)
 # Rows about the edges of a block; many enough to be shared out by rows, or too few.
-ROWS = (0, 1, 2, 7, 255, 256, 257, 1300)
+ROWS = (0, 1, 2, 7, 16, 255, 256, 257, 1300)
 
 
 @pytest.fixture
@@ -78,12 +78,13 @@ def test_edges_of_panels_and_blocks(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("columns, dtype", [(2560, torch.float32), (1792, torch.float64)])
+@pytest.mark.parametrize("rows", [8, 20])
 @pytest.mark.parametrize("alpha, beta", [(1.0, 0.0), (2.0, 1.0)])
 def test_results_larger_than_the_caches(
-    columns: int, dtype: torch.dtype, alpha: float, beta: float
+    columns: int, dtype: torch.dtype, rows: int, alpha: float, beta: float
 ) -> None:
     """Written past them where rows are aligned and nothing is read."""
-    x = whole_numbers(20, columns, dtype=dtype)
+    x = whole_numbers(rows, columns, dtype=dtype)
     product = x.double().T @ x.double()
     for shift in (0, 1):  # the second is not aligned
         memory = torch.ones(columns * columns + shift, dtype=dtype)
@@ -168,7 +169,9 @@ def test_rounds_of_blocks(shape: tuple[int, int], set_threads: Callable[[int], N
         assert torch.equal(run(x, mask).double(), expected_of_some)
 
 
-@pytest.mark.parametrize("shape", [(20000, 20), (3000, 90), (1000, 600), (70, 500)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(20000, 20), (3000, 90), (1000, 600), (70, 500), (9, 1000)], ids=str
+)
 def test_same_bits_every_time_and_for_any_number_of_threads(
     shape: tuple[int, int], set_threads: Callable[[int], None]
 ) -> None:

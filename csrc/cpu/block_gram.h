@@ -9,7 +9,8 @@
 //
 //   by_rows   few columns: each task packs and multiplies its own rows into its own set of tiles,
 //             which stays in its core's cache; the sets are added at the end
-//   at_once   few rows: all threads pack them, then share out the tiles
+//   at_once   few rows: all threads pack them, then share out the tiles; or, of very few and with
+//             nothing to add to, the rows of the result, whose triangles then are both multiplied
 //   by_tiles  otherwise: all threads pack some blocks, share out the tiles, pack the next blocks
 //
 // Which way and in how many tasks depends on the shape alone: the result does not depend on the
@@ -52,7 +53,9 @@ class BlockGram {
       by_rows();
     } else {
       if (tile_count() < enough_tasks) cut(large_tile / 2);
-      if (blocks_.count() <= blocks_a_round()) {
+      if (writes_both_triangles()) {
+        both_triangles();
+      } else if (blocks_.count() <= blocks_a_round()) {
         at_once();
       } else {
         by_tiles();
@@ -108,24 +111,63 @@ class BlockGram {
     });
   }
 
-  // All blocks are packed, then each tile is multiplied and stored. It is one parallel loop,
-  // because threads may take long to wake.
+  // All blocks are packed, then each tile is multiplied and stored.
   void at_once() {
-    const int64_t block_size = blocks_.packed_size();
-    const int64_t parts = divide_up(layout_.panels(), panels_a_task);
-    const int64_t packs = blocks_.count() * parts;
     const int64_t workers = worker_count(tile_count(), operations());
-    const auto packed = make_scratch<T>(blocks_.count() * block_size);
     const auto sums = make_scratch<T>(workers * tile_size());
-    std::vector<Block<T>> blocks(blocks_.count());
     // Row by row: then a thread's tiles lie together, and no prefetched line is another's.
     std::vector<Tile> rowwise = tiles_;
     std::sort(rowwise.begin(), rowwise.end(), [](const Tile& a, const Tile& b) {
       return std::tie(a.strip, a.row, a.column) < std::tie(b.strip, b.row, b.column);
     });
+    pack_and_share(tile_count(), workers, [&](int64_t t, int64_t worker, const auto& blocks) {
+      if (blocks.size() == 1 && multiply_and_store(rowwise[t], blocks[0])) return;
+      T* sum = &sums[worker * tile_size()];
+      for (const Block<T>& block : blocks) multiply(rowwise[t], block, sum, &block != &blocks[0]);
+      store(rowwise[t], {sum, tile_edge_, 1, 0});
+    });
+  }
+
+  // So few rows that writing takes longer than multiplying, and nothing to be read before.
+  bool writes_both_triangles() const {
+    constexpr int64_t few = 16;
+    return rows_ > 0 && rows_ <= few && store_.beta == 0 &&
+           layout_.strip_columns == layout_.group_columns && layout_.group_columns >= layout_.lanes;
+  }
+
+  void both_triangles() {
+    constexpr int64_t rows_a_task = 48;
+    const int64_t side = layout_.group_columns;
+    const int64_t tasks_a_group = divide_up(side, rows_a_task);
+    const int64_t tasks = layout_.strips() * tasks_a_group;
+    const int64_t workers = worker_count(tasks, operations());
+    const int64_t sums_size = round_up(side, layout_.panel_width);
+    const auto sums = make_scratch<T>(workers * sums_size);
+    pack_and_share(tasks, workers, [&](int64_t task, int64_t worker, const auto& blocks) {
+      const int64_t group = task / tasks_a_group, row = task % tasks_a_group * rows_a_task;
+      const Panels<T> strip = blocks[0].strip(group);
+      T* matrix = out_ + group * store_.edge * store_.edge;
+      store_.multiply_all(strip, row, std::min(rows_a_task, side - row), side, matrix);
+      if (bias_ && row == 0) {
+        T* sum = &sums[worker * sums_size];
+        sum_panels(product_, strip, side, sum, false);
+        store_.wide({sum, 0, 1, 0}, 1, side, false, matrix, side, 0);
+      }
+    });
+  }
+
+  // Packs all blocks, then calls run(task, worker, blocks) for every task. It is one parallel loop,
+  // because threads may take long to wake.
+  template <typename Run>
+  void pack_and_share(int64_t tasks, int64_t workers, const Run& run) const {
+    const int64_t block_size = blocks_.packed_size();
+    const int64_t parts = divide_up(layout_.panels(), panels_a_task);
+    const int64_t packs = blocks_.count() * parts;
+    const auto packed = make_scratch<T>(blocks_.count() * block_size);
+    std::vector<Block<T>> blocks(blocks_.count());
     std::atomic<int64_t> next_pack{0};
     Progress packs_done;
-    Stretches tiles(tile_count(), workers);
+    Stretches stretches(tasks, workers);
     for_each_worker(workers, [&](int64_t worker) {
       for (int64_t task = next_pack++; task < packs; task = next_pack++) {
         const int64_t index = task / parts;
@@ -133,12 +175,7 @@ class BlockGram {
         packs_done.advance();
       }
       packs_done.wait_for(packs);
-      tiles.work(worker, [&](int64_t t) {
-        if (blocks.size() == 1 && multiply_and_store(rowwise[t], blocks[0])) return;
-        T* sum = &sums[worker * tile_size()];
-        for (const Block<T>& block : blocks) multiply(rowwise[t], block, sum, &block != &blocks[0]);
-        store(rowwise[t], {sum, tile_edge_, 1, 0});
-      });
+      stretches.work(worker, [&](int64_t task) { run(task, worker, blocks); });
     });
   }
 
