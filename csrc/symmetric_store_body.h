@@ -95,6 +95,26 @@ KFAC_FAST_TARGET void store_symmetric(const TileSums<T>& sums, int64_t rows, int
 #endif
 }
 
+// total[v][r] = Σ_k left[k][r] · the v-th vector of right[k]
+template <typename T, int VECTORS, int ROWS>
+KFAC_FAST_TARGET inline void multiply_in_registers(
+    const T* left, int64_t left_stride, const T* right, int64_t right_stride, int64_t depth,
+    typename VectorOf<T>::type (&total)[VECTORS][ROWS]) {
+  using Vector = typename VectorOf<T>::type;
+  constexpr int LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
+#pragma GCC unroll 4
+  for (int64_t k = 0; k < depth; ++k, left += left_stride, right += right_stride) {
+    Vector columns[VECTORS];
+#pragma GCC unroll 3
+    for (int v = 0; v < VECTORS; ++v) columns[v] = load_vector<T, T>(right + v * LANES);
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 3
+      for (int v = 0; v < VECTORS; ++v) total[v][r] += columns[v] * left[r];
+    }
+  }
+}
+
 // The products of two panels, stored as they leave the registers; see SymmetricStore::multiply.
 // Each tile has half as many rows as a vector has lanes, so that transposing the halves of its
 // vectors gives the rows of the mirror image. Their lines are asked for before the long loop.
@@ -111,16 +131,7 @@ KFAC_FAST_TARGET void multiply_symmetric(const T* left, int64_t left_stride, con
   }
   for (int c = 0; c < VECTORS * LANES; ++c) __builtin_prefetch(mirror + c * edge, 1);
   Vector total[VECTORS][ROWS] = {};
-  for (int64_t k = 0; k < depth; ++k, left += left_stride, right += right_stride) {
-    Vector columns[VECTORS];
-#pragma GCC unroll 3
-    for (int v = 0; v < VECTORS; ++v) columns[v] = load_vector<T, T>(right + v * LANES);
-#pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r) {
-#pragma GCC unroll 3
-      for (int v = 0; v < VECTORS; ++v) total[v][r] += columns[v] * left[r];
-    }
-  }
+  multiply_in_registers<T>(left, left_stride, right, right_stride, depth, total);
 #pragma GCC unroll 3
   for (int v = 0; v < VECTORS; ++v) {
 #pragma GCC unroll 8
@@ -150,25 +161,15 @@ KFAC_FAST_TARGET void multiply_and_store(const T* left, int64_t left_stride, con
                                          bool past_caches) {
   using Vector = typename VectorOf<T>::type;
   constexpr int LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
-  Vector total[ROWS][VECTORS] = {};
-#pragma GCC unroll 4
-  for (int64_t k = 0; k < depth; ++k, left += left_stride, right += right_stride) {
-    Vector values[VECTORS];
-#pragma GCC unroll 3
-    for (int v = 0; v < VECTORS; ++v) values[v] = load_vector<T, T>(right + v * LANES);
-#pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r) {
-#pragma GCC unroll 3
-      for (int v = 0; v < VECTORS; ++v) total[r][v] += values[v] * left[r];
-    }
-  }
+  Vector total[VECTORS][ROWS] = {};
+  multiply_in_registers<T>(left, left_stride, right, right_stride, depth, total);
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; ++r, target += edge) {
     if (r == rows) break;
 #pragma GCC unroll 3
     for (int v = 0; v < VECTORS; ++v) {
       T* place = target + v * LANES;
-      const Vector value = total[r][v] * alpha;
+      const Vector value = total[v][r] * alpha;
       if (past_caches) {
         store_past_caches(place, value);
       } else if ((v + 1) * LANES <= columns) {
