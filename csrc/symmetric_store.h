@@ -99,6 +99,21 @@ struct SymmetricStore {
           aligned && past_caches());
   }
 
+  // The same of any number of columns.
+  void wide(const TileSums<T>& sums, int64_t rows, int64_t columns, bool diagonal, T* matrix,
+            int64_t row, int64_t column) const {
+    for (int64_t c = 0; c < columns; c += max_tile_edge) {
+      const int64_t width = std::min(max_tile_edge, columns - c);
+      const int64_t above = diagonal ? c : 0;  // rows whose entries here lie above the diagonal
+      const int64_t square = diagonal ? std::min(max_tile_edge, rows - above) : 0;
+      if (diagonal) {
+        (*this)(sums.at(above, c), square, width, true, matrix, row + above, column + c);
+      }
+      (*this)(sums.at(above + square, c), rows - above - square, width, false, matrix,
+              row + above + square, column + c);
+    }
+  }
+
   // Stores the products of left's rows x columns with right's, below the diagonal, without keeping
   // their sums: best for few k. False, and nothing done, where that is not possible.
   bool multiply(const Panels<T>& left, int64_t rows, const Panels<T>& right, int64_t columns,
@@ -137,21 +152,6 @@ struct SymmetricStore {
 #if defined(__x86_64__)
     if (past) __builtin_ia32_sfence();  // before this thread says that it is done
 #endif
-  }
-
-  // The same of any number of columns.
-  void wide(const TileSums<T>& sums, int64_t rows, int64_t columns, bool diagonal, T* matrix,
-            int64_t row, int64_t column) const {
-    for (int64_t c = 0; c < columns; c += max_tile_edge) {
-      const int64_t width = std::min(max_tile_edge, columns - c);
-      const int64_t above = diagonal ? c : 0;  // rows whose entries here lie above the diagonal
-      const int64_t square = diagonal ? std::min(max_tile_edge, rows - above) : 0;
-      if (diagonal) {
-        (*this)(sums.at(above, c), square, width, true, matrix, row + above, column + c);
-      }
-      (*this)(sums.at(above + square, c), rows - above - square, width, false, matrix,
-              row + above + square, column + c);
-    }
   }
 
  private:

@@ -47,7 +47,7 @@ KFAC_FAST_TARGET void tile_product(const T* left, int64_t left_stride, const T* 
   for (int64_t step = depth / SPLIT; step > 0; --step) {
 #pragma GCC unroll 8
     for (int s = 0; s < SPLIT; ++s, left += left_stride, right += right_stride) {
-      // A step of the left operand touches a line of its own, which nothing else asks for in time.
+      // A step of a wide panel on the left is on a line of its own: asked for before it is needed.
       if constexpr (SPLIT == 1) __builtin_prefetch(left + 32 * left_stride);
       Vector columns[VECTORS];
 #pragma GCC unroll 3

@@ -92,6 +92,15 @@ def test_results_larger_than_the_caches(
         assert torch.equal(out.double(), alpha * product + beta)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_large_results_with_a_bias(groups: int) -> None:
+    """Lines written past the caches meet the ragged last columns and those of the bias."""
+    x = whole_numbers(8, groups * 2559, dtype=torch.float32)
+    assert torch.equal(
+        run(x, groups=groups, bias=True).double(), oracle.gram(x, groups=groups, bias=True)
+    )
+
+
 @dtypes
 @pytest.mark.parametrize("bias", [False, True])
 def test_groups_narrower_and_wider_than_a_vector(dtype: torch.dtype, bias: bool) -> None:
