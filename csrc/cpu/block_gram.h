@@ -47,15 +47,14 @@ class BlockGram {
   void run() {
     constexpr int64_t cached_bytes = 640 * 1024;  // of 1 MB, with a block of rows beside the sums
     constexpr int64_t enough_tasks = 16;
+    if (writes_both_triangles()) return both_triangles();
     cut(large_tile);
     const int64_t bytes = tile_count() * tile_size() * sizeof(T);
     if (bytes <= cached_bytes && rows_ >= 8 * layout_.strip_columns) {
       by_rows();
     } else {
       if (tile_count() < enough_tasks) cut(large_tile / 2);
-      if (writes_both_triangles()) {
-        both_triangles();
-      } else if (blocks_.count() <= blocks_a_round()) {
+      if (blocks_.count() <= blocks_a_round()) {
         at_once();
       } else {
         by_tiles();

@@ -43,7 +43,7 @@ class CholeskyPreconditioning : LayerPanels<T> {
     solve_right_.pack(layer_.right, right, share);
     share(panels(m), products * k, [&](int64_t panel) {
       T* turned = slot(panel) + solve_size();
-      pack(layer_.grad.transposed(), k, m, panel, panel + 1, turned, 0);
+      pack(layer_.grad.transposed(), k, m, panel, turned);
       solve_right_(right, turned, columns_of(panel, m), slot(panel));
       turn(turned, panel, result);
     });
@@ -52,7 +52,7 @@ class CholeskyPreconditioning : LayerPanels<T> {
       T* solved = result + panel * panel_size(m);
       T* grad = slot(panel) + solve_size();
       solve_left_(left, solved, columns_of(panel, k), slot(panel));
-      pack(layer_.grad, m, k, panel, panel + 1, grad, 0);
+      pack(layer_.grad, m, k, panel, grad);
       inner[panel] = store(solved, grad, panel);
     });
     return std::accumulate(inner.begin(), inner.end(), 0.0);

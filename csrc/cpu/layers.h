@@ -47,6 +47,10 @@ class LayerPanels {
           distance);
   }
 
+  void pack(const Strided<T>& from, int64_t rows, int64_t columns, int64_t panel, T* packed) const {
+    pack(from, rows, columns, panel, panel + 1, packed, 0);
+  }
+
   // Stores a panel of the result and returns its inner product with the gradient's.
   double store(const T* sums, const T* grad, int64_t panel) const {
     return store_(sums, grad, width_, layer_.rows, columns_of(panel, layer_.columns),

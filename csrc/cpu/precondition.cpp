@@ -39,9 +39,8 @@ class Preconditioning : LayerPanels<T> {
     const Panels<T> grads{grad, m, width_, width_, panel_size(m)};
     const Panels<T> halves{half, k, width_, width_, panel_size(k)};
     const double products = static_cast<double>(m) * static_cast<double>(k);
-    share(panels(k), products, [&](int64_t panel) {
-      pack(layer_.grad, m, k, panel, panel + 1, grad + panel * panel_size(m), 0);
-    });
+    share(panels(k), products,
+          [&](int64_t panel) { pack(layer_.grad, m, k, panel, grad + panel * panel_size(m)); });
     share(rows.count(), products * m, [&](int64_t group) {
       multiply(grads, k, layer_.left.transposed(), m, rows.first(group), rows.end(group),
                side(group), half + rows.first(group) * panel_size(k), panel_size(k));
