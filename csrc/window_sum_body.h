@@ -206,19 +206,28 @@ KFAC_FAST_TARGET void sum_rows_of_planes(const SumPlan<T>& plan, const Channels<
 }
 
 // The cells of a vector of planes or fewer: their rows are summed along y first, a block of
-// neighbouring pixels at a time, and the few sums transposed.
+// neighbouring pixels at a time, and the few sums transposed. That leaves the memory idle, so the
+// next planes are asked for meanwhile.
 template <typename In, typename T>
 KFAC_FAST_TARGET void sum_cells_of_planes(const SumPlan<T>& plan, const Channels<In>& channels,
                                           const In* first, int64_t planes, T* rows,
                                           typename VectorOf<T>::type* cells) {
   using Vector = typename VectorOf<T>::type;
   using Block = PixelBlock<T>;
+  constexpr int LINES = 16;  // asked for with each square: as many as a core waits for at once
+  constexpr int64_t LINE = 64 / sizeof(In);
   sum_rows_of_planes(plan, channels, first, planes, rows);
+  const In* next = first + planes * channels.stride;
+  const In* const stop = next + planes * channels.stride;
   Vector* lost = cells + plan.outer_cells * plan.cells;
   const auto* sums = reinterpret_cast<const Vector*>(rows);
   for (int64_t outer = 0; outer < plan.outer_cells; ++outer, sums += plan.blocks * Block::SIZE) {
     Vector chain{};
     for (const auto& square : plan.squares) {
+      if (next < stop) {
+#pragma GCC unroll 16
+        for (int i = 0; i < LINES; ++i, next += LINE) __builtin_prefetch(next);
+      }
       const Vector* from = sums + square.block * Block::SIZE;
       Vector turned[Block::SIZE];
 #pragma GCC unroll 8
