@@ -41,8 +41,8 @@ bench-peers: $(PACKAGE) $(EXTENSION) $(PEERS)/installed.stamp ## time other libr
 gpu: ## on a machine with a GPU: build, test, sanitize, benchmark, plot (GPU_ARGS="DIR STAGE ..." go to bench/gpu.sh)
 	PYTHON=$(PYTHON) bench/gpu.sh $(GPU_ARGS)
 
-test: $(PACKAGE) $(EXTENSION) ## run the tests (TEST_ARGS go to pytest)
-	$(BIN)/python -m pytest $(TEST_ARGS)
+test: $(PACKAGE) $(EXTENSION) $(PEERS)/installed.stamp ## run the tests (TEST_ARGS go to pytest)
+	PYTHONPATH=$(PEERS) $(BIN)/python -m pytest $(TEST_ARGS)
 
 example: $(PACKAGE) $(EXTENSION) ## train an example (EXAMPLE=train_mlp picks it, EXAMPLE_ARGS go to it)
 	$(BIN)/python examples/$(EXAMPLE).py $(EXAMPLE_ARGS)

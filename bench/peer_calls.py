@@ -416,24 +416,29 @@ def asdl_inverses(problem: Problem) -> Calls:
     """All damped inverses, of factors that are known."""
     import asdl.symmatrix
 
-    from kfac_fast.integrations.asdl import Kron
+    from kfac_fast.integrations.asdl import enabled
 
     with _no_warnings():
-        _asdl(problem).forward_and_backward(data_size=len(problem.x))
+        maker = _asdl(problem)
+        maker.forward_and_backward(data_size=len(problem.x))
     known = [layer.fisher.kron for layer in problem.layers]
     for layer in problem.layers:
         del layer.fisher
 
-    def make(kind: type) -> Call:
+    def make(path: Enabled) -> Call:
         def call() -> list[Tensor]:
-            krons = [kind(kron.A, kron.B) for kron in known]
-            for kron in krons:
-                kron.update_inv(DAMPING**2)
+            with path():
+                for layer, kron in zip(problem.layers, known, strict=True):
+                    layer.fisher = asdl.symmatrix.SymMatrix(kron_A=kron.A, kron_B=kron.B)
+                maker.replace_fisher_with_inv(DAMPING**2)
+            krons = [layer.fisher.kron for layer in problem.layers]
+            for layer in problem.layers:
+                del layer.fisher
             return [matrix for kron in krons for matrix in (kron.A_inv, kron.B_inv)]
 
         return call
 
-    return Calls(make(asdl.symmatrix.Kron), make(Kron))
+    return Calls(**_both(make, enabled))
 
 
 def singd_steps(problem: Problem) -> Calls:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 
 asdl = pytest.importorskip("asdl.symmatrix", reason="needs asdfghjkl")
 from asdl import FisherConfig, get_fisher_maker  # noqa: E402
+from asdl.precondition import KfacGradientMaker, PreconditioningConfig  # noqa: E402
 
+from kfac_fast import ops  # noqa: E402
 from kfac_fast.integrations import asdl as ours  # noqa: E402
 
 pytestmark = [
@@ -20,6 +23,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Using a non-full backward hook:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Failed to lookup operations:UserWarning"),
 ]
+DTYPES = [torch.float32, torch.float64]
 FISHERS = ["fisher_emp", "fisher_exact", "fisher_mc"]
 
 
@@ -97,6 +101,67 @@ def test_inverses_are_those_of_asdl(kind: str) -> None:
     assert found.keys() == expected.keys()
     for name, matrix in expected.items():
         assert_solved(found[name], matrix, condition=1e6)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many matrices each call that inverts some was given."""
+    counts: list[int] = []
+    invert = ops.damped_inverse
+
+    def counted(matrices: Any, dampings: Any) -> Any:
+        counts.append(len(matrices))
+        return invert(matrices, dampings)
+
+    monkeypatch.setattr(ops, "damped_inverse", counted)
+    return counts
+
+
+def test_a_fisher_is_inverted_in_one_call(calls: list[int]) -> None:
+    model, x = images().double(), torch.randn(8, 2, 8, 8, dtype=torch.float64)
+    with ours.enabled():
+        fisher(model, x, "fisher_exact", "kron", calc_inv=True, damping=1e-2)
+    assert calls == [8]
+
+
+def precondition(kron: list[str] | None) -> list[Tensor]:
+    """Inverses after a step of asdl's K-FAC whose factors are running averages."""
+    torch.manual_seed(1)
+    model, x = images().double(), torch.randn(8, 2, 8, 8, dtype=torch.float64)
+    config = PreconditioningConfig(data_size=8, damping=1e-2, ema_decay=0.1)
+    maker = KfacGradientMaker(model, config, fisher_type="fisher_emp")
+    dummy = maker.setup_model_call(model, x)
+    maker.setup_loss_call(F.cross_entropy, dummy, torch.arange(8) % 3)
+    maker.forward_and_backward()
+    krons = [module.fisher.kron for module in model.modules() if hasattr(module, "fisher")]
+    for matrix in krons:
+        matrix.A_inv = matrix.B_inv = None
+    maker.update_preconditioner(damping=0.1, kron=kron)
+    found = [inverse for matrix in krons for inverse in (matrix.A_inv, matrix.B_inv)]
+    return [inverse for inverse in found if inverse is not None]
+
+
+@pytest.mark.parametrize("kron", [None, ["B"]])
+def test_a_preconditioner_is_inverted_in_one_call(
+    kron: list[str] | None, calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # asdl marks ranges for a profiler that only a CUDA build of PyTorch has.
+    monkeypatch.setattr("torch.cuda.nvtx.range", nullcontext)
+    expected = precondition(kron)
+    with ours.enabled():
+        found = precondition(kron)
+    assert calls == [8, len(expected)] and len(expected) == (4 if kron else 8)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert_solved(mine, theirs, condition=1e6)
+
+
+def test_layers_of_two_dtypes_are_inverted(calls: list[int]) -> None:
+    krons = [ours.Kron(covariance(5).to(d), covariance(3).to(d)) for d in DTYPES]
+    with ours._together([asdl.SymMatrix(kron=kron) for kron in krons], 1e-2):
+        for kron in krons:
+            kron.update_inv(1e-2)
+    assert calls == [2, 2]
+    assert [kron.A_inv.dtype for kron in krons] == DTYPES
 
 
 def test_patches_are_never_written_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 
 pytest.importorskip("singd", reason="needs singd and what it imports")
 from singd.optim.optimizer import SINGD  # noqa: E402
+from singd.structures.dense import DenseMatrix  # noqa: E402
 
+from kfac_fast import ops  # noqa: E402
 from kfac_fast.integrations import singd as ours  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -143,3 +146,29 @@ def test_optimizers_are_replaced_inside_of_a_block_only() -> None:
     with pytest.raises(ZeroDivisionError), ours.enabled():
         raise ZeroDivisionError
     assert SINGD.__init__ is original and type(SINGD(model)) is SINGD
+
+
+def test_matrices_are_saved_as_those_of_singd() -> None:
+    _, (model, optimizer) = both("tokens")
+    accumulate(model, "tokens", 1.0)
+    optimizer.step()
+    for matrix in (*optimizer.Ks.values(), *optimizer.Cs.values()):
+        assert type(matrix) is ours.Dense
+        saved = pickle.loads(pickle.dumps(matrix))
+        assert type(saved) is DenseMatrix and saved.to_dense().equal(matrix.to_dense())
+
+
+def test_one_triangle_of_products_with_transposes_is_computed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[Tensor] = []
+
+    def gram(rows: Tensor) -> Tensor:
+        seen.append(rows)
+        return rows.T @ rows
+
+    monkeypatch.setattr(ops, "gram", gram)
+    x = torch.randn(3, 5, dtype=torch.float64)
+    found = ours.Dense(torch.eye(3)).from_mat_inner(x)
+    assert len(seen) == 1 and type(found) is ours.Dense
+    assert_solved(found.to_dense(), x @ x.T)

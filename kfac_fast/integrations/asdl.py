@@ -14,7 +14,7 @@ every ``padding_mode``, and those of a grouped convolution are taken over all gr
 factors fit no weight. Under ``"swift_kron"``, a layer with fewer rows than features has its rows
 kept, scaled in place, by asdl itself. Dilated convolutions, which asdl refuses, are served. Other
 is how they are computed: patches are never written out for ``"kron"``, one triangle of a factor is
-enough, and both inverses of a layer are one call, which leaves the factors' diagonals as they are.
+enough, and all inverses of a model are one call, which leaves the factors' diagonals as they are.
 
 Tested with asdfghjkl 0.1a5, as asdl is named where packages are installed from. The package that is
 named asdl there is another.
@@ -22,7 +22,7 @@ named asdl there is another.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,6 +36,12 @@ from kfac_fast.integrations.versions import require
 require("asdfghjkl", "0.1a5")
 
 from asdl import core, operations, symmatrix  # noqa: E402  # isort: skip
+from asdl.fisher import FisherMaker  # noqa: E402  # isort: skip
+from asdl.precondition import natural_gradient  # noqa: E402  # isort: skip
+from asdl.precondition.natural_gradient import NaturalGradientMaker  # noqa: E402  # isort: skip
+
+EPS = 1e-7
+"""Least damping of a factor, asdl's default."""
 
 
 class Linear(operations.Linear):  # type: ignore[misc]
@@ -85,47 +91,121 @@ class Conv2d(operations.Conv2d):  # type: ignore[misc]
 
 
 class Kron(symmatrix.Kron):  # type: ignore[misc]
-    """asdl's ``Kron``, which inverts both factors in one call.
+    """asdl's ``Kron``, which inverts both factors in one call, or takes what one call for all gave.
 
     A factor that is missing, or is kept as rows, or is not positive definite, is asdl's business.
     """
+
+    # The damping and the inverses of a call for all layers, if there was one.
+    _ready: tuple[float, dict[str, Tensor] | None] | None = None
 
     def update_inv(
         self,
         damping: float = 1e-5,
         calc_A_inv: bool = True,  # noqa: N803
         calc_B_inv: bool = True,  # noqa: N803
-        eps: float = 1e-7,
+        eps: float = EPS,
         replace: bool = False,
     ) -> None:
         """Invert the damped factors; see asdl's ``Kron``."""
-        if not (self.has_A and self.has_B and self.A_is_square and self.B_is_square):
-            super().update_inv(damping, calc_A_inv, calc_B_inv, eps, replace)
-            return
-        shares = self._shares(damping, eps)
         asked = [name for name, is_asked in (("A", calc_A_inv), ("B", calc_B_inv)) if is_asked]
-        names = [name for name in asked if torch.any(getattr(self, name) != 0)]
-        inverses, info, _ = ops.damped_inverse(
-            [getattr(self, name) for name in names], [shares[name] for name in names]
-        )
-        if torch.any(info != 0):
+        if not self.is_served:
+            inverses = None
+        elif self._ready and self._ready[0] == damping and eps == EPS:
+            inverses = self._ready[1]
+        else:
+            (inverses,) = _inverses([self], damping, eps, asked)
+        if inverses is None:
             super().update_inv(damping, calc_A_inv, calc_B_inv, eps, replace)
             return
-        for name, inverse in zip(names, inverses, strict=True):
-            setattr(self, f"{name}_inv", inverse)
-            if replace:
-                setattr(self, name, None)
+        for name in asked:
+            if name in inverses:
+                setattr(self, f"{name}_inv", inverses[name])
+                if replace:
+                    setattr(self, name, None)
 
-    def _shares(self, damping: float, eps: float) -> dict[str, Any]:
-        """The damping of each factor, by the ratio of their average eigenvalues."""
-        averages = [matrix.trace() / len(matrix) for matrix in (self.A, self.B)]
-        pi = torch.sqrt(averages[0] / averages[1])
-        if pi == 0 or pi == float("inf"):
-            return {"A": damping, "B": damping}
-        root = damping**0.5
-        return {"A": max(root * pi, eps), "B": max(root / pi, eps)}
+    @property
+    def is_served(self) -> bool:
+        """Whether both factors are there, as matrices."""
+        return bool(self.has_A and self.has_B and self.A_is_square and self.B_is_square)
 
 
+def _inverses(
+    krons: Sequence[Kron], damping: float, eps: float, sides: Sequence[str] = ("A", "B")
+) -> list[dict[str, Tensor] | None]:
+    """Invert the factors, damped by the ratio of their average eigenvalues as in asdl.
+
+    Returns:
+        For each, the inverses by name, without those of zeros; None where one fails.
+    """
+    factors = [matrix for kron in krons for matrix in (kron.A, kron.B)]
+    traces = torch.stack([matrix.trace() for matrix in factors])
+    means = (traces / traces.new_tensor([len(matrix) for matrix in factors])).view(-1, 2)
+    pi = (means[:, 0] / means[:, 1]).sqrt()
+    shares = torch.stack([pi, 1 / pi], 1).mul_(damping**0.5).clamp_(min=eps)
+    shares[(pi == 0) | (pi == torch.inf)] = damping
+    matrices, dampings, places = [], [], []
+    entries = zip(factors, traces.tolist(), shares.flatten().unbind(), strict=True)
+    for i, (matrix, trace, share) in enumerate(entries):
+        if "AB"[i % 2] in sides and (trace != 0 or torch.any(matrix)):
+            matrices.append(matrix)
+            dampings.append(share)
+            places.append((i // 2, "AB"[i % 2]))
+    results: list[dict[str, Tensor] | None] = [{} for _ in krons]
+    if not matrices:
+        return results
+    inverses, info, _ = ops.damped_inverse(matrices, dampings)
+    failed = {places[k][0] for k in info.flatten().nonzero()[:, 0].tolist()}
+    for (i, name), inverse in zip(places, inverses, strict=True):
+        results[i] = None if i in failed else {**(results[i] or {}), name: inverse}
+    return results
+
+
+@contextmanager
+def _together(
+    fishers: Iterable[Any], damping: float, sides: Sequence[str] = ("A", "B")
+) -> Iterator[None]:
+    """Have factors of all layers inverted in one call, for their ``update_inv`` in a block."""
+    found = [fisher.kron for fisher in fishers if fisher is not None]
+    krons = [kron for kron in found if isinstance(kron, Kron) and kron.is_served]
+    alike = [k for k in krons if (k.A.dtype, k.A.device) == (krons[0].A.dtype, krons[0].A.device)]
+    inverses = _inverses(alike, damping, EPS, sides) if alike else []
+    for kron, own in zip(alike, inverses, strict=True):
+        kron._ready = damping, own
+    try:
+        yield
+    finally:
+        for kron in alike:
+            kron._ready = None
+
+
+def _replace_fisher_with_inv(maker: FisherMaker, damping: float) -> None:
+    fishers = [getattr(m, maker.config.fisher_attr, None) for m in maker.model.modules()]
+    with _together(fishers, damping):
+        _originals[0](maker, damping)
+
+
+def _update_preconditioner(
+    maker: NaturalGradientMaker,
+    damping: float | None = None,
+    module_name: str | None = None,
+    kron: Sequence[str] | None = None,
+    **options: Any,
+) -> None:
+    fishers = []
+    if maker.do_accumulate and module_name is None:
+        for ranks, shape in zip(
+            maker.partitions, natural_gradient._module_level_shapes, strict=True
+        ):
+            for rank, module in zip(ranks, maker.modules_for(shape), strict=True):
+                if rank == maker.world_rank and maker.is_module_for_inv_and_precondition(module):
+                    fishers.append(maker._get_module_fisher(module))
+    given = maker.config.damping if damping is None else damping
+    with _together(fishers, given, kron or ("A", "B")):
+        _originals[1](maker, damping, module_name, kron, **options)
+
+
+_originals = FisherMaker.replace_fisher_with_inv, NaturalGradientMaker.update_preconditioner
 _OURS = {operations.Linear: Linear, operations.Conv2d: Conv2d}
 
 
@@ -133,17 +213,28 @@ _OURS = {operations.Linear: Linear, operations.Conv2d: Conv2d}
 def enabled() -> Iterator[None]:
     """Have operations and matrices that are made inside of a ``with`` block be of these classes.
 
+    What inverts those of a whole model inside of it does so in one call.
+
     Yields:
         Nothing.
     """
-    choose, kron = core.get_op_class, symmatrix.Kron
+    choose = core.get_op_class
 
     def chosen(module: nn.Module) -> Any:
         kind = choose(module)
         return _OURS.get(kind, kind)
 
-    core.get_op_class, symmatrix.Kron = chosen, Kron
+    replacements: list[tuple[Any, str, Any]] = [
+        (core, "get_op_class", chosen),
+        (symmatrix, "Kron", Kron),
+        (FisherMaker, "replace_fisher_with_inv", _replace_fisher_with_inv),
+        (NaturalGradientMaker, "update_preconditioner", _update_preconditioner),
+    ]
+    before = [getattr(owner, name) for owner, name, _ in replacements]
+    for owner, name, ours in replacements:
+        setattr(owner, name, ours)
     try:
         yield
     finally:
-        core.get_op_class, symmatrix.Kron = choose, kron
+        for (owner, name, _), original in zip(replacements, before, strict=True):
+            setattr(owner, name, original)

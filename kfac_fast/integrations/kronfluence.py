@@ -253,12 +253,12 @@ def perform_eigendecomposition(
             / covariance_factors[count][name].to(state.device)
             for name, (total, count, *_) in together
         ]
-        solved = eigendecompositions([(mean + mean.mT) / 2 for mean in means])
+        solved = eigendecompositions([(mean + mean.mT).div_(2) for mean in means])
         for (name, (total, _, vectors, values)), found in zip(together, solved, strict=True):
             if not found.valid:
                 raise ValueError(f"{name}: {total} has no eigendecomposition")
             dtype = covariance_factors[total][name].dtype
-            results[vectors][name] = found.vectors.contiguous().to("cpu", dtype)
+            results[vectors][name] = found.vectors.to("cpu", dtype).contiguous()
             results[values][name] = found.values.to("cpu", dtype)
     return results
 

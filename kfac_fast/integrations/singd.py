@@ -9,7 +9,7 @@ two structures are dense; others are singd's own. The terms ``H_K`` and ``H_C`` 
 to rounding, with its scales. Where they are not those of the Fisher, they are so here: patches are
 averaged over the groups of channels and padded with zeros under every ``padding_mode``. Other is
 how they are computed, of a side with many rows: its covariance is formed first, without ever
-writing patches out, and then rotated.
+writing patches out, and then rotated; and of products with a transpose, one triangle is enough.
 
 Tested with singd 0.0.5.
 """
@@ -34,6 +34,23 @@ import singd.optim.optimizer as library  # noqa: E402  # isort: skip
 from singd.optim.utils import process_grad_output, process_input  # noqa: E402  # isort: skip
 from singd.structures.dense import DenseMatrix  # noqa: E402  # isort: skip
 
+
+class Dense(DenseMatrix):  # type: ignore[misc]
+    """singd's ``DenseMatrix``, of whose products with transposes one triangle is computed.
+
+    It is saved as singd's own.
+    """
+
+    @classmethod
+    def from_mat_inner(cls, X: Tensor) -> Dense:  # noqa: N803
+        """``X X^T``."""
+        return cls(ops.gram(X.T).to(X.dtype))
+
+    def __reduce__(self) -> tuple[type, tuple[Tensor]]:
+        """What makes singd's own of it."""
+        return DenseMatrix, (self.to_dense(),)
+
+
 # Rotating a covariance takes two products of its own size, which rotating few rows does not.
 ROWS_PER_FEATURE = 2
 
@@ -44,12 +61,14 @@ class SINGD(library.SINGD):  # type: ignore[misc]
     Takes the same arguments. Source: Lin et al. (2024), section 3.
     """
 
+    SUPPORTED_STRUCTURES = library.SINGD.SUPPORTED_STRUCTURES | {"dense": Dense}
+
     def _accumulate_H_terms(  # noqa: N802
         self, module: nn.Module, inputs: tuple[Tensor, ...], grad_output: Tensor
     ) -> None:
         name = self.module_names[module]
         sides = (self.Ks[name], self.H_Ks), (self.Cs[name], self.H_Cs)
-        if not all(type(matrix) is DenseMatrix for matrix, _ in sides):
+        if not all(isinstance(matrix, DenseMatrix) for matrix, _ in sides):
             super()._accumulate_H_terms(module, inputs, grad_output)
             return
         average, approx = (
