@@ -9,15 +9,13 @@ import torch
 from torch import Tensor
 
 from kfac_fast.eigenbases import Eigenbasis, eigenvalues
-from kfac_fast.factors import Factor, RunningAverage, update_averages
+from kfac_fast.factors import Factor, RunningAverage, Sum, update_averages
 from kfac_fast.grafting import AdamNorm
 from kfac_fast.inverses import Inverse
-from kfac_fast.layers import Count, Layer
+from kfac_fast.layers import Layer
 from kfac_fast.options import Schedule
 from kfac_fast.schema import result_dtype
 
-Sum = tuple[Tensor, Count]
-"""Outer products added up, and the number of terms to average them over."""
 Form = Literal["inverse", "eigenbasis", "corrected"]
 Part = RunningAverage | Inverse | Eigenbasis | AdamNorm
 """What a block saves."""
@@ -109,23 +107,21 @@ class Block:
         left = self.bases[1].vectors if len(self.bases) > 1 else right.new_ones(len(right), 1, 1)
         return layer.squared_gradients(x, gradient, right, left, scale)
 
-    def batches(self, reduction: str) -> tuple[list[RunningAverage], list[Tensor]]:
-        """The running averages that the step's batches change, and what is to be averaged in."""
+    def take(self, reduction: str) -> tuple[list[RunningAverage], list[Sum]]:
+        """The running averages that the step's batches change, and what to average in; once."""
         if self._sums is None:
             return [], []
         inputs, (gradients, terms), squares = self._sums
+        self.forget()
         divisor = terms if reduction == "mean" else 1
-        batches = [gradients / divisor]
-        if inputs is not None:
-            batches.insert(0, inputs[0] / inputs[1])
-        batches = [batch.to(self.dtype) for batch in batches]
+        sums = [(gradients, divisor)] if inputs is None else [inputs, (gradients, divisor)]
         if not self.factors:
-            self._begin(batches)
+            self._begin([total.new_empty(total.shape, dtype=self.dtype) for total, _ in sums])
         averages: list[RunningAverage] = [*self.factors]
         if self.correction is not None and squares is not None:
             averages.append(self.correction)
-            batches.append((squares / divisor).to(self.dtype))
-        return averages, batches
+            sums.append((squares, divisor))
+        return averages, sums
 
     def forget(self) -> None:
         """Drop what the current step's batches have added."""
@@ -216,16 +212,14 @@ def update_blocks(blocks: Sequence[Block], decays: Sequence[float], reduction: s
         reduction: The loss's: the gradients of its terms are averaged under ``"mean"``, summed
             under ``"sum"``.
     """
-    by_decay: dict[float, tuple[list[RunningAverage], list[Tensor]]] = {}
+    by_decay: dict[float, tuple[list[RunningAverage], list[Sum]]] = {}
     for block, decay in zip(blocks, decays, strict=True):
-        averages, batches = by_decay.setdefault(decay, ([], []))
-        own, new = block.batches(reduction)
+        averages, sums = by_decay.setdefault(decay, ([], []))
+        own, new = block.take(reduction)
         averages += own
-        batches += new
-        if block.pending:
-            block.forget()
-    for decay, (averages, batches) in by_decay.items():
-        update_averages(averages, batches, decay)
+        sums += new
+    for decay, (averages, sums) in by_decay.items():
+        update_averages(averages, sums, decay)
 
 
 def _restore(part: Part, saved: dict[str, Tensor], where: str) -> None:

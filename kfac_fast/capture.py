@@ -15,8 +15,9 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdRef, WeakTensorKeyDictionary
 
 from kfac_fast import compiled
-from kfac_fast.blocks import Block, Sum
+from kfac_fast.blocks import Block
 from kfac_fast.curvature import Fisher
+from kfac_fast.factors import Sum
 from kfac_fast.layers import Count, Layer, ProjectionCalls, ProjectionLayer, Sharing
 from kfac_fast.schema import result_dtype
 

@@ -13,9 +13,14 @@ import torch
 from torch import Tensor
 
 from kfac_fast import ops
+from kfac_fast.layers import Count
 
 Damping = float | Sequence[float]
 """One number for all layers, or one for each."""
+Sum = tuple[Tensor, Count]
+"""Outer products added up, and the number of terms to average them over."""
+
+ENTRIES_A_PART = 2**17
 
 
 class RunningAverage:
@@ -67,27 +72,36 @@ class Factor(RunningAverage):
         return diagonal_of(batch)
 
 
-def update_averages(
-    averages: Sequence[RunningAverage], batches: Sequence[Tensor], decay: float
-) -> None:
-    """Average in one batch each, unless it is not finite; what is one number for each is one array.
+def update_averages(averages: Sequence[RunningAverage], sums: Sequence[Sum], decay: float) -> None:
+    """Average in one batch each, unless it is not finite.
 
     Args:
-        averages: All on one device and of one dtype.
-        batches: Of the averages' shapes.
+        averages: All on one device.
+        sums: What a batch has added up, of the average's shape, and its number of terms.
         decay: Weight of the past, in [0, 1).
     """
     if not averages:
         return
-    witnesses = [a.witnesses(batch) for a, batch in zip(averages, batches, strict=True)]
+    each = list(zip(averages, sums, strict=True))
+    witnesses = [average.witnesses(total) / terms for average, (total, terms) in each]
     finite = torch.stack(torch._foreach_norm(witnesses, math.inf)).isfinite()
-    totals, weights = [a.total for a in averages], [a.weight for a in averages]
-    taken = [torch.where(*each) for each in zip(finite.unbind(), batches, totals, strict=True)]
+    for (average, (total, terms)), is_finite in zip(each, finite.unbind(), strict=True):
+        for old, new in zip(_parts(average.total), _parts(total), strict=True):
+            taken = torch.where(is_finite, (new / terms).to(old.dtype), old)
+            old.lerp_(taken, 1 - decay)
+    weights = [average.weight for average in averages]
     ones = torch.where(finite, 1, torch.stack(weights))
-    torch._foreach_lerp_(totals, taken, 1 - decay)
     torch._foreach_lerp_(weights, list(ones.unbind()), 1 - decay)
     skipped = (~finite).to(torch.int64).unbind()
     torch._foreach_add_([average.skipped for average in averages], list(skipped))
+
+
+def _parts(tensor: Tensor) -> Sequence[Tensor]:
+    """On a CPU, parts that its caches keep from one operation on them to the next."""
+    if not tensor.is_cpu or tensor.numel() <= ENTRIES_A_PART:
+        return (tensor,)
+    parts: Sequence[Tensor] = tensor.split(max(1, ENTRIES_A_PART * len(tensor) // tensor.numel()))
+    return parts
 
 
 def means_of(averages: Sequence[RunningAverage]) -> list[Tensor]:

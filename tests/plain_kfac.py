@@ -171,8 +171,8 @@ def averaged(*covariances: Tensor) -> tuple[Factor, ...]:
     """Factors whose running averages of two batches are these covariances."""
     factors = tuple(Factor(covariance) for covariance in covariances)
     for factor, covariance in zip(factors, covariances, strict=True):
-        update_averages([factor], [2 * covariance], 0.5)
-        update_averages([factor], [covariance / 2], 0.5)
+        update_averages([factor], [(2 * covariance, 1)], 0.5)
+        update_averages([factor], [(covariance / 2, 1)], 0.5)
     return factors
 
 

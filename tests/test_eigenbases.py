@@ -149,7 +149,7 @@ def test_corrected_eigenvalues_replace_the_products_once_there_are_any() -> None
     (before,), _ = apply_eigenbases([v], [layer[1]], [correction], 0.1)
     assert_solved(before, exactly_damped(v, a, g, 0.1))
     corrected = torch.rand(3, 4).double()
-    update_averages([correction], [corrected], 0.9)
+    update_averages([correction], [(corrected, 1)], 0.9)
     (after,), inner = apply_eigenbases([v], [layer[1]], [correction], 0.1)
     basis = torch.kron(layer[1][1].vectors, layer[1][0].vectors)
     block = (basis * (corrected.flatten() + 0.1)) @ basis.mT
@@ -183,7 +183,7 @@ def test_a_singular_covariance_has_no_negative_eigenvalues() -> None:
 def test_a_refresh_before_the_first_finite_batch_keeps_the_identity() -> None:
     a = torch.full((3, 3), math.nan)
     factor, basis = Factor(a), Eigenbasis(a)
-    update_averages([factor], [a], 0.9)
+    update_averages([factor], [(a, 1)], 0.9)
     refresh_eigenbases([((factor,), (basis,))])
     assert torch.equal(basis.vectors, torch.eye(3)) and basis.failed == 0
 

@@ -12,7 +12,8 @@ from oracle import assert_same, assert_symmetric, bits, poisoned, positive_defin
 from torch import Tensor
 
 from kfac_fast import ops
-from kfac_fast.factors import Factor, RunningAverage, multiply_sides, update_averages
+from kfac_fast.factors import Factor, RunningAverage, _parts, multiply_sides, update_averages
+from kfac_fast.layers import Count
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BAD = (math.nan, math.inf, -math.inf)
@@ -25,7 +26,7 @@ def seed() -> None:
 
 def factor_of(covariance: Tensor) -> Factor:
     factor = Factor(covariance)
-    update_averages([factor], [covariance], 0.95)
+    update_averages([factor], [(covariance, 1)], 0.95)
     return factor
 
 
@@ -45,7 +46,7 @@ def test_the_covariance_is_the_explicitly_weighted_mean(
     batches = [positive_definite(*shape) for _ in decays]
     factor = Factor(batches[0])
     for batch, decay in zip(batches, decays, strict=True):
-        update_averages([factor], [batch], decay)
+        update_averages([factor], [(batch, 1)], decay)
     weights = [(1 - decays[i]) * math.prod(decays[i + 1 :]) for i in range(len(decays))]
     expected = sum(w * batch for w, batch in zip(weights, batches, strict=True)) / sum(weights)
     assert_same(factor.mean(), expected)
@@ -56,6 +57,25 @@ def test_the_covariance_is_the_explicitly_weighted_mean(
 def test_the_covariance_of_one_batch_is_that_batch() -> None:
     batch = positive_definite(4, 4)
     assert_same(factor_of(batch).mean(), batch)
+
+
+@pytest.mark.parametrize("shape", [(500, 500), (3, 300, 300), (2**18,)], ids=str)
+@pytest.mark.parametrize("terms", [7, torch.tensor(7)], ids=["number", "tensor"])
+def test_a_large_sum_is_averaged_as_a_small_one(shape: tuple[int, ...], terms: Count) -> None:
+    first, second = torch.randn(2, *shape, dtype=torch.float64)
+    factor = Factor(first)
+    update_averages([factor], [(first, 1)], 0.9)
+    update_averages([factor], [(second, terms)], 0.9)
+    assert len(_parts(factor.total)) > 1
+    assert_same(factor.mean(), (0.9 * first + second / 7) / 1.9)
+
+
+def test_a_sum_of_no_terms_is_left_out() -> None:
+    factor = factor_of(positive_definite(3, 3))
+    before = snapshot(factor, "total", "weight")
+    update_averages([factor], [(torch.zeros(3, 3, dtype=torch.float64), torch.tensor(0))], 0.9)
+    assert same(before, snapshot(factor, "total", "weight"))
+    assert factor.skipped == 1
 
 
 def test_the_covariance_is_zero_before_the_first_batch() -> None:
@@ -69,7 +89,7 @@ def test_a_bad_batch_changes_no_bit_and_is_counted(value: float, position: tuple
     before = snapshot(factor, "total", "weight")
     bad = positive_definite(2, 3, 3)
     bad[position[0], position[1], :] = bad[position[0], :, position[1]] = value
-    update_averages([factor], [bad], 0.9)
+    update_averages([factor], [(bad, 1)], 0.9)
     assert same(before, snapshot(factor, "total", "weight"))
     assert factor.skipped == 1
 
@@ -77,11 +97,11 @@ def test_a_bad_batch_changes_no_bit_and_is_counted(value: float, position: tuple
 def test_a_run_continues_as_if_a_bad_batch_had_never_come() -> None:
     batches = [positive_definite(3, 3) for _ in range(3)]
     clean, disturbed = Factor(batches[0]), Factor(batches[0])
-    update_averages([disturbed], [torch.full((3, 3), math.nan, dtype=torch.float64)], 0.9)
+    update_averages([disturbed], [(torch.full((3, 3), math.nan, dtype=torch.float64), 1)], 0.9)
     for batch in batches:
-        update_averages([clean], [batch], 0.9)
-        update_averages([disturbed], [batch], 0.9)
-        update_averages([disturbed], [batch * math.inf], 0.9)
+        update_averages([clean], [(batch, 1)], 0.9)
+        update_averages([disturbed], [(batch, 1)], 0.9)
+        update_averages([disturbed], [(batch * math.inf, 1)], 0.9)
     assert same(snapshot(clean, "total", "weight"), snapshot(disturbed, "total", "weight"))
     assert disturbed.skipped == 4
 
@@ -111,8 +131,8 @@ def test_a_diagonal_covariance_is_averaged_like_a_full_one() -> None:
     diagonals = torch.rand(3, 4, dtype=torch.float64)
     diagonal, full = Factor(diagonals[0]), Factor(torch.diag(diagonals[0]))
     for entries in (*diagonals, torch.tensor([1.0, math.nan, 1.0, 1.0]).double()):
-        update_averages([diagonal], [entries], 0.9)
-        update_averages([full], [torch.diag(entries)], 0.9)
+        update_averages([diagonal], [(entries, 1)], 0.9)
+        update_averages([full], [(torch.diag(entries), 1)], 0.9)
     assert_same(torch.diag(diagonal.mean()), full.mean())
     assert diagonal.skipped == full.skipped == 1
 
@@ -122,7 +142,7 @@ def test_an_average_of_any_batches_looks_at_every_entry(value: float) -> None:
     average = RunningAverage(torch.zeros(2, 3))
     batch = torch.ones(2, 3)
     batch[1, 0] = value
-    update_averages([average], [batch], 0.9)
+    update_averages([average], [(batch, 1)], 0.9)
     assert average.skipped == 1 and average.weight == 0
 
 
@@ -147,7 +167,7 @@ def test_sides_may_be_any_matrices_and_the_right_one_a_diagonal() -> None:
 def test_the_host_never_waits_for_a_factor() -> None:
     with NeverWaits():
         factor = Factor(torch.ones(2, 3, 3))
-        update_averages([factor], [torch.full((2, 3, 3), math.nan)], 0.9)
-        update_averages([factor], [torch.ones(2, 3, 3)], 0.9)
+        update_averages([factor], [(torch.full((2, 3, 3), math.nan), 1)], 0.9)
+        update_averages([factor], [(torch.ones(2, 3, 3), 1)], 0.9)
         factor.mean()
     assert factor.skipped == 1

@@ -166,7 +166,7 @@ def test_a_failure_raises_the_damping_of_its_matrix_until_it_succeeds(damping: f
 
 def test_a_refresh_before_the_first_finite_batch_keeps_the_identity() -> None:
     factor, inverse = Factor(poisoned(3, 3)), Inverse(poisoned(3, 3))
-    update_averages([factor], [poisoned(3, 3)], 0.9)
+    update_averages([factor], [(poisoned(3, 3), 1)], 0.9)
     refresh_inverses([((factor,), (inverse,))], 0.1)
     assert torch.equal(inverse.matrix, torch.eye(3)) and inverse.failed == 0
     refresh_inverses([((factor,), (inverse,))], 0.0)  # of a zero covariance

@@ -144,14 +144,12 @@ class ChannelNormLayer(NormLayer):
             return module.running_mean, cast(Tensor, module.running_var)
         # Of every channel of every example, then of those that are normalised together.
         means = x.mean(2)
-        scale = torch.ones_like(means)
-        squares, _ = _row_sums(x, x, means, scale)
-        rest, _ = _row_sums(torch.ones_like(x), x, means, scale)  # zero but for a mean's rounding
-        squares = squares - means * rest
+        lengths = torch.linalg.vector_norm(x - means[:, :, None], dim=2)
+        variances = lengths.square() / x.shape[2]
         if groups is None:
-            return _pooled(means, squares / x.shape[2])
-        means, squares = (t.reshape(len(x) * groups, -1).mT for t in (means, squares))
-        mean, variance = _pooled(means, squares / x.shape[2])
+            return _pooled(means, variances)
+        means, variances = (t.reshape(len(x) * groups, -1).mT for t in (means, variances))
+        mean, variance = _pooled(means, variances)
         mean, variance = (t.expand_as(means).mT.reshape(x.shape[:2]) for t in (mean, variance))
         return mean, variance
 
