@@ -42,7 +42,7 @@ gpu: ## on a machine with a GPU: build, test, sanitize, benchmark, plot (GPU_ARG
 	PYTHON=$(PYTHON) bench/gpu.sh $(GPU_ARGS)
 
 test: $(PACKAGE) $(EXTENSION) $(PEERS)/installed.stamp ## run the tests (TEST_ARGS go to pytest)
-	PYTHONPATH=$(PEERS) $(BIN)/python -m pytest $(TEST_ARGS)
+	PYTHONPATH=$(CURDIR)/$(PEERS) $(BIN)/python -m pytest $(TEST_ARGS)
 
 example: $(PACKAGE) $(EXTENSION) ## train an example (EXAMPLE=train_mlp picks it, EXAMPLE_ARGS go to it)
 	$(BIN)/python examples/$(EXAMPLE).py $(EXAMPLE_ARGS)

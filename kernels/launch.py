@@ -104,7 +104,7 @@ def gram_tiling(
         The largest tiles that waste little of the triangle and keep their sums in registers.
     """
     if not aligned:
-        return Tiling(64, 16, _rows_per_chain(products) // 16, warps=4, stages=3, resident=2)
+        return product_tiling(products)
     side = -(-width // 128)
     waste = side * (side + 1) * 128**2 / max(1, width * (width + 1))
     return _aligned_tiling(64 if waste > 1.3 else 128, products, element_size, capability)
@@ -120,6 +120,11 @@ def block_tiling(width: int, products: int, element_size: int, capability: int) 
     narrow, wide = (-(-width // block) * block for block in (64, 128))
     block = 128 if wide**2 <= 1.3 * narrow**2 else 64
     return _aligned_tiling(block, products, element_size, capability)
+
+
+def product_tiling(products: int) -> Tiling:
+    """Choose the tiles of products of any sizes, whose operands need not be read in chunks."""
+    return Tiling(64, 16, _rows_per_chain(products) // 16, warps=4, stages=3, resident=2)
 
 
 def _rows_per_chain(products: int) -> int:

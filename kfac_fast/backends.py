@@ -218,6 +218,11 @@ def _kernels(name: str) -> Any:
     return importlib.import_module(f"kfac_fast.kernels.{name}")
 
 
+def _captures(first: torch.Tensor | None) -> bool:
+    """Whether a graph of the device's work is being captured."""
+    return first is not None and first.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def _triton(op: str, device: str, run: Callable[..., None] | None = None) -> Implementation:
     """The Triton kernel; on CPU tensors it runs only under Triton's interpreter."""
 
@@ -225,7 +230,10 @@ def _triton(op: str, device: str, run: Callable[..., None] | None = None) -> Imp
         getattr(_kernels(op), op)(*args, precision=torch.get_float32_matmul_precision())
 
     def refuses(*args: Any) -> str | None:
-        reason: str | None = _kernels("launch").refusal(args[0])
+        first = args[0] if isinstance(args[0], torch.Tensor) else next(iter(args[0]), None)
+        reason: str | None = None if first is None else _kernels("launch").refusal(first)
+        if reason is None and first is not args[0] and _captures(first):
+            reason = "a captured graph would read its table of layers from memory of the host"
         return reason
 
     missing = None
@@ -303,9 +311,12 @@ for _op in ("damped_inverse", "damped_cholesky", "precondition", "cholesky_preco
 TABLE["gram", "cuda"] = (_triton("gram", "cuda"), _cuda("gram"), _reference("gram"))
 TABLE["shared_gram", "cuda"] = (_triton("shared_gram", "cuda"), _reference("shared_gram"))
 TABLE["damped_inverse", "cuda"] = (_cuda_list("damped_inverse"), _reference("damped_inverse"))
+# The Triton kernel waits for a record from a GPU on which it is the fastest.
+TABLE["precondition", "cpu"] += (_triton("precondition", "cpu"),)
 TABLE["precondition", "cuda"] = (
     replace(_cuda_list("precondition"), refuses=_left_to_matmuls),
     _reference("precondition"),
+    _triton("precondition", "cuda"),
 )
 TABLE["conv_window_sum", "cuda"] = (
     replace(_cuda("conv_window_sum"), run=_cuda_window_sum),

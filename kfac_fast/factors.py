@@ -7,7 +7,7 @@ so the host never waits for it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -82,13 +82,21 @@ def update_averages(averages: Sequence[RunningAverage], sums: Sequence[Sum], dec
     """
     if not averages:
         return
-    each = list(zip(averages, sums, strict=True))
-    witnesses = [average.witnesses(total) / terms for average, (total, terms) in each]
-    finite = torch.stack(torch._foreach_norm(witnesses, math.inf)).isfinite()
-    for (average, (total, terms)), is_finite in zip(each, finite.unbind(), strict=True):
-        for old, new in zip(_parts(average.total), _parts(total), strict=True):
-            taken = torch.where(is_finite, (new / terms).to(old.dtype), old)
-            old.lerp_(taken, 1 - decay)
+    witnesses = [a.witnesses(total) for a, (total, _) in zip(averages, sums, strict=True)]
+    largest = [
+        (norm / terms).to(average.total.dtype)
+        for average, (_, terms), norm in zip(
+            averages, sums, torch._foreach_norm(witnesses, math.inf), strict=True
+        )
+    ]
+    finite = torch.stack(largest).isfinite()
+    for pieces in _pieces(averages, sums, finite):
+        totals = [old for old, *_ in pieces]
+        taken = [
+            torch.where(is_finite, (new / terms).to(old.dtype), old)
+            for old, new, terms, is_finite in pieces
+        ]
+        torch._foreach_lerp_(totals, taken, 1 - decay)
     weights = [average.weight for average in averages]
     ones = torch.where(finite, 1, torch.stack(weights))
     torch._foreach_lerp_(weights, list(ones.unbind()), 1 - decay)
@@ -96,8 +104,30 @@ def update_averages(averages: Sequence[RunningAverage], sums: Sequence[Sum], dec
     torch._foreach_add_([average.skipped for average in averages], list(skipped))
 
 
+Piece = tuple[Tensor, Tensor, Count, Tensor]
+"""Rows of a total and of what is added up, the number of terms, and whether it is finite."""
+
+
+def _pieces(
+    averages: Sequence[RunningAverage], sums: Sequence[Sum], finite: Tensor
+) -> Iterator[list[Piece]]:
+    """What to work on together: on a CPU what its caches hold, so that memory is read once."""
+    together: list[Piece] = []
+    entries = 0
+    for average, (total, terms), is_finite in zip(averages, sums, finite.unbind(), strict=True):
+        parts = _parts(average.total), _parts(total)
+        for old, new in zip(*parts, strict=True):
+            together.append((old, new, terms, is_finite))
+            entries += old.numel() if old.is_cpu else 0
+            if entries >= ENTRIES_A_PART:
+                yield together
+                together, entries = [], 0
+    if together:
+        yield together
+
+
 def _parts(tensor: Tensor) -> Sequence[Tensor]:
-    """On a CPU, parts that its caches keep from one operation on them to the next."""
+    """Rows of a few entries, or on other devices than a CPU, all."""
     if not tensor.is_cpu or tensor.numel() <= ENTRIES_A_PART:
         return (tensor,)
     parts: Sequence[Tensor] = tensor.split(max(1, ENTRIES_A_PART * len(tensor) // tensor.numel()))

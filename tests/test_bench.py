@@ -32,7 +32,13 @@ OPERATORS = {
 }
 # What is measured beside the smallest shapes, other than peaks.
 BESIDE = {
-    "conv_reduce_gram": {"unfold + sum, mm ms", "unfold + sum ms", "mm ms", "x.sum ms"},
+    "conv_reduce_gram": {
+        "unfold + sum, mm ms",
+        "unfold + sum ms",
+        "mm ms",
+        "x.sum ms",
+        "fill_ ms",
+    },
     "conv_window_sum": {"unfold + sum ms", "einconv ms", "x.sum ms"},
 }
 PEAKS = {"conv_expand_gram": {"peak MB", "unfold peak MB"}}

@@ -70,6 +70,15 @@ def test_a_large_sum_is_averaged_as_a_small_one(shape: tuple[int, ...], terms: C
     assert_same(factor.mean(), (0.9 * first + second / 7) / 1.9)
 
 
+def test_what_a_narrower_factor_cannot_hold_is_left_out() -> None:
+    factor = Factor(torch.zeros(3, 3))
+    update_averages([factor], [(torch.eye(3, dtype=torch.float64), 1)], 0.9)
+    before = snapshot(factor, "total", "weight")
+    update_averages([factor], [(1e300 * torch.eye(3, dtype=torch.float64), 1)], 0.9)
+    assert same(before, snapshot(factor, "total", "weight"))
+    assert factor.skipped == 1 and factor.mean().equal(torch.eye(3))
+
+
 def test_a_sum_of_no_terms_is_left_out() -> None:
     factor = factor_of(positive_definite(3, 3))
     before = snapshot(factor, "total", "weight")

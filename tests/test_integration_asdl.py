@@ -117,10 +117,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
-def test_a_fisher_is_inverted_in_one_call(calls: list[int]) -> None:
+@pytest.mark.parametrize("kind", FISHERS)
+def test_a_fisher_is_inverted_in_one_call(kind: str, calls: list[int]) -> None:
     model, x = images().double(), torch.randn(8, 2, 8, 8, dtype=torch.float64)
     with ours.enabled():
-        fisher(model, x, "fisher_exact", "kron", calc_inv=True, damping=1e-2)
+        fisher(model, x, kind, "kron", calc_inv=True, damping=1e-2)
     assert calls == [8]
 
 
@@ -136,7 +137,7 @@ def precondition(kron: list[str] | None) -> list[Tensor]:
     krons = [module.fisher.kron for module in model.modules() if hasattr(module, "fisher")]
     for matrix in krons:
         matrix.A_inv = matrix.B_inv = None
-    maker.update_preconditioner(damping=0.1, kron=kron)
+    maker.update_preconditioner(0.1, None, kron, False)
     found = [inverse for matrix in krons for inverse in (matrix.A_inv, matrix.B_inv)]
     return [inverse for inverse in found if inverse is not None]
 
@@ -153,6 +154,20 @@ def test_a_preconditioner_is_inverted_in_one_call(
     assert calls == [8, len(expected)] and len(expected) == (4 if kron else 8)
     for mine, theirs in zip(found, expected, strict=True):
         assert_solved(mine, theirs, condition=1e6)
+
+
+def test_a_factor_that_fails_leaves_the_others_their_inverses(calls: list[int]) -> None:
+    good, bad = ours.Kron(covariance(5), covariance(3)), ours.Kron(covariance(5), covariance(3))
+    bad.B -= 100 * torch.eye(3, dtype=torch.float64)
+    with ours._together([asdl.SymMatrix(kron=kron) for kron in (bad, good)], 1e-2):
+        with pytest.raises(torch.linalg.LinAlgError, match="not positive-definite"):
+            bad.update_inv(1e-2)
+        good.update_inv(1e-2)
+    assert calls == [4]
+    alone = asdl.Kron(good.A, good.B)
+    alone.update_inv(1e-2)
+    assert_solved(good.A_inv, alone.A_inv, condition=1e6)
+    assert_solved(good.B_inv, alone.B_inv, condition=1e6)
 
 
 def test_layers_of_two_dtypes_are_inverted(calls: list[int]) -> None:
@@ -225,14 +240,28 @@ def test_a_factor_that_fails_is_tried_again_by_asdl() -> None:
         kron.update_inv(1e-2)
 
 
-def test_classes_are_replaced_inside_of_a_block_only() -> None:
+def replaceable() -> list[Any]:
     from asdl import core, symmatrix
+    from asdl.precondition.natural_gradient import NaturalGradientMaker
 
-    before = core.get_op_class, symmatrix.Kron
+    kinds = [vars(kind)["do_local_accumulate"] for kind in ours._MAKERS]
+    methods = ours.FisherMaker.replace_fisher_with_inv, NaturalGradientMaker.update_preconditioner
+    return [core.get_op_class, symmatrix.Kron, *methods, *kinds]
+
+
+def test_classes_are_replaced_inside_of_a_block_only() -> None:
+    from asdl import core
+
+    before = replaceable()
+    norm = core.get_op_class(nn.LayerNorm(1))
     with pytest.raises(ZeroDivisionError), ours.enabled():
         assert core.get_op_class(nn.Linear(1, 1)) is ours.Linear
         assert core.get_op_class(nn.Conv2d(1, 1, 1)) is ours.Conv2d
-        assert core.get_op_class(nn.LayerNorm(1)) is before[0](nn.LayerNorm(1))
-        assert symmatrix.Kron is ours.Kron
+        assert core.get_op_class(nn.LayerNorm(1)) is norm
+        inside = replaceable()
+        assert not any(new is old for new, old in zip(inside, before, strict=True))
+        with ours.enabled():
+            assert core.get_op_class(nn.Linear(1, 1)) is ours.Linear
+        assert all(new is old for new, old in zip(replaceable(), inside, strict=True))
         raise ZeroDivisionError
-    assert (core.get_op_class, symmatrix.Kron) == before
+    assert all(new is old for new, old in zip(replaceable(), before, strict=True))

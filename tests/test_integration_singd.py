@@ -148,27 +148,42 @@ def test_optimizers_are_replaced_inside_of_a_block_only() -> None:
     assert SINGD.__init__ is original and type(SINGD(model)) is SINGD
 
 
-def test_matrices_are_saved_as_those_of_singd() -> None:
-    _, (model, optimizer) = both("tokens")
+STATE = ("Ks", "Cs", "m_Ks", "m_Cs")
+
+
+def kinds(optimizer: Any) -> set[type]:
+    return {type(m) for name in STATE for m in getattr(optimizer, name).values()}
+
+
+def test_a_state_is_saved_as_that_of_singd_and_loaded_as_ours() -> None:
+    (_, theirs), (model, optimizer) = both("tokens", alpha1=0.5)
     accumulate(model, "tokens", 1.0)
     optimizer.step()
-    for matrix in (*optimizer.Ks.values(), *optimizer.Cs.values()):
-        assert type(matrix) is ours.Dense
-        saved = pickle.loads(pickle.dumps(matrix))
-        assert type(saved) is DenseMatrix and saved.to_dense().equal(matrix.to_dense())
+    saved = pickle.loads(pickle.dumps({name: getattr(optimizer, name) for name in STATE}))
+    assert {type(m) for held in saved.values() for m in held.values()} == {DenseMatrix}
+    assert kinds(optimizer) == {ours.Dense} == {type(copy.deepcopy(optimizer.Ks["0"]))}
+    state = theirs.state_dict()
+    assert kinds(theirs) == {DenseMatrix}
+    optimizer.load_state_dict(copy.deepcopy(state))
+    assert kinds(optimizer) == {ours.Dense}
+    for name in STATE:
+        for key, matrix in getattr(optimizer, name).items():
+            assert matrix.to_dense().equal(getattr(theirs, name)[key].to_dense())
 
 
-def test_one_triangle_of_products_with_transposes_is_computed(
+def test_products_with_transposes_are_computed_by_the_operator(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    seen: list[Tensor] = []
+    shapes: list[tuple[int, ...]] = []
+    gram = ops.gram
 
-    def gram(rows: Tensor) -> Tensor:
-        seen.append(rows)
-        return rows.T @ rows
+    def counted(x: Tensor, **options: Any) -> Tensor:
+        shapes.append(tuple(x.shape))
+        return gram(x, **options)
 
-    monkeypatch.setattr(ops, "gram", gram)
-    x = torch.randn(3, 5, dtype=torch.float64)
-    found = ours.Dense(torch.eye(3)).from_mat_inner(x)
-    assert len(seen) == 1 and type(found) is ours.Dense
-    assert_solved(found.to_dense(), x @ x.T)
+    _, (model, optimizer) = both("tokens")
+    accumulate(model, "tokens", 1.0)
+    monkeypatch.setattr(ops, "gram", counted)
+    optimizer.step()
+    sides = [m.to_dense().shape for side in (optimizer.Ks, optimizer.Cs) for m in side.values()]
+    assert sorted(shapes) == sorted(map(tuple, sides))  # K^T K and C^T C of every layer

@@ -161,3 +161,27 @@ def test_refused_lists_are_not_touched() -> None:
     for arguments in refused:
         assert torch.ops.kfac_fast_native.precondition(*arguments) is False
     assert out.isnan().all() and inner.isnan()
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_the_triton_kernel(precision: str) -> None:
+    lists = _layers([(2, 3, 33, 70), (0, 5, 4), (64, 128), (140, 9), (700, 520)])
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(precision)
+        with kfac_fast.use("triton"):
+            result = ops.precondition(*lists)
+            repeated = ops.precondition(*lists)
+        with waits_refused(), kfac_fast.use("triton"):
+            ops.precondition(*lists)
+        assert_steps_within_budget(result, lists)  # beside PyTorch's at the same precision
+    finally:
+        torch.set_float32_matmul_precision(before)
+    _assert_same(result, repeated)
+
+
+def test_the_triton_kernel_is_not_captured() -> None:
+    lists = _layers([(8, 8)])
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        with kfac_fast.use("triton"), pytest.raises(RuntimeError, match="captured graph"):
+            ops.precondition(*lists)

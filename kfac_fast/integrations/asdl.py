@@ -15,6 +15,7 @@ factors fit no weight. Under ``"swift_kron"``, a layer with fewer rows than feat
 kept, scaled in place, by asdl itself. Dilated convolutions, which asdl refuses, are served. Other
 is how they are computed: patches are never written out for ``"kron"``, one triangle of a factor is
 enough, and all inverses of a model are one call, which leaves the factors' diagonals as they are.
+For that call, all factors are there together with all inverses.
 
 Tested with asdfghjkl 0.1a5, as asdl is named where packages are installed from. The package that is
 named asdl there is another.
@@ -35,7 +36,7 @@ from kfac_fast.integrations.versions import require
 
 require("asdfghjkl", "0.1a5")
 
-from asdl import core, operations, symmatrix  # noqa: E402  # isort: skip
+from asdl import core, fisher, operations, symmatrix  # noqa: E402  # isort: skip
 from asdl.fisher import FisherMaker  # noqa: E402  # isort: skip
 from asdl.precondition import natural_gradient  # noqa: E402  # isort: skip
 from asdl.precondition.natural_gradient import NaturalGradientMaker  # noqa: E402  # isort: skip
@@ -190,7 +191,8 @@ def _update_preconditioner(
     damping: float | None = None,
     module_name: str | None = None,
     kron: Sequence[str] | None = None,
-    **options: Any,
+    zero_curvature: bool = False,
+    partition_aware: bool = False,
 ) -> None:
     fishers = []
     if maker.do_accumulate and module_name is None:
@@ -201,11 +203,18 @@ def _update_preconditioner(
                 if rank == maker.world_rank and maker.is_module_for_inv_and_precondition(module):
                     fishers.append(maker._get_module_fisher(module))
     given = maker.config.damping if damping is None else damping
-    with _together(fishers, given, kron or ("A", "B")):
-        _originals[1](maker, damping, module_name, kron, **options)
+    with _together(fishers, given, ("A", "B") if kron is None else kron):
+        _originals[1](maker, damping, module_name, kron, zero_curvature, partition_aware)
 
 
 _originals = FisherMaker.replace_fisher_with_inv, NaturalGradientMaker.update_preconditioner
+_MAKERS = (
+    fisher.FisherEmp,
+    fisher.FisherExactCrossEntropy,
+    fisher.FisherExactMSE,
+    fisher.FisherMCCrossEntropy,
+    fisher.FisherMCMSE,
+)
 _OURS = {operations.Linear: Linear, operations.Conv2d: Conv2d}
 
 
@@ -229,8 +238,10 @@ def enabled() -> Iterator[None]:
         (symmatrix, "Kron", Kron),
         (FisherMaker, "replace_fisher_with_inv", _replace_fisher_with_inv),
         (NaturalGradientMaker, "update_preconditioner", _update_preconditioner),
+        # Of several passes asdl keeps the factors and inverts them at the end, all together.
+        *((maker, "do_local_accumulate", property(lambda self: True)) for maker in _MAKERS),
     ]
-    before = [getattr(owner, name) for owner, name, _ in replacements]
+    before = [vars(owner)[name] for owner, name, _ in replacements]
     for owner, name, ours in replacements:
         setattr(owner, name, ours)
     try:

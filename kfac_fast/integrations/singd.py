@@ -16,6 +16,7 @@ Tested with singd 0.0.5.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import sqrt
@@ -46,6 +47,10 @@ class Dense(DenseMatrix):  # type: ignore[misc]
         """``X X^T``."""
         return cls(ops.gram(X.T).to(X.dtype))
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Dense:
+        """Another of this class."""
+        return Dense(copy.deepcopy(self.to_dense(), memo))
+
     def __reduce__(self) -> tuple[type, tuple[Tensor]]:
         """What makes singd's own of it."""
         return DenseMatrix, (self.to_dense(),)
@@ -62,6 +67,14 @@ class SINGD(library.SINGD):  # type: ignore[misc]
     """
 
     SUPPORTED_STRUCTURES = library.SINGD.SUPPORTED_STRUCTURES | {"dense": Dense}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state, whether it is singd's or of this class."""
+        super().load_state_dict(state_dict)
+        for matrices in (self.Ks, self.Cs, self.m_Ks, self.m_Cs, self.H_Ks, self.H_Cs):
+            for name, matrix in matrices.items():
+                if type(matrix) is DenseMatrix:
+                    matrices[name] = Dense(matrix.to_dense())
 
     def _accumulate_H_terms(  # noqa: N802
         self, module: nn.Module, inputs: tuple[Tensor, ...], grad_output: Tensor

@@ -128,7 +128,7 @@ class ChannelNormLayer(NormLayer):
     module: ChannelNorm
 
     def example_sums(self, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """Of inputs that are read again, but not written out normalised."""
+        """Of inputs that are read again."""
         dtype = torch.promote_types(gradient.dtype, torch.float32)
         shape = len(x), self.groups, math.prod(x.shape[2:])
         g, x = (tensor.reshape(shape).to(dtype) for tensor in (gradient, x))
@@ -144,8 +144,7 @@ class ChannelNormLayer(NormLayer):
             return module.running_mean, cast(Tensor, module.running_var)
         # Of every channel of every example, then of those that are normalised together.
         means = x.mean(2)
-        lengths = torch.linalg.vector_norm(x - means[:, :, None], dim=2)
-        variances = lengths.square() / x.shape[2]
+        variances = (x - means[:, :, None]).square_().sum(2) / x.shape[2]
         if groups is None:
             return _pooled(means, variances)
         means, variances = (t.reshape(len(x) * groups, -1).mT for t in (means, variances))
