@@ -384,10 +384,18 @@ def _damping_tensors(op: str, damping: Damping, matrices: Sequence[Tensor]) -> l
             raise ValueError(f"{op}: damping must not be negative, got {value}")
     like = matrices[0] if matrices else torch.empty(0)
     if any(isinstance(value, Tensor) for value in values):
-        return [torch.as_tensor(value).detach().to(like.device, like.dtype) for value in values]
-    if len(values) == 1:
-        return [like.new_full((), values[0])]  # three times as fast
+        return [_alone(value, like) for value in values]
+    if values and values.count(values[0]) == len(values):
+        return [like.new_full((), values[0])]  # one for all is read faster than many
     return list(torch.tensor(values, dtype=like.dtype, device=like.device).unbind())
+
+
+def _alone(value: float | Tensor, like: Tensor) -> Tensor:
+    """A number as a tensor of this device and dtype, apart from any graph."""
+    if isinstance(value, Tensor) and value.dtype == like.dtype and not value.requires_grad:
+        if value.device == like.device:
+            return value
+    return torch.as_tensor(value).detach().to(like.device, like.dtype)
 
 
 def _contiguous_like(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 import torch
@@ -85,6 +86,25 @@ def test_only_lower_triangles_are_read(op: Damped) -> None:
     results = run(op, [lower_only(m) for m in matrices]).matrices
     for got, expected in zip(results, run(op, matrices).matrices, strict=True):
         assert torch.equal(got, expected)
+
+
+@damped
+@pytest.mark.parametrize(
+    "damping",
+    [
+        [0.1, 0.1],
+        torch.tensor([0.1, 0.1]),
+        [torch.tensor(0.1), 0.1],
+        torch.tensor([0.1, 0.1]).double(),
+    ],
+    ids=["numbers", "entries", "both", "wider"],
+)
+def test_equal_dampings_are_one(op: Damped, damping: Any) -> None:
+    matrices = [covariance(5), covariance(40)]
+    for found, expected in zip(
+        op(matrices, damping).matrices, op(matrices, 0.1).matrices, strict=True
+    ):
+        assert torch.equal(bits(found), bits(expected))
 
 
 @damped
