@@ -100,60 +100,46 @@ def product_kernel(
         tl.store(inner_products + tile, tl.sum((total * values).to(tl.float64)))
 
 
-class Stack(NamedTuple):
-    """Matrices ``[count, rows, columns]`` that lie evenly apart; a copy if they did not."""
-
-    tensor: Tensor
-
-    @staticmethod
-    def of(x: Tensor) -> "Stack":
-        """View ``[*, rows, columns]``."""
-        return Stack(x.reshape(-1, *x.shape[-2:]))
-
-    def has_chunks(self) -> bool:
-        """Whether 16 bytes can be read at once anywhere in a row, and rows end with such."""
-        x = self.tensor
-        multiples = (*x.shape[1:], x.stride(1), x.stride(0) if len(x) > 1 else 0)
-        return x.stride(2) == 1 and launch.chunk_of(x, multiples) > 1
-
-    def place(self, chunk: int) -> tuple[int, ...]:
-        """Entries of the table."""
-        batch, row, column = self.tensor.stride()
-        return self.tensor.data_ptr(), batch // chunk, row // chunk, column // chunk
+def has_chunks(x: Tensor) -> bool:
+    """Whether 16 bytes of ``[count, rows, columns]`` can be read at once anywhere in a row."""
+    multiples = (*x.shape[1:], x.stride(1), x.stride(0) if len(x) > 1 else 0)
+    return x.stride(2) == 1 and launch.chunk_of(x, multiples) > 1
 
 
 class Product(NamedTuple):
-    """The matrices of one stack: ``out = left right``, of the same size as ``grad``."""
+    """Stacks ``[count, rows, columns]``: ``out = left right``, of the same size as ``grad``."""
 
-    left: Stack
-    right: Stack
-    out: Stack
-    grad: Stack
+    left: Tensor
+    right: Tensor
+    out: Tensor
+    grad: Tensor
 
     def tiles(self, block: int) -> int:
         """Tiles of one matrix."""
-        _, height, width = self.out.tensor.shape
+        _, height, width = self.out.shape
         return -(-height // block) * -(-width // block)
 
     def row(self, first: int, block: int, chunk: int) -> list[int]:
         """The row of the table, whose tiles begin with ``first``."""
-        _, height, width = self.out.tensor.shape
-        sizes = (height // chunk, width // chunk, self.left.tensor.shape[-1] // chunk)
-        places = [entry for stack in self for entry in stack.place(chunk)]
-        return [first, self.tiles(block), *sizes, *places]
+        _, height, width = self.out.shape
+        row = [first, self.tiles(block)]
+        row += [size // chunk for size in (height, width, self.left.shape[-1])]
+        for x in self:
+            row += [x.data_ptr(), *(stride // chunk for stride in x.stride())]
+        return row
 
 
 def _run(products: Sequence[Product], inner: Tensor | None, precision: str) -> None:
     """Launch the kernel on all products; ``inner`` takes the sum of their products with grads."""
-    like = products[0].out.tensor
-    aligned = all(stack.has_chunks() for each in products for stack in each)
+    like = products[0].out
+    aligned = all(has_chunks(x) for each in products for x in each)
     chunk = 16 // like.element_size() if aligned else 1
     terms = PRODUCTS[precision]
     tiling = launch.product_tiling(terms)
     table, tiles = [], 0
     for each in products:
         table.append(each.row(tiles, tiling.block, chunk))
-        tiles += len(each.out.tensor) * each.tiles(tiling.block)
+        tiles += len(each.out) * each.tiles(tiling.block)
     sums = like.new_empty(tiles if inner is not None else 0, dtype=torch.float64)
     on_host = torch.tensor(table, dtype=torch.int64, pin_memory=like.is_cuda)
     with torch.cuda.device_of(like):
@@ -189,13 +175,15 @@ def precondition(
     copied first. An infinity may come out as NaN.
     """
     lists = zip(grads, input_sides, gradient_sides, out, strict=True)
-    layers = [tuple(map(Stack.of, each)) for each in lists if each[0].numel()]
+    layers = [
+        tuple(x.reshape(-1, *x.shape[-2:]) for x in each) for each in lists if each[0].numel()
+    ]
     if not layers:
         inner.zero_()
         return
-    halves = [Stack(torch.empty_like(result.tensor)) for *_, result in layers]
     first, last = [], []
-    for (grad, right, left, result), half in zip(layers, halves, strict=True):
+    for grad, right, left, result in layers:
+        half = torch.empty_like(result)
         first.append(Product(left, grad, half, half))
         last.append(Product(half, right, result, grad))
     _run(first, None, precision)

@@ -218,11 +218,6 @@ def _kernels(name: str) -> Any:
     return importlib.import_module(f"kfac_fast.kernels.{name}")
 
 
-def _captures(first: torch.Tensor | None) -> bool:
-    """Whether a graph of the device's work is being captured."""
-    return first is not None and first.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
 def _triton(op: str, device: str, run: Callable[..., None] | None = None) -> Implementation:
     """The Triton kernel; on CPU tensors it runs only under Triton's interpreter."""
 
@@ -230,10 +225,14 @@ def _triton(op: str, device: str, run: Callable[..., None] | None = None) -> Imp
         getattr(_kernels(op), op)(*args, precision=torch.get_float32_matmul_precision())
 
     def refuses(*args: Any) -> str | None:
-        first = args[0] if isinstance(args[0], torch.Tensor) else next(iter(args[0]), None)
-        reason: str | None = None if first is None else _kernels("launch").refusal(first)
-        if reason is None and first is not args[0] and _captures(first):
-            reason = "a captured graph would read its table of layers from memory of the host"
+        is_list = isinstance(args[0], list)
+        if is_list and not args[0]:
+            return None
+        first = args[0][0] if is_list else args[0]
+        reason: str | None = _kernels("launch").refusal(first)
+        if reason is None and is_list and first.is_cuda:
+            if torch.cuda.is_current_stream_capturing():
+                reason = "a captured graph would read its table of layers from memory of the host"
         return reason
 
     missing = None

@@ -392,8 +392,8 @@ def _damping_tensors(op: str, damping: Damping, matrices: Sequence[Tensor]) -> l
 
 def _alone(value: float | Tensor, like: Tensor) -> Tensor:
     """A number as a tensor of this device and dtype, apart from any graph."""
-    if isinstance(value, Tensor) and value.dtype == like.dtype and not value.requires_grad:
-        if value.device == like.device:
+    if isinstance(value, Tensor) and not value.requires_grad:
+        if (value.device, value.dtype) == (like.device, like.dtype):
             return value
     return torch.as_tensor(value).detach().to(like.device, like.dtype)
 

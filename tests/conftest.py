@@ -5,11 +5,12 @@ Those marked ``large`` too are skipped where its memory is too small.
 
 import importlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 
-from kfac_fast import backends
+from kfac_fast import backends, ops
 
 NATIVE = importlib.import_module("kfac_fast._C") if backends.EXTENSION_BUILT else None
 
@@ -63,3 +64,17 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     NATIVE.use_instruction_set(request.param)
     yield request.param
     NATIVE.use_instruction_set(before)
+
+
+@pytest.fixture
+def inverted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many matrices each call of ``damped_inverse`` was given."""
+    counts: list[int] = []
+    invert = ops.damped_inverse
+
+    def counted(matrices: Any, damping: Any) -> Any:
+        counts.append(len(matrices))
+        return invert(matrices, damping)
+
+    monkeypatch.setattr(ops, "damped_inverse", counted)
+    return counts

@@ -13,7 +13,7 @@ from triton_kernels import rounded
 
 import kfac_fast
 from kfac_fast import ops
-from kfac_fast.kernels.precondition import Stack, precondition
+from kfac_fast.kernels.precondition import has_chunks, precondition
 from kfac_fast.kernels.product import PRODUCTS
 
 # Tiles with and without an end, sums longer than a chain, stacks, layers without an entry.
@@ -42,9 +42,9 @@ def test_lists(shapes: list[tuple[int, ...]]) -> None:
 
 def test_only_what_is_aligned_is_read_in_chunks() -> None:
     x = torch.randn(3, 8, 12)
-    assert Stack.of(x).has_chunks() and Stack.of(x[:1]).has_chunks()
+    assert has_chunks(x) and has_chunks(x[:1])
     for view in (x.mT, x[:, :, 1:9], x[:, :, :10], x[:, :7], torch.randn(3, 8, 13)[:, :, :12]):
-        assert not Stack.of(view).has_chunks()
+        assert not has_chunks(view)
 
 
 @pytest.mark.parametrize(

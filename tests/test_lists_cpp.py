@@ -290,4 +290,6 @@ def test_an_output_that_requires_gradients_is_refused() -> None:
 
 def test_the_kernels_serve_the_cpu() -> None:
     for op in ("damped_inverse", "damped_cholesky", "precondition", "cholesky_precondition"):
-        assert [i.name for i in backends.TABLE[op, "cpu"]][:2] == ["cpp", "reference"]
+        interpreted = ["triton"] if op == "precondition" else []
+        names = [i.name for i in backends.TABLE[op, "cpu"]]
+        assert names == ["cpp", "reference", *interpreted]

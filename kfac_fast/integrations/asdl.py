@@ -152,14 +152,14 @@ def _inverses(
             matrices.append(matrix)
             dampings.append(share)
             places.append((i // 2, "AB"[i % 2]))
-    results: list[dict[str, Tensor] | None] = [{} for _ in krons]
+    found: list[dict[str, Tensor]] = [{} for _ in krons]
     if not matrices:
-        return results
+        return [*found]
     inverses, info, _ = ops.damped_inverse(matrices, dampings)
     failed = {places[k][0] for k in info.flatten().nonzero()[:, 0].tolist()}
     for (i, name), inverse in zip(places, inverses, strict=True):
-        results[i] = None if i in failed else {**(results[i] or {}), name: inverse}
-    return results
+        found[i][name] = inverse
+    return [None if i in failed else own for i, own in enumerate(found)]
 
 
 @contextmanager
@@ -183,7 +183,7 @@ def _together(
 def _replace_fisher_with_inv(maker: FisherMaker, damping: float) -> None:
     fishers = [getattr(m, maker.config.fisher_attr, None) for m in maker.model.modules()]
     with _together(fishers, damping):
-        _originals[0](maker, damping)
+        _library_replaces(maker, damping)
 
 
 def _update_preconditioner(
@@ -204,10 +204,11 @@ def _update_preconditioner(
                     fishers.append(maker._get_module_fisher(module))
     given = maker.config.damping if damping is None else damping
     with _together(fishers, given, ("A", "B") if kron is None else kron):
-        _originals[1](maker, damping, module_name, kron, zero_curvature, partition_aware)
+        _library_updates(maker, damping, module_name, kron, zero_curvature, partition_aware)
 
 
-_originals = FisherMaker.replace_fisher_with_inv, NaturalGradientMaker.update_preconditioner
+_library_replaces = FisherMaker.replace_fisher_with_inv
+_library_updates = NaturalGradientMaker.update_preconditioner
 _MAKERS = (
     fisher.FisherEmp,
     fisher.FisherExactCrossEntropy,
