@@ -77,8 +77,7 @@ class BlockGram {
   // With one more row for the column sums, the products with the bias, of tiles on the diagonal.
   int64_t tile_size() const { return (tile_edge_ + 1) * tile_edge_; }
   double operations() const {
-    constexpr int64_t rows_a_store =
-        16;  // storing an entry takes the time of so many multiply-adds
+    constexpr int64_t rows_a_store = 16;  // storing an entry takes as long as so many products
     const double entries = static_cast<double>(layout_.columns) * layout_.strip_columns;
     return entries * static_cast<double>(rows_ + rows_a_store);
   }
