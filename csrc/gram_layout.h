@@ -67,21 +67,17 @@ class GramLayout {
     return std::min(last, (panel / strip_panels() + 1) * strip_panels());
   }
 
-  // Tiles of this edge, a multiple of panel_width. Those on the diagonal, which cost about half,
-  // come last: then no thread begins a long task when the others are done.
+  // Tiles of this edge, a multiple of panel_width, row by row: neighbours share operands and lines.
   std::vector<Tile> tiles(int64_t edge) const {
     const int64_t side = divide_up(strip_columns, edge);
     std::vector<Tile> tiles;
     tiles.reserve(strips() * side * (side + 1) / 2);
     for (int64_t strip = 0; strip < strips(); ++strip) {
-      for (int64_t row = edge; row < width(strip); row += edge) {
-        for (int64_t column = 0; column < row; column += edge) {
+      for (int64_t row = 0; row < width(strip); row += edge) {
+        for (int64_t column = 0; column <= row; column += edge) {
           tiles.push_back({strip, row, column});
         }
       }
-    }
-    for (int64_t strip = 0; strip < strips(); ++strip) {
-      for (int64_t row = 0; row < width(strip); row += edge) tiles.push_back({strip, row, row});
     }
     return tiles;
   }

@@ -18,7 +18,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <tuple>
 #include <vector>
 
 #include "gram_layout.h"
@@ -114,16 +113,11 @@ class BlockGram {
   void at_once() {
     const int64_t workers = worker_count(tile_count(), operations());
     const auto sums = make_scratch<T>(workers * tile_size());
-    // Row by row: then a thread's tiles lie together, and no prefetched line is another's.
-    std::vector<Tile> rowwise = tiles_;
-    std::sort(rowwise.begin(), rowwise.end(), [](const Tile& a, const Tile& b) {
-      return std::tie(a.strip, a.row, a.column) < std::tie(b.strip, b.row, b.column);
-    });
     pack_and_share(tile_count(), workers, [&](int64_t t, int64_t worker, const auto& blocks) {
-      if (blocks.size() == 1 && multiply_and_store(rowwise[t], blocks[0])) return;
+      if (blocks.size() == 1 && multiply_and_store(tiles_[t], blocks[0])) return;
       T* sum = &sums[worker * tile_size()];
-      for (const Block<T>& block : blocks) multiply(rowwise[t], block, sum, &block != &blocks[0]);
-      store(rowwise[t], {sum, tile_edge_, 1, 0});
+      for (const Block<T>& block : blocks) multiply(tiles_[t], block, sum, &block != &blocks[0]);
+      store(tiles_[t], {sum, tile_edge_, 1, 0});
     });
   }
 
@@ -174,7 +168,7 @@ class BlockGram {
         packs_done.advance();
       }
       packs_done.wait_for(packs);
-      stretches.work(worker, [&](int64_t task) { run(task, worker, blocks); });
+      stretches.work(0, worker, [&](int64_t task) { run(task, worker, blocks); });
     });
   }
 
@@ -228,25 +222,30 @@ class BlockGram {
       rounds_done[t].advance();
       tiles_done[round].advance();
     };
-    const int64_t step_tasks = packs + tile_count();
-    for_each_task((rounds + 1) * step_tasks, workers, [&](int64_t task, int64_t) {
-      const int64_t step = task / step_tasks;
-      const int64_t part = task % step_tasks;
-      if (part < packs) {
-        if (step < rounds) pack_round(step, part);
-      } else if (step > 0) {
-        multiply_round(step - 1, part - packs);
+    Stretches all_packs(packs, workers), all_tiles(tile_count(), workers);
+    for_each_worker(workers, [&](int64_t worker) {
+      for (int64_t step = 0; step <= rounds; ++step) {
+        if (step < rounds) {
+          all_packs.work(step, worker, [&](int64_t task) { pack_round(step, task); });
+        }
+        if (step > 0) {
+          all_tiles.work(step - 1, worker, [&](int64_t t) { multiply_round(step - 1, t); });
+        }
       }
     });
   }
 
-  // Blocks of 1 MB together, or all, in one round, if they are small beside the sums, which then
-  // need not be kept from round to round.
+  // Blocks of 1 MB together, or of 6 MB if the sums, read and written in every round, leave the
+  // caches; or all, in one round, if they are small beside the sums, which then need not be kept.
   int64_t blocks_a_round() const {
+    constexpr int64_t large_sums = 12 << 20, megabyte = 1 << 20;
+    const int64_t sums_size = tile_count() * tile_size();
     const int64_t block_size = blocks_.packed_size();
-    if (blocks_.count() * block_size <= tile_count() * tile_size() / 2) return blocks_.count();
-    constexpr int64_t round_size = (1 << 20) / sizeof(T);
-    return std::clamp<int64_t>(round_size / block_size, 1, blocks_.count());
+    if (blocks_.count() * block_size <= sums_size / 2) return blocks_.count();
+    const int64_t sums_bytes = sums_size * static_cast<int64_t>(sizeof(T));
+    const int64_t round_bytes = sums_bytes > large_sums ? 6 * megabyte : megabyte;
+    const int64_t block_bytes = block_size * static_cast<int64_t>(sizeof(T));
+    return std::clamp<int64_t>(round_bytes / block_bytes, 1, blocks_.count());
   }
 
   void multiply(const Tile& tile, const Block<T>& block, T* sum, bool accumulate) const {

@@ -52,31 +52,38 @@ void for_each_task(int64_t tasks, int64_t workers, const Run& run) {
   });
 }
 
-// Tasks that do not wait for each other. Each worker begins with a stretch of its own, so that in
-// every call it reads and writes where it did in the last, and then helps the others.
+// The same tasks in every round. Each worker begins a round with a stretch of its own, so that it
+// reads and writes what it did in the last round or call, and then helps the others. A task may
+// wait for tasks of earlier rounds: a worker leaves a round when all its tasks are drawn.
 class Stretches {
  public:
   Stretches(int64_t tasks, int64_t workers) : stretches_(workers) {
     for (int64_t i = 0; i < workers; ++i) {
-      stretches_[i].next = tasks * i / workers;
-      stretches_[i].end = tasks * (i + 1) / workers;
+      stretches_[i].first = tasks * i / workers;
+      stretches_[i].count = tasks * (i + 1) / workers - stretches_[i].first;
     }
   }
 
-  // Calls run(task) for every task that this worker gets.
+  // Calls run(task) for every task of the round that this worker gets; rounds follow each other.
   template <typename Run>
-  void work(int64_t worker, const Run& run) {
+  void work(int64_t round, int64_t worker, const Run& run) {
     const auto workers = static_cast<int64_t>(stretches_.size());
     for (int64_t i = 0; i < workers; ++i) {
       Stretch& stretch = stretches_[(worker + i) % workers];
-      for (int64_t task = stretch.next++; task < stretch.end; task = stretch.next++) run(task);
+      const int64_t before = round * stretch.count, after = before + stretch.count;
+      for (int64_t drawn = stretch.drawn; drawn < after;) {
+        if (!stretch.drawn.compare_exchange_weak(drawn, drawn + 1)) continue;
+        run(stretch.first + drawn - before);
+        drawn = stretch.drawn;
+      }
     }
   }
 
  private:
   struct alignas(64) Stretch {
-    std::atomic<int64_t> next;
-    int64_t end;
+    std::atomic<int64_t> drawn{0};  // in all rounds
+    int64_t first;
+    int64_t count;
   };
   std::vector<Stretch> stretches_;
 };
@@ -86,7 +93,7 @@ template <typename Run>
 void for_each_independent_task(int64_t tasks, int64_t workers, const Run& run) {
   Stretches stretches(tasks, workers);
   for_each_worker(workers, [&](int64_t worker) {
-    stretches.work(worker, [&](int64_t task) { run(task, worker); });
+    stretches.work(0, worker, [&](int64_t task) { run(task, worker); });
   });
 }
 
