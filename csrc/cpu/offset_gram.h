@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <numeric>
 #include <vector>
 
 #include "conv_plan.h"
@@ -34,6 +35,7 @@ class OffsetGram {
         axes_(axes),
         product_(tile_product<T>(set)),
         pack_(packing<In, T>(set)),
+        store_square_(square_store<T>(set)),
         layout_(source.channels, groups,
                 even_panel_width(source.channels, groups, product_.panel_width(), product_.lanes),
                 product_.lanes),
@@ -74,7 +76,8 @@ class OffsetGram {
 
  private:
   using Shift = OffsetAxis::Shift;
-  static constexpr int64_t longest = 128;  // rows of a product, as in row_blocks.h
+  static constexpr int64_t longest = 128;          // rows of a product, as in row_blocks.h
+  static constexpr int64_t line = 64 / sizeof(T);  // numbers in a cache line
 
   // A row of the images, seen as the left operand of a pair of shifts along z and y.
   struct Operand {
@@ -374,14 +377,27 @@ class OffsetGram {
                   });
   }
 
-  // Channels whose rows of the result are stored together: some cache lines of the mirror image.
-  int64_t channels_together() const { return std::max<int64_t>(1, 32 / taps()); }
+  // Channels whose rows of the result are stored together: few, but whole cache lines of the mirror
+  // image if that takes no more than 256 rows.
+  int64_t channels_together() const {
+    const int64_t few = std::max<int64_t>(1, 32 / taps());
+    const int64_t even = line / std::gcd(line, taps());
+    return even * taps() <= 256 ? round_up(few, even) : few;
+  }
+
+  // Channels whose columns are, beside them: about 96 KB of entries.
+  int64_t columns_together() const {
+    const int64_t rows = channels_together() * taps();
+    return std::max(line,
+                    (96 << 10) / static_cast<int64_t>(sizeof(T)) / (rows * taps()) / line * line);
+  }
 
   // Stores the entries of the channels [begin, end) of a tile, counted from its first row.
   void store_rows(const Tile& tile, const T* sums, int64_t begin, int64_t end) const {
     const int64_t features = layout_.group_columns;
-    const int64_t block = std::max<int64_t>(1, 4096 / taps());  // channels of the columns
-    const auto values = make_scratch<T>(channels_together() * taps() * block * taps());
+    const int64_t block = columns_together();
+    const int64_t entries = channels_together() * taps() * block * taps();
+    const auto values = make_scratch<T>(entries + product_.lanes);  // see gather
     end = std::min(end, rows_of(tile));
     for (int64_t first = begin, last; first < end; first = last) {
       // Rows of one group: strips of several groups have one tile, on the diagonal.
@@ -409,12 +425,9 @@ class OffsetGram {
                    int64_t to, bool diagonal, T* values) const {
     const int64_t count = taps(), width = (to - from) * count;
     for (int64_t channel = first; channel < last; ++channel) {
-      const T* own = sums + channel * edge();
       for (int64_t left = 0; left < count; ++left) {
-        T* row = values + ((channel - first) * count + left) * width;
-        for (int64_t right = 0; right < count; ++right) {
-          gather(own, left * count + right, from, to, row + right, count);
-        }
+        gather(sums + channel * edge(), left, from, to,
+               values + ((channel - first) * count + left) * width);
       }
     }
     const int64_t features = layout_.group_columns;
@@ -425,20 +438,29 @@ class OffsetGram {
                 column);
   }
 
-  // target[taps · c] = the sum over the cells of a pair's window of their entries [from, to).
-  void gather(const T* sums, int64_t pair, int64_t from, int64_t to, T* target,
-              int64_t stride) const {
-    T values[96];
-    const int64_t* cell = window_cells_.data() + window_begin_[pair];
-    const int64_t* last = window_cells_.data() + window_begin_[pair + 1];
-    for (; from < to; from += 96) {
-      const int64_t width = std::min<int64_t>(96, to - from);
-      std::fill_n(values, width, T{0});
-      for (const int64_t* c = cell; c < last; ++c) {
-        const T* more = sums + *c * cell_size_ + from;
-        for (int64_t i = 0; i < width; ++i) values[i] += more[i];
+  // target[c · taps + right] = the sum of the entry from + c of the cells of (left, right)'s
+  // window. Squares of taps by channels are transposed; what they write beyond the last tap is
+  // overwritten by the next channel's first taps, which come later, or by the next row.
+  void gather(const T* sums, int64_t left, int64_t from, int64_t to, T* target) const {
+    const int64_t lanes = product_.lanes, count = taps();
+    alignas(64) T square[line * line];
+    for (int64_t c = from; c < to; c += lanes, target += lanes * count) {
+      const int64_t width = std::min(lanes, to - c);
+      for (int64_t right = (count - 1) / lanes * lanes; right >= 0; right -= lanes) {
+        for (int64_t tap = right; tap < std::min(right + lanes, count); ++tap) {
+          sum_window(sums + c, left * count + tap, width, square + (tap - right) * lanes);
+        }
+        store_square_(square, lanes, width, target + right, count);
       }
-      for (int64_t i = 0; i < width; ++i, target += stride) *target = values[i];
+    }
+  }
+
+  // total[c] = the sum of the entry c of the cells of a pair's window.
+  void sum_window(const T* sums, int64_t pair, int64_t width, T* total) const {
+    std::fill_n(total, width, T{0});
+    for (int64_t i = window_begin_[pair]; i < window_begin_[pair + 1]; ++i) {
+      const T* more = sums + window_cells_[i] * cell_size_;
+      for (int64_t c = 0; c < width; ++c) total[c] += more[c];
     }
   }
 
@@ -465,6 +487,7 @@ class OffsetGram {
   const Axes<OffsetAxis>& axes_;
   const TileProduct<T>& product_;
   const Packing<In, T> pack_;
+  const SquareStore<T> store_square_;
   const GramLayout layout_;
   const SymmetricStore<T>& store_;
   const bool bias_;
