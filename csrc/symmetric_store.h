@@ -99,7 +99,18 @@ struct SymmetricStore {
           aligned && past_caches());
   }
 
-  // The same of any number of columns.
+  // Asks for the cache lines of `count` entries of a row of the matrix, to be stored soon, unless
+  // that goes past the caches. (A call of it would be dropped: it has no effect.)
+  __attribute__((always_inline)) void prefetch(const T* matrix, int64_t row, int64_t column,
+                                               int64_t count) const {
+    if (past_caches()) return;
+    constexpr int64_t entries = line / static_cast<int64_t>(sizeof(T));
+    const T* target = matrix + row * edge + column;
+    for (int64_t c = 0; c < count; c += entries) __builtin_prefetch(target + c, 1);
+    __builtin_prefetch(target + count - 1, 1);
+  }
+
+  // Stores any number of columns.
   void wide(const TileSums<T>& sums, int64_t rows, int64_t columns, bool diagonal, T* matrix,
             int64_t row, int64_t column) const {
     for (int64_t c = 0; c < columns; c += max_tile_edge) {

@@ -420,22 +420,22 @@ class OffsetGram {
     return out_ + group * store_.edge * store_.edge;
   }
 
-  // Entries of the channels [first, last) by [from, to) of a tile, for all pairs of taps.
+  // Entries of the channels [first, last) by [from, to) of a tile, for all pairs of taps. The lines
+  // they are stored to are asked for a row, and some of the mirror image's, at a time: the matrix
+  // is in no cache.
   void store_block(const Tile& tile, const T* sums, int64_t first, int64_t last, int64_t from,
                    int64_t to, bool diagonal, T* values) const {
-    const int64_t count = taps(), width = (to - from) * count;
-    for (int64_t channel = first; channel < last; ++channel) {
-      for (int64_t left = 0; left < count; ++left) {
-        gather(sums + channel * edge(), left, from, to,
-               values + ((channel - first) * count + left) * width);
-      }
-    }
-    const int64_t features = layout_.group_columns;
+    const int64_t features = layout_.group_columns, count = taps();
+    const int64_t height = (last - first) * count, width = (to - from) * count;
     const int64_t row = (tile.row + first) % features * count;
     const int64_t column = (tile.column + from) % features * count;
     T* matrix = matrix_of(tile, tile.row + first);
-    store_.wide({values, width, 1, 0}, (last - first) * count, width, diagonal, matrix, row,
-                column);
+    for (int64_t i = 0; i < height; ++i) {
+      store_.prefetch(matrix, row + i, column, width);
+      for (int64_t j = i; j < width; j += height) store_.prefetch(matrix, column + j, row, height);
+      gather(sums + (first + i / count) * edge(), i % count, from, to, values + i * width);
+    }
+    store_.wide({values, width, 1, 0}, height, width, diagonal, matrix, row, column);
   }
 
   // target[c · taps + right] = the sum of the entry from + c of the cells of (left, right)'s
