@@ -50,16 +50,28 @@ struct TileProduct {
                             int64_t right_stride, int64_t depth, T* sum, int64_t sum_stride,
                             bool accumulate);
 
-  int64_t rows;                   // of a full tile, a power of two
-  int64_t lanes;                  // of a vector, a multiple of rows
-  Function variants[4][vectors];  // [log2 of the rows][vectors - 1]
+  using Spread = void (*)(const T* left, int64_t left_stride, const T* right, int64_t right_stride,
+                          int64_t vector_stride, int64_t depth, T* const* sums, int64_t sum_stride);
+
+  int64_t rows;   // of a full tile, a power of two
+  int64_t lanes;  // of a vector, a multiple of rows
+  // [log2 of the rows][vectors - 1]
+  Function variants[4][vectors];
+  Spread spread_variants[4][vectors];
 
   int64_t panel_width() const { return vectors * lanes; }
 
   // The smallest tile that covers this many rows and columns, at most those of a full tile.
   Function covering(int64_t row_count, int64_t column_count) const {
-    return variants[std::bit_width(static_cast<uint64_t>(row_count - 1))]
-                   [(column_count - 1) / lanes];
+    return variants[size_class(row_count)][(column_count - 1) / lanes];
+  }
+  Spread spread(int64_t row_count, int64_t vector_count) const {
+    return spread_variants[size_class(row_count)][vector_count - 1];
+  }
+
+ private:
+  static int size_class(int64_t row_count) {
+    return std::bit_width(static_cast<uint64_t>(row_count - 1));
   }
 };
 
@@ -87,28 +99,38 @@ struct Packing {
   }
 };
 
-#define KFAC_FAST_TILES(set, rows) \
-  {set::tile_product<T, rows, 1>, set::tile_product<T, rows, 2>, set::tile_product<T, rows, 3>}
+#define KFAC_FAST_TILES(set, product, rows) \
+  {set::product<T, rows, 1>, set::product<T, rows, 2>, set::product<T, rows, 3>}
+#define KFAC_FAST_TILES_OF_2(set, product) \
+  {KFAC_FAST_TILES(set, product, 1), KFAC_FAST_TILES(set, product, 2)}
+#define KFAC_FAST_TILES_OF_4(set, product)                             \
+  {KFAC_FAST_TILES(set, product, 1), KFAC_FAST_TILES(set, product, 2), \
+   KFAC_FAST_TILES(set, product, 4)}
+#define KFAC_FAST_TILES_OF_8(set, product)                             \
+  {KFAC_FAST_TILES(set, product, 1), KFAC_FAST_TILES(set, product, 2), \
+   KFAC_FAST_TILES(set, product, 4), KFAC_FAST_TILES(set, product, 8)}
 
 template <typename T>
 const TileProduct<T>& tile_product(InstructionSet set) {
   constexpr int64_t size = sizeof(T);
-  static constexpr TileProduct<T> on_portable{
-      2, 16 / size, {KFAC_FAST_TILES(portable, 1), KFAC_FAST_TILES(portable, 2)}};
+  static constexpr TileProduct<T> on_portable{2, 16 / size,
+                                              KFAC_FAST_TILES_OF_2(portable, tile_product),
+                                              KFAC_FAST_TILES_OF_2(portable, spread_product)};
 #if defined(__x86_64__)
-  static constexpr TileProduct<T> on_avx2{
-      4, 32 / size, {KFAC_FAST_TILES(avx2, 1), KFAC_FAST_TILES(avx2, 2), KFAC_FAST_TILES(avx2, 4)}};
-  static constexpr TileProduct<T> on_avx512{
-      8,
-      64 / size,
-      {KFAC_FAST_TILES(avx512, 1), KFAC_FAST_TILES(avx512, 2), KFAC_FAST_TILES(avx512, 4),
-       KFAC_FAST_TILES(avx512, 8)}};
+  static constexpr TileProduct<T> on_avx2{4, 32 / size, KFAC_FAST_TILES_OF_4(avx2, tile_product),
+                                          KFAC_FAST_TILES_OF_4(avx2, spread_product)};
+  static constexpr TileProduct<T> on_avx512{8, 64 / size,
+                                            KFAC_FAST_TILES_OF_8(avx512, tile_product),
+                                            KFAC_FAST_TILES_OF_8(avx512, spread_product)};
   if (set == InstructionSet::avx512) return on_avx512;
   if (set == InstructionSet::avx2) return on_avx2;
 #endif
   return on_portable;
 }
 
+#undef KFAC_FAST_TILES_OF_8
+#undef KFAC_FAST_TILES_OF_4
+#undef KFAC_FAST_TILES_OF_2
 #undef KFAC_FAST_TILES
 
 template <typename In, typename T>
@@ -186,6 +208,21 @@ void multiply_panels(const TileProduct<T>& product, const Panels<T>& left, int64
       tile(left.at(r), left.row_stride, right.at(c), right.row_stride, right.depth,
            sum + r * sum_stride + c, sum_stride, accumulate);
     }
+  }
+}
+
+// sums[v][r][c] += Σ_k left[k][r] · right[k][v · vector_stride + c] for `rows` rows r and a vector
+// of columns c: products of one left operand, as narrow as a vector, with several right ones.
+template <typename T>
+void multiply_spread(const TileProduct<T>& product, const Panels<T>& left, int64_t rows,
+                     const Panels<T>& right, int64_t vectors, int64_t vector_stride, T* const* sums,
+                     int64_t sum_stride) {
+  for (int64_t r = 0; r < rows; r += product.rows) {
+    T* own[TileProduct<T>::vectors];
+    for (int64_t v = 0; v < vectors; ++v) own[v] = sums[v] + r * sum_stride;
+    product.spread(std::min(product.rows, rows - r), vectors)(
+        left.at(r), left.row_stride, right.data, right.row_stride, vector_stride, right.depth, own,
+        sum_stride);
   }
 }
 

@@ -28,53 +28,93 @@ KFAC_FAST_TARGET inline void add_compensated(Value& sum, Value& lost, Value more
   sum = total;
 }
 
-// sum[r][c] (+)= Σ_k left[k][r] · right[k][c]. The sums stay in registers for the whole depth; a
-// step k loads VECTORS vectors and ROWS scalars and multiplies all pairs. A multiply-add takes four
-// cycles and two start in each, so narrow tiles keep SPLIT sets of sums to have eight under way.
-template <typename T, int ROWS, int VECTORS, int SPLIT = std::max(1, 8 / (ROWS * VECTORS))>
-KFAC_FAST_TARGET void tile_product(const T* left, int64_t left_stride, const T* right,
-                                   int64_t right_stride, int64_t depth, T* sum, int64_t sum_stride,
-                                   bool accumulate) {
-  using Vector = typename VectorOf<T>::type;
-  constexpr int LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
-  Vector total[SPLIT][ROWS][VECTORS] = {};
-  if (accumulate) {  // the old sums come from far caches: ask for them before the long loop
-    for (int r = 0; r < ROWS; ++r) {
-      for (int v = 0; v < VECTORS; ++v) __builtin_prefetch(sum + r * sum_stride + v * LANES);
-    }
+// total[r][v] += left[r] · the v-th vector of right
+template <typename T, int ROWS, int VECTORS>
+KFAC_FAST_TARGET inline void multiply_step(const T* left, const T* right, int64_t vector_stride,
+                                           typename VectorOf<T>::type (&total)[ROWS][VECTORS]) {
+  typename VectorOf<T>::type columns[VECTORS];
+#pragma GCC unroll 3
+  for (int v = 0; v < VECTORS; ++v) columns[v] = load_vector<T, T>(right + v * vector_stride);
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 3
+    for (int v = 0; v < VECTORS; ++v) total[r][v] += columns[v] * left[r];
   }
+}
+
+// total[r][v] = Σ_k left[k][r] · the v-th vector of right[k], in registers for the whole depth. A
+// multiply-add takes four cycles and two start in each, so narrow tiles keep SPLIT sets of sums to
+// have eight under way.
+template <typename T, int ROWS, int VECTORS>
+KFAC_FAST_TARGET inline void multiply_steps(const T* left, int64_t left_stride, const T* right,
+                                            int64_t right_stride, int64_t vector_stride,
+                                            int64_t depth,
+                                            typename VectorOf<T>::type (&total)[ROWS][VECTORS]) {
+  constexpr int SPLIT = std::max(1, 8 / (ROWS * VECTORS));
+  typename VectorOf<T>::type sums[SPLIT][ROWS][VECTORS] = {};
 #pragma GCC unroll 4
   for (int64_t step = depth / SPLIT; step > 0; --step) {
 #pragma GCC unroll 8
     for (int s = 0; s < SPLIT; ++s, left += left_stride, right += right_stride) {
       // A step of a wide panel on the left is on a line of its own: asked for before it is needed.
       if constexpr (SPLIT == 1) __builtin_prefetch(left + 32 * left_stride);
-      Vector columns[VECTORS];
-#pragma GCC unroll 3
-      for (int v = 0; v < VECTORS; ++v) {
-        columns[v] = *reinterpret_cast<const Vector*>(right + v * LANES);
-      }
-#pragma GCC unroll 8
-      for (int r = 0; r < ROWS; ++r) {
-#pragma GCC unroll 3
-        for (int v = 0; v < VECTORS; ++v) total[s][r][v] += columns[v] * left[r];
-      }
+      multiply_step<T>(left, right, vector_stride, sums[s]);
     }
+  }
+  for (int rest = 0; rest < depth % SPLIT; ++rest, left += left_stride, right += right_stride) {
+    multiply_step<T>(left, right, vector_stride, sums[0]);
   }
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 3
     for (int v = 0; v < VECTORS; ++v) {
+      total[r][v] = sums[0][r][v];
 #pragma GCC unroll 8
-      for (int s = 1; s < SPLIT; ++s) total[0][r][v] += total[s][r][v];
-      Vector* target = reinterpret_cast<Vector*>(sum + r * sum_stride + v * LANES);
-      *target = accumulate ? *target + total[0][r][v] : total[0][r][v];
+      for (int s = 1; s < SPLIT; ++s) total[r][v] += sums[s][r][v];
     }
   }
-  if constexpr (SPLIT > 1) {
-    if (depth % SPLIT != 0) {
-      tile_product<T, ROWS, VECTORS, 1>(left, left_stride, right, right_stride, depth % SPLIT, sum,
-                                        sum_stride, true);
+}
+
+// sum[r][c] (+)= Σ_k left[k][r] · right[k][c]
+template <typename T, int ROWS, int VECTORS>
+KFAC_FAST_TARGET void tile_product(const T* left, int64_t left_stride, const T* right,
+                                   int64_t right_stride, int64_t depth, T* sum, int64_t sum_stride,
+                                   bool accumulate) {
+  using Vector = typename VectorOf<T>::type;
+  constexpr int LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
+  if (accumulate) {  // the old sums come from far caches: ask for them before the long loop
+    for (int r = 0; r < ROWS; ++r) {
+      for (int v = 0; v < VECTORS; ++v) __builtin_prefetch(sum + r * sum_stride + v * LANES);
+    }
+  }
+  Vector total[ROWS][VECTORS];
+  multiply_steps<T>(left, left_stride, right, right_stride, LANES, depth, total);
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 3
+    for (int v = 0; v < VECTORS; ++v) {
+      Vector* target = reinterpret_cast<Vector*>(sum + r * sum_stride + v * LANES);
+      *target = accumulate ? *target + total[r][v] : total[r][v];
+    }
+  }
+}
+
+// sums[v][r][c] += Σ_k left[k][r] · right[k][v · vector_stride + c], a vector of columns c
+template <typename T, int ROWS, int VECTORS>
+KFAC_FAST_TARGET void spread_product(const T* left, int64_t left_stride, const T* right,
+                                     int64_t right_stride, int64_t vector_stride, int64_t depth,
+                                     T* const* sums, int64_t sum_stride) {
+  using Vector = typename VectorOf<T>::type;
+  for (int v = 0; v < VECTORS; ++v) {
+    for (int r = 0; r < ROWS; ++r) __builtin_prefetch(sums[v] + r * sum_stride);
+  }
+  Vector total[ROWS][VECTORS];
+  multiply_steps<T>(left, left_stride, right, right_stride, vector_stride, depth, total);
+#pragma GCC unroll 3
+  for (int v = 0; v < VECTORS; ++v) {
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) {
+      *reinterpret_cast<Vector*>(sums[v] + r * sum_stride) += total[r][v];
     }
   }
 }

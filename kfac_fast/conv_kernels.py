@@ -93,14 +93,16 @@ EXPAND_KERNELS = {
     "conv_offset_gram": "offset correlation",
     "conv_patch_gram": "patches read from the input",
 }
-# The model counts vector multiply-adds of a processor with 16 lanes. A product of a short run of
-# rows also loads and stores its sums, as much work as this many rows more.
+# The model counts vector multiply-adds of a processor with 16 lanes; the work of all else is fitted
+# to measured times. A product of one row also loads it.
 LANES = 16
-ROWS_A_PRODUCT = 4
-# Narrow products wait for the vectors that they load, more than wide ones do.
 LOADS_A_ROW = 3
-# An entry of a patch is gathered from the input; a copied pixel comes in vectors.
-WORK_A_GATHERED_ENTRY = 1.0
+# The offset kernel copies the pixels into whole vectors, and gathers vectors of the sums of all
+# cells of all windows.
+WORK_A_PACKED_PIXEL = 5.5
+WORK_A_GATHERED_SUM = 40.0
+# The patch kernel gathers every entry of every patch from the input.
+WORK_A_GATHERED_ENTRY = 4.5
 # Bytes that the offset kernel may pack whatever the size of the input.
 ALWAYS_PACKED = 2**20
 # The offset kernel keeps the sums of all cells of a tile.
@@ -122,20 +124,26 @@ def _cost(kernel: str, geometry: ConvGeometry, shape: tuple[int, ...], item: int
         products = strips * width * -(-width // LANES) / 2
         return patches * (products + WORK_A_GATHERED_ENTRY * strips * width)
     strips, width = _strips(channels // geometry.groups, geometry.groups)
-    rows, cells, pixels = float(batch), 1, 1
+    vectors = -(-width // LANES)
+    rows, cells, sums, pixels = batch, 1, 1, 1
     for axis in axes:
         offsets = axis.offsets()
         pixels *= len(offsets.line)
         lengths = [length for shift in offsets.shifts for _, length in shift.cells]
         cells *= len(lengths)
-        more = ROWS_A_PRODUCT / max(batch, 1) if axis is axes[-1] else 0.0
-        rows *= sum(length + more for length in lengths)
-    tile = min(width, 3 * LANES)
-    if cells * tile * max(tile, LANES) > MOST_SUMS:
+        rows *= sum(lengths)
+        sums *= sum(last - first for _, first, last in offsets.pairs)
+    if cells * (min(vectors, 3) * LANES) ** 2 > MOST_SUMS:
         return math.inf
-    # One example is packed at once, its strips in whole vectors of float32.
-    packed = 4 * pixels * strips * -(-width // LANES) * LANES
+    packed = pixels * strips * vectors * LANES
     result = 4 * geometry.groups * geometry.features(channels) ** 2
-    if packed > ALWAYS_PACKED + 1.25 * item * math.prod(shape) + result:
+    # One example is packed at once, in float32.
+    if 4 * packed > ALWAYS_PACKED + 1.25 * item * math.prod(shape) + result:
         return math.inf
-    return rows * strips * (width + LOADS_A_ROW) * -(-width // LANES) / 2
+    # Of the lower triangle, or of the diagonal if each channel is a group.
+    gathered = strips if geometry.groups == channels else channels * (vectors + 1) / 2
+    return (
+        rows * strips * (width + LOADS_A_ROW) * vectors / 2
+        + WORK_A_PACKED_PIXEL * batch * packed
+        + WORK_A_GATHERED_SUM * sums * gathered
+    )

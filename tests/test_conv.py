@@ -216,7 +216,9 @@ def test_chosen_kernels() -> None:
         assert chosen(shape, 3, padding=1) == "conv_offset_gram"
     assert chosen((32, 64, 256), 9, padding=4) == "conv_offset_gram"
     assert chosen((8, 128, 56, 56), 3, stride=2, padding=1) == "conv_offset_gram"
-    assert chosen((2, 96, 56, 56), 7, padding=3, groups=96) == "conv_offset_gram"
+    for depthwise in ((32, 32, 56, 56), (8, 768, 14, 14), (2, 96, 56, 56)):
+        assert chosen(depthwise, 7, padding=3, groups=depthwise[1]) == "conv_offset_gram"
+        assert chosen(depthwise, 3, padding=1, groups=depthwise[1]) == "conv_offset_gram"
     assert chosen((8, 3, 224, 224), 7, stride=2, padding=3) == "conv_patch_gram"
     assert chosen((8, 3, 224, 224), 16, stride=16) == "conv_patch_gram"
     assert chosen((4, 1, 28, 28), 5) == "conv_patch_gram"

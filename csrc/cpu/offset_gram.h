@@ -12,15 +12,16 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <numeric>
 #include <vector>
 
 #include "conv_plan.h"
 #include "gram_layout.h"
 #include "image_source.h"
+#include "joint_shifts.h"
 #include "parallel.h"
 #include "scratch.h"
 #include "symmetric_store.h"
+#include "tap_store.h"
 #include "tile_product.h"
 #include "transpose.h"
 
@@ -35,18 +36,17 @@ class OffsetGram {
         axes_(axes),
         product_(tile_product<T>(set)),
         pack_(packing<In, T>(set)),
-        store_square_(square_store<T>(set)),
         layout_(source.channels, groups,
                 even_panel_width(source.channels, groups, product_.panel_width(), product_.lanes),
                 product_.lanes),
-        store_(store),
         bias_(bias),
-        out_(out) {
+        store_(layout_, product_, square_store<T>(set), store, bias, out) {
     lay_out_pixels();
     lay_out_sums();
     list_operands();
-    list_cells_of_pairs();
+    store_.set_cells(cells_, windows());
     list_tiles();
+    list_joints();
   }
 
   void run() {
@@ -68,7 +68,7 @@ class OffsetGram {
         if (round == 0) std::fill_n(own, sums_size_, T{0});
         const int64_t chunk = first + set;
         multiply(tiles_[tile], chunk, chunk_data(chunk, first, packed.get()), own);
-        if (chunks_ == 1) store_rows(tiles_[tile], own, 0, strip_width(tiles_[tile]));
+        if (chunks_ == 1) store_.rows(tiles_[tile], own, 0, rows_of(tiles_[tile]));
       });
     }
     if (chunks_ > 1) add_sets_and_store(sums.get());
@@ -76,8 +76,7 @@ class OffsetGram {
 
  private:
   using Shift = OffsetAxis::Shift;
-  static constexpr int64_t longest = 128;          // rows of a product, as in row_blocks.h
-  static constexpr int64_t line = 64 / sizeof(T);  // numbers in a cache line
+  static constexpr int64_t longest = 128;  // rows of a product, as in row_blocks.h
 
   // A row of the images, seen as the left operand of a pair of shifts along z and y.
   struct Operand {
@@ -143,8 +142,6 @@ class OffsetGram {
     }
   }
 
-  // The sums of a tile: edge x edge for every cell, then for a bias one row for every cell of the
-  // pixels themselves.
   void lay_out_sums() {
     int64_t cells = 0;
     for (const Shift& at_z : z().shifts) {
@@ -154,15 +151,16 @@ class OffsetGram {
           triples_.push_back({triple_index(at_z.mirror, at_y.mirror, at_x.mirror), cells, still});
           const int64_t own = static_cast<int64_t>(at_z.cells.size() * at_y.cells.size()) *
                               static_cast<int64_t>(at_x.cells.size());
-          if (still) still_first_ = cells, still_cells_ = own;
+          if (still) cells_.still_first = cells, still_cells_ = own;
           cells += own;
         }
       }
     }
-    cells_ = cells;
+    cells_.count = cells;
+    cells_.edge = edge();
     // The smallest products have as many rows as a power of two.
-    cell_size_ = std::min(edge(), round_up(layout_.strip_columns, product_.rows)) * edge();
-    sums_size_ = cells_ * cell_size_ + (bias_ ? still_cells_ * edge() : 0);
+    cells_.size = std::min(edge(), round_up(layout_.strip_columns, product_.rows)) * edge();
+    sums_size_ = cells * cells_.size + (bias_ ? still_cells_ * edge() : 0);
   }
 
   void list_operands() {
@@ -186,19 +184,21 @@ class OffsetGram {
   }
 
   // For every pair of taps the cells that make up its window.
-  void list_cells_of_pairs() {
+  TapWindows windows() const {
     const int64_t count = taps();
-    window_begin_.reserve(count * count + 1);
+    TapWindows windows{count};
+    windows.begin.reserve(count * count + 1);
     for (int64_t left = 0; left < count; ++left) {
       for (int64_t right = 0; right < count; ++right) {
-        window_begin_.push_back(static_cast<int64_t>(window_cells_.size()));
-        add_window(left, right);
+        windows.begin.push_back(static_cast<int64_t>(windows.cells.size()));
+        add_window(left, right, windows.cells);
       }
     }
-    window_begin_.push_back(static_cast<int64_t>(window_cells_.size()));
+    windows.begin.push_back(static_cast<int64_t>(windows.cells.size()));
+    return windows;
   }
 
-  void add_window(int64_t left, int64_t right) {
+  void add_window(int64_t left, int64_t right, std::vector<int64_t>& cells) const {
     const auto pair_of = [&](const OffsetAxis& axis, int64_t after) {
       return axis.pairs[left / after % axis.taps * axis.taps + right / after % axis.taps];
     };
@@ -212,7 +212,7 @@ class OffsetGram {
     for (int64_t at_z = along_z.first; at_z < along_z.last; ++at_z) {
       for (int64_t at_y = along_y.first; at_y < along_y.last; ++at_y) {
         for (int64_t at_x = along_x.first; at_x < along_x.last; ++at_x) {
-          window_cells_.push_back(first + (at_z * cells_y + at_y) * cells_x + at_x);
+          cells.push_back(first + (at_z * cells_y + at_y) * cells_x + at_x);
         }
       }
     }
@@ -220,6 +220,25 @@ class OffsetGram {
 
   // Tiles of channels, a panel by a panel. Those on the diagonal cost about half and come last.
   void list_tiles() { tiles_ = layout_.tiles(edge()); }
+
+  // Whether a panel is one vector: then a strip has one tile.
+  bool is_narrow() const { return edge() == product_.lanes; }
+
+  void list_joints() {
+    if (!is_narrow()) return;
+    std::vector<int64_t> all, half;  // those that are not another one's mirror
+    for (int64_t shift = 0; shift < static_cast<int64_t>(x().shifts.size()); ++shift) {
+      all.push_back(shift);
+      if (shift <= x().shifts[shift].mirror) half.push_back(shift);
+    }
+    const auto by_distance = [&](int64_t a, int64_t b) {
+      return x().shifts[a].distance < x().shifts[b].distance;
+    };
+    std::sort(all.begin(), all.end(), by_distance);
+    std::sort(half.begin(), half.end(), by_distance);
+    joints_ = join_shifts(x(), all, TileProduct<T>::vectors);
+    half_joints_ = join_shifts(x(), half, TileProduct<T>::vectors);
+  }
 
   // Few tiles are cut into chunks of examples, for enough tasks for many threads. Those of a round
   // are packed together, one example at least, in no more memory than one and a quarter times the
@@ -230,7 +249,7 @@ class OffsetGram {
     const int64_t examples = std::max<int64_t>(source_.examples, 1);
     const int64_t input = examples * source_.channels * pixels() * sizeof(In);
     const int64_t groups = source_.channels / layout_.group_columns;
-    const int64_t result = groups * store_.edge * store_.edge * sizeof(T);
+    const int64_t result = groups * store_.matrix_size() * sizeof(T);
     const int64_t sums = std::max<int64_t>(tile_count() * sums_size_ * sizeof(T), 1);
     const int64_t packed = examples * image_size() * sizeof(T);
     const int64_t most_packed = std::max(5 * input / 4 + result, always_allowed);
@@ -297,8 +316,12 @@ class OffsetGram {
     const int64_t row_stride = x().size() * count * edge();
     for (size_t row = 0; row < operands_.size(); ++row) {
       for (const Operand& operand : operands_[row]) {
-        multiply_rows(tile, operand, left + row * row_stride, right + operand.right * row_stride,
-                      count, sums);
+        const T *from = left + row * row_stride, *to = right + operand.right * row_stride;
+        if (is_narrow()) {
+          multiply_narrow_rows(tile, operand, from, to, count, sums);
+        } else {
+          multiply_rows(tile, operand, from, to, count, sums);
+        }
       }
     }
     if (tile.on_diagonal()) mirror_shifts(tile, sums);
@@ -329,16 +352,49 @@ class OffsetGram {
       const Panels<T> a{left + begin * edge(), end - begin, edge(), edge(), edge()};
       const Panels<T> b{right + begin * edge(), end - begin, edge(), edge(), edge()};
       multiply_panels(product_, a, rows_of(tile), b, columns_of(tile), still && tile.on_diagonal(),
-                      sums + cell * cell_size_, edge(), true);
+                      sums + cell * cells_.size, edge(), true);
       if (bias_ && still && tile.on_diagonal()) {
         sum_panels(product_, b, columns_of(tile), bias_sums(sums, cell), true);
       }
     }
   }
 
-  T* bias_sums(T* sums, int64_t cell) const {
-    return sums + cells_ * cell_size_ + (cell - still_first_) * edge();
+  // The same of a narrow tile, by joint shifts.
+  void multiply_narrow_rows(const Tile& tile, const Operand& operand, const T* left, const T* right,
+                            int64_t count, T* sums) const {
+    const int64_t mirror_z = z().shifts[operand.shift_z].mirror;
+    const int64_t mirror_y = y().shifts[operand.shift_y].mirror;
+    const int64_t index = triple_index(operand.shift_z, operand.shift_y, 0);
+    const int64_t mirror = triple_index(mirror_z, mirror_y, 0);
+    if (index > mirror) return;  // the mirror has it
+    for (const JointShifts& joint : index < mirror ? joints_ : half_joints_) {
+      const auto members = static_cast<int64_t>(joint.members.size());
+      T* own[TileProduct<T>::vectors];
+      int64_t still_cell = -1;
+      for (int64_t m = 0; m < members; ++m) {
+        const auto [shift, cell_x] = joint.members[m];
+        const auto cells_x = static_cast<int64_t>(x().shifts[shift].cells.size());
+        const Triple& triple = triples_[index + shift];
+        const int64_t cell = triple.first_cell + operand.cell * cells_x + cell_x;
+        own[m] = sums + cell * cells_.size;
+        if (triple.still) still_cell = cell;
+      }
+      const int64_t rows = joint.length * count, pieces = divide_up(rows, longest);
+      for (int64_t piece = 0; piece < pieces; ++piece) {
+        const int64_t begin = piece * rows / pieces, depth = (piece + 1) * rows / pieces - begin;
+        const T* from = left + (joint.first * count + begin) * edge();
+        const T* to = right + ((joint.first + joint.distance) * count + begin) * edge();
+        const Panels<T> a{from, depth, edge(), edge(), 0}, b{to, depth, edge(), edge(), 0};
+        multiply_spread(product_, a, rows_of(tile), b, members, joint.step * count * edge(), own,
+                        edge());
+        if (bias_ && still_cell >= 0) {
+          sum_panels(product_, a, columns_of(tile), bias_sums(sums, still_cell), true);
+        }
+      }
+    }
   }
+
+  T* bias_sums(T* sums, int64_t cell) const { return sums + cells_.bias(cell); }
 
   // On the diagonal a shift's sums are those of its mirror, transposed.
   void mirror_shifts(const Tile& tile, T* sums) const {
@@ -346,10 +402,15 @@ class OffsetGram {
     for (size_t t = 0; t < triples_.size(); ++t) {
       const Triple& mirror = triples_[triples_[t].mirror];
       if (static_cast<int64_t>(t) <= triples_[t].mirror) continue;
-      const int64_t next = t + 1 < triples_.size() ? triples_[t + 1].first_cell : cells_;
+      const int64_t next = t + 1 < triples_.size() ? triples_[t + 1].first_cell : cells_.count;
       for (int64_t i = 0; i < next - triples_[t].first_cell; ++i) {
-        transpose(sums + (mirror.first_cell + i) * cell_size_, edge(), width, width,
-                  sums + (triples_[t].first_cell + i) * cell_size_, edge());
+        const T* from = sums + (mirror.first_cell + i) * cells_.size;
+        T* to = sums + (triples_[t].first_cell + i) * cells_.size;
+        if (layout_.group_columns == 1) {  // only the diagonal is stored
+          for (int64_t c = 0; c < width; ++c) to[c * (edge() + 1)] = from[c * (edge() + 1)];
+        } else {
+          transpose(from, edge(), width, width, to, edge());
+        }
       }
     }
   }
@@ -365,140 +426,32 @@ class OffsetGram {
         for (int64_t i = begin; i < end; ++i) sums[i] += more[i];
       }
     });
-    const int64_t rows = channels_together();
+    const int64_t rows = store_.channels_together();
     const int64_t parts = divide_up(std::min(edge(), layout_.strip_columns), rows);
     const double entries = 4.0 * set_size;
     for_each_task(tile_count() * parts, worker_count(tile_count() * parts, entries),
                   [&](int64_t task, int64_t) {
                     const Tile& tile = tiles_[task / parts];
                     const int64_t first = tile.row + task % parts * rows;
-                    store_rows(tile, sums + task / parts * sums_size_, first - tile.row,
-                               std::min(first + rows, tile.row + rows_of(tile)) - tile.row);
+                    store_.rows(tile, sums + task / parts * sums_size_, first - tile.row,
+                                std::min(first + rows, tile.row + rows_of(tile)) - tile.row);
                   });
-  }
-
-  // Channels whose rows of the result are stored together: few, but whole cache lines of the mirror
-  // image if that takes no more than 256 rows.
-  int64_t channels_together() const {
-    const int64_t few = std::max<int64_t>(1, 32 / taps());
-    const int64_t even = line / std::gcd(line, taps());
-    return even * taps() <= 256 ? round_up(few, even) : few;
-  }
-
-  // Channels whose columns are, beside them: about 96 KB of entries.
-  int64_t columns_together() const {
-    const int64_t rows = channels_together() * taps();
-    return std::max(line,
-                    (96 << 10) / static_cast<int64_t>(sizeof(T)) / (rows * taps()) / line * line);
-  }
-
-  // Stores the entries of the channels [begin, end) of a tile, counted from its first row.
-  void store_rows(const Tile& tile, const T* sums, int64_t begin, int64_t end) const {
-    const int64_t features = layout_.group_columns;
-    const int64_t block = columns_together();
-    const int64_t entries = channels_together() * taps() * block * taps();
-    const auto values = make_scratch<T>(entries + product_.lanes);  // see gather
-    end = std::min(end, rows_of(tile));
-    for (int64_t first = begin, last; first < end; first = last) {
-      // Rows of one group: strips of several groups have one tile, on the diagonal.
-      const int64_t group_end = (tile.row + first) / features * features + features - tile.row;
-      last = std::min({first + channels_together(), end, group_end});
-      const bool whole = features == layout_.strip_columns;
-      const int64_t from = whole ? 0 : group_end - features;
-      const int64_t below = tile.on_diagonal() ? first : columns_of(tile);
-      for (int64_t c = from, next; c < below; c = next) {
-        next = std::min(c + block, below);
-        store_block(tile, sums, first, last, c, next, false, values.get());
-      }
-      if (tile.on_diagonal()) store_block(tile, sums, first, last, first, last, true, values.get());
-      if (tile.on_diagonal() && bias_) store_bias(tile, sums, first, last, values.get());
-    }
-  }
-
-  T* matrix_of(const Tile& tile, int64_t channel) const {
-    const int64_t group = (tile.strip * layout_.strip_columns + channel) / layout_.group_columns;
-    return out_ + group * store_.edge * store_.edge;
-  }
-
-  // Entries of the channels [first, last) by [from, to) of a tile, for all pairs of taps. The lines
-  // they are stored to are asked for a row, and some of the mirror image's, at a time: the matrix
-  // is in no cache.
-  void store_block(const Tile& tile, const T* sums, int64_t first, int64_t last, int64_t from,
-                   int64_t to, bool diagonal, T* values) const {
-    const int64_t features = layout_.group_columns, count = taps();
-    const int64_t height = (last - first) * count, width = (to - from) * count;
-    const int64_t row = (tile.row + first) % features * count;
-    const int64_t column = (tile.column + from) % features * count;
-    T* matrix = matrix_of(tile, tile.row + first);
-    for (int64_t i = 0; i < height; ++i) {
-      store_.prefetch(matrix, row + i, column, width);
-      for (int64_t j = i; j < width; j += height) store_.prefetch(matrix, column + j, row, height);
-      gather(sums + (first + i / count) * edge(), i % count, from, to, values + i * width);
-    }
-    store_.wide({values, width, 1, 0}, height, width, diagonal, matrix, row, column);
-  }
-
-  // target[c · taps + right] = the sum of the entry from + c of the cells of (left, right)'s
-  // window. Squares of taps by channels are transposed; what they write beyond the last tap is
-  // overwritten by the next channel's first taps, which come later, or by the next row.
-  void gather(const T* sums, int64_t left, int64_t from, int64_t to, T* target) const {
-    const int64_t lanes = product_.lanes, count = taps();
-    alignas(64) T square[line * line];
-    for (int64_t c = from; c < to; c += lanes, target += lanes * count) {
-      const int64_t width = std::min(lanes, to - c);
-      for (int64_t right = (count - 1) / lanes * lanes; right >= 0; right -= lanes) {
-        for (int64_t tap = right; tap < std::min(right + lanes, count); ++tap) {
-          sum_window(sums + c, left * count + tap, width, square + (tap - right) * lanes);
-        }
-        store_square_(square, lanes, width, target + right, count);
-      }
-    }
-  }
-
-  // total[c] = the sum of the entry c of the cells of a pair's window.
-  void sum_window(const T* sums, int64_t pair, int64_t width, T* total) const {
-    std::fill_n(total, width, T{0});
-    for (int64_t i = window_begin_[pair]; i < window_begin_[pair + 1]; ++i) {
-      const T* more = sums + window_cells_[i] * cell_size_;
-      for (int64_t c = 0; c < width; ++c) total[c] += more[c];
-    }
-  }
-
-  void store_bias(const Tile& tile, const T* sums, int64_t first, int64_t last, T* values) const {
-    const int64_t count = taps();
-    for (int64_t channel = first; channel < last; ++channel) {
-      for (int64_t tap = 0; tap < count; ++tap) {
-        T total = 0;
-        const int64_t pair = tap * count + tap;
-        for (int64_t i = window_begin_[pair]; i < window_begin_[pair + 1]; ++i) {
-          const int64_t cell = window_cells_[i] - still_first_;
-          total += sums[cells_ * cell_size_ + cell * edge() + channel];
-        }
-        values[(channel - first) * count + tap] = total;
-      }
-    }
-    const int64_t features = layout_.group_columns;
-    store_.wide({values, 0, 1, 0}, 1, (last - first) * count, false,
-                matrix_of(tile, tile.row + first), features * count,
-                (tile.row + first) % features * count);
   }
 
   const ImageSource<In>& source_;
   const Axes<OffsetAxis>& axes_;
   const TileProduct<T>& product_;
   const Packing<In, T> pack_;
-  const SquareStore<T> store_square_;
   const GramLayout layout_;
-  const SymmetricStore<T>& store_;
   const bool bias_;
-  T* const out_;
+  TapStore<T> store_;
 
   std::vector<int64_t> place_;  // of every pixel of the lines in an image
   std::vector<Triple> triples_;
-  int64_t cells_ = 0, cell_size_ = 0, sums_size_ = 0;
-  int64_t still_first_ = 0, still_cells_ = 0;
-  std::vector<std::vector<Operand>> operands_;  // by the row that is the left operand
-  std::vector<int64_t> window_begin_, window_cells_;
+  CellSums cells_;
+  int64_t still_cells_ = 0, sums_size_ = 0;
+  std::vector<std::vector<Operand>> operands_;     // by the row that is the left operand
+  std::vector<JointShifts> joints_, half_joints_;  // of the shifts along x; if narrow
   std::vector<Tile> tiles_;
   int64_t chunks_ = 1, chunks_a_round_ = 1;
 };
