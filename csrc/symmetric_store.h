@@ -100,7 +100,7 @@ struct SymmetricStore {
   }
 
   // Asks for the cache lines of `count` entries of a row of the matrix, to be stored soon, unless
-  // that goes past the caches. (A call of it would be dropped: it has no effect.)
+  // that goes past the caches. Always inlined: compilers drop calls that only prefetch.
   __attribute__((always_inline)) void prefetch(const T* matrix, int64_t row, int64_t column,
                                                int64_t count) const {
     if (past_caches()) return;

@@ -16,8 +16,8 @@
 
 namespace kfac_fast {
 
-// How the sums of a tile lie: edge columns of all rows for every cell, then for a bias one row for
-// every cell of the pixels themselves.
+// How the sums of a tile lie: edge columns of all rows for every cell, or of the diagonal as one
+// row if each channel is a group; then for a bias one row for every cell of the pixels themselves.
 struct CellSums {
   int64_t count = 0;
   int64_t size = 0;  // of a cell
@@ -38,23 +38,21 @@ template <typename T>
 class TapStore {
  public:
   TapStore(const GramLayout& layout, const TileProduct<T>& product, SquareStore<T> store_square,
-           const SymmetricStore<T>& store, bool bias, T* out)
+           const SymmetricStore<T>& store, const CellSums& cells, const TapWindows& windows,
+           bool bias, T* out)
       : layout_(layout),
         lanes_(product.lanes),
         store_square_(store_square),
         store_(store),
+        cells_(cells),
+        windows_(windows),
         bias_(bias),
         out_(out) {}
-
-  void set_cells(const CellSums& cells, TapWindows windows) {
-    cells_ = cells;
-    windows_ = std::move(windows);
-  }
 
   int64_t matrix_size() const { return store_.edge * store_.edge; }
 
   // Channels whose rows of the result are stored together: few, but whole cache lines of the mirror
-  // image if that takes no more than 256 rows. Groups of one channel are stored a vector at a time.
+  // image if that takes no more than 256 rows; all of a tile if each is a group.
   int64_t channels_together() const {
     if (layout_.group_columns == 1) return lanes_;
     const int64_t few = std::max<int64_t>(1, 32 / taps());
@@ -86,7 +84,7 @@ class TapStore {
   }
 
  private:
-  static constexpr int64_t line = 64 / sizeof(T);  // numbers in a cache line
+  static constexpr int64_t line = 64 / sizeof(T);  // numbers in a cache line, or the widest vector
 
   int64_t taps() const { return windows_.taps; }
 
@@ -94,7 +92,8 @@ class TapStore {
     return std::min(cells_.edge, layout_.width(tile.strip) - tile.column);
   }
 
-  // Channels whose columns are stored together: about 96 KB of entries with those of the rows.
+  // Channels whose columns are stored together: whole cache lines, and no more than 96 KB of
+  // entries if the taps are few.
   int64_t columns_together() const {
     constexpr int64_t entries = (96 << 10) / sizeof(T);
     const int64_t columns = entries / (channels_together() * taps() * taps());
@@ -119,77 +118,61 @@ class TapStore {
     for (int64_t i = 0; i < height; ++i) {
       store_.prefetch(matrix, row + i, column, width);
       for (int64_t j = i; j < width; j += height) store_.prefetch(matrix, column + j, row, height);
-      gather(sums + (first + i / count) * cells_.edge, i % count, from, to, values + i * width);
+      gather(sums + (first + i / count) * cells_.edge, i % count, from, to, values + i * width,
+             count);
     }
     store_.wide({values, width, 1, 0}, height, width, diagonal, matrix, row, column);
   }
 
-  // target[c · taps + right] = the sum of the entry from + c of the cells of (left, right)'s
+  // target[c · stride + right] = the sum of the entry from + c of the cells of (left, right)'s
   // window. Squares of taps by channels are transposed; what they write beyond the last tap is
-  // overwritten by the next channel's first taps, which come later, or by the next row.
-  void gather(const T* sums, int64_t left, int64_t from, int64_t to, T* target) const {
-    const int64_t lanes = lanes_, count = taps();
+  // overwritten by the next channel's first taps or the next row's, which come later.
+  void gather(const T* sums, int64_t left, int64_t from, int64_t to, T* target,
+              int64_t stride) const {
+    const int64_t count = taps();
     alignas(64) T square[line * line];
-    for (int64_t c = from; c < to; c += lanes, target += lanes * count) {
-      const int64_t width = std::min(lanes, to - c);
-      for (int64_t right = (count - 1) / lanes * lanes; right >= 0; right -= lanes) {
-        for (int64_t tap = right; tap < std::min(right + lanes, count); ++tap) {
+    for (int64_t c = from; c < to; c += lanes_, target += lanes_ * stride) {
+      const int64_t width = std::min(lanes_, to - c);
+      for (int64_t right = (count - 1) / lanes_ * lanes_; right >= 0; right -= lanes_) {
+        for (int64_t tap = right; tap < std::min(right + lanes_, count); ++tap) {
           sum_window(sums + c, cells_.size, left * count + tap, width,
-                     square + (tap - right) * lanes);
+                     square + (tap - right) * lanes_);
         }
-        store_square_(square, lanes, width, target + right, count);
+        store_square_(square, lanes_, width, target + right, stride);
       }
     }
   }
 
-  // total[c] = the sum of the entry c of the cells of a pair's window, cells `stride` apart.
-  void sum_window(const T* sums, int64_t stride, int64_t pair, int64_t width, T* total) const {
+  // total[c] = the sum of the entry c of the cells of a pair's window, which lie `distance` apart.
+  void sum_window(const T* sums, int64_t distance, int64_t pair, int64_t width, T* total) const {
     std::fill_n(total, width, T{0});
     for (int64_t i = windows_.begin[pair]; i < windows_.begin[pair + 1]; ++i) {
-      const T* more = sums + windows_.cells[i] * stride;
+      const T* more = sums + windows_.cells[i] * distance;
       for (int64_t c = 0; c < width; ++c) total[c] += more[c];
     }
   }
 
   void store_bias(const Tile& tile, const T* sums, int64_t first, int64_t last, T* values) const {
-    const int64_t count = taps();
-    for (int64_t channel = first; channel < last; ++channel) {
-      for (int64_t tap = 0; tap < count; ++tap) {
-        T total = 0;
-        const int64_t pair = tap * count + tap;
-        for (int64_t i = windows_.begin[pair]; i < windows_.begin[pair + 1]; ++i) {
-          total += sums[cells_.bias(windows_.cells[i]) + channel];
-        }
-        values[(channel - first) * count + tap] = total;
-      }
+    const int64_t features = layout_.group_columns, count = taps();
+    for (int64_t i = 0; i < (last - first) * count; ++i) {
+      sum_window(sums + cells_.bias(0) + first + i / count, cells_.edge, i % count * (count + 1), 1,
+                 values + i);
     }
-    const int64_t features = layout_.group_columns;
     store_.wide({values, 0, 1, 0}, 1, (last - first) * count, false,
                 matrix_of(tile, tile.row + first), features * count,
                 (tile.row + first) % features * count);
   }
 
-  // Groups of one channel, all of a strip: of its products only the diagonal is theirs. The sums of
-  // all pairs of taps come a vector of channels at a time and are transposed by squares.
+  // Groups of one channel, the first `width` of a tile.
   void depthwise(const Tile& tile, const T* sums, int64_t width) const {
-    const int64_t pairs = taps() * taps(), stride = round_up(pairs, lanes_);
-    const auto diagonal = make_scratch<T>(cells_.count * lanes_);
-    for (int64_t cell = 0; cell < cells_.count; ++cell) {
-      for (int64_t c = 0; c < width; ++c) {
-        diagonal[cell * lanes_ + c] = sums[cell * cells_.size + c * (cells_.edge + 1)];
-      }
-    }
+    const int64_t count = taps(), stride = count * count + lanes_;
     const auto values = make_scratch<T>(width * stride);
-    alignas(64) T square[line * line];
-    for (int64_t first = 0; first < pairs; first += lanes_) {
-      for (int64_t pair = first; pair < std::min(first + lanes_, pairs); ++pair) {
-        sum_window(diagonal.get(), lanes_, pair, width, square + (pair - first) * lanes_);
-      }
-      store_square_(square, lanes_, width, &values[first], stride);
+    for (int64_t left = 0; left < count; ++left) {
+      gather(sums, left, 0, width, &values[left * count], stride);
     }
     for (int64_t c = 0; c < width; ++c) {
-      const TileSums<T> own{&values[c * stride], taps(), 1, 0};
-      store_.wide(own, taps(), taps(), true, matrix_of(tile, c), 0, 0);
+      const TileSums<T> own{&values[c * stride], count, 1, 0};
+      store_.wide(own, count, count, true, matrix_of(tile, c), 0, 0);
       if (bias_) store_bias(tile, sums, c, c + 1, &values[c * stride]);
     }
   }
@@ -198,10 +181,10 @@ class TapStore {
   const int64_t lanes_;
   const SquareStore<T> store_square_;
   const SymmetricStore<T>& store_;
+  const CellSums& cells_;
+  const TapWindows& windows_;
   const bool bias_;
   T* const out_;
-  CellSums cells_;
-  TapWindows windows_;
 };
 
 }  // namespace kfac_fast

@@ -52,12 +52,16 @@ struct TileProduct {
 
   using Spread = void (*)(const T* left, int64_t left_stride, const T* right, int64_t right_stride,
                           int64_t vector_stride, int64_t depth, T* const* sums, int64_t sum_stride);
+  using Lanewise = void (*)(const T* left, int64_t left_stride, const T* right,
+                            int64_t right_stride, int64_t vector_stride, int64_t depth,
+                            T* const* sums);
 
   int64_t rows;   // of a full tile, a power of two
   int64_t lanes;  // of a vector, a multiple of rows
   // [log2 of the rows][vectors - 1]
   Function variants[4][vectors];
   Spread spread_variants[4][vectors];
+  Lanewise lanewise[vectors];  // [vectors - 1]
 
   int64_t panel_width() const { return vectors * lanes; }
 
@@ -101,6 +105,8 @@ struct Packing {
 
 #define KFAC_FAST_TILES(set, product, rows) \
   {set::product<T, rows, 1>, set::product<T, rows, 2>, set::product<T, rows, 3>}
+#define KFAC_FAST_LANEWISE(set) \
+  {set::lanewise_product<T, 1>, set::lanewise_product<T, 2>, set::lanewise_product<T, 3>}
 #define KFAC_FAST_TILES_OF_2(set, product) \
   {KFAC_FAST_TILES(set, product, 1), KFAC_FAST_TILES(set, product, 2)}
 #define KFAC_FAST_TILES_OF_4(set, product)                             \
@@ -113,21 +119,23 @@ struct Packing {
 template <typename T>
 const TileProduct<T>& tile_product(InstructionSet set) {
   constexpr int64_t size = sizeof(T);
-  static constexpr TileProduct<T> on_portable{2, 16 / size,
-                                              KFAC_FAST_TILES_OF_2(portable, tile_product),
-                                              KFAC_FAST_TILES_OF_2(portable, spread_product)};
+  static constexpr TileProduct<T> on_portable{
+      2, 16 / size, KFAC_FAST_TILES_OF_2(portable, tile_product),
+      KFAC_FAST_TILES_OF_2(portable, spread_product), KFAC_FAST_LANEWISE(portable)};
 #if defined(__x86_64__)
   static constexpr TileProduct<T> on_avx2{4, 32 / size, KFAC_FAST_TILES_OF_4(avx2, tile_product),
-                                          KFAC_FAST_TILES_OF_4(avx2, spread_product)};
-  static constexpr TileProduct<T> on_avx512{8, 64 / size,
-                                            KFAC_FAST_TILES_OF_8(avx512, tile_product),
-                                            KFAC_FAST_TILES_OF_8(avx512, spread_product)};
+                                          KFAC_FAST_TILES_OF_4(avx2, spread_product),
+                                          KFAC_FAST_LANEWISE(avx2)};
+  static constexpr TileProduct<T> on_avx512{
+      8, 64 / size, KFAC_FAST_TILES_OF_8(avx512, tile_product),
+      KFAC_FAST_TILES_OF_8(avx512, spread_product), KFAC_FAST_LANEWISE(avx512)};
   if (set == InstructionSet::avx512) return on_avx512;
   if (set == InstructionSet::avx2) return on_avx2;
 #endif
   return on_portable;
 }
 
+#undef KFAC_FAST_LANEWISE
 #undef KFAC_FAST_TILES_OF_8
 #undef KFAC_FAST_TILES_OF_4
 #undef KFAC_FAST_TILES_OF_2

@@ -119,6 +119,36 @@ KFAC_FAST_TARGET void spread_product(const T* left, int64_t left_stride, const T
   }
 }
 
+// sums[v][c] += Σ_k left[k][c] · right[k][v · vector_stride + c], a vector of columns c: the
+// diagonals of spread products.
+template <typename T, int VECTORS>
+KFAC_FAST_TARGET void lanewise_product(const T* left, int64_t left_stride, const T* right,
+                                       int64_t right_stride, int64_t vector_stride, int64_t depth,
+                                       T* const* sums) {
+  using Vector = typename VectorOf<T>::type;
+  constexpr int SPLIT = 8 / VECTORS;  // as in multiply_steps
+  Vector total[SPLIT][VECTORS] = {};
+  const auto step = [&](int64_t k, Vector(&own)[VECTORS]) KFAC_FAST_TARGET {
+    const Vector lanes = load_vector<T, T>(left + k * left_stride);
+#pragma GCC unroll 3
+    for (int v = 0; v < VECTORS; ++v) {
+      own[v] += lanes * load_vector<T, T>(right + k * right_stride + v * vector_stride);
+    }
+  };
+  int64_t k = 0;
+  for (; k + SPLIT <= depth; k += SPLIT) {
+#pragma GCC unroll 8
+    for (int s = 0; s < SPLIT; ++s) step(k + s, total[s]);
+  }
+  for (; k < depth; ++k) step(k, total[0]);
+#pragma GCC unroll 3
+  for (int v = 0; v < VECTORS; ++v) {
+#pragma GCC unroll 8
+    for (int s = 1; s < SPLIT; ++s) total[0][v] += total[s][v];
+    *reinterpret_cast<Vector*>(sums[v]) += total[0][v];
+  }
+}
+
 // Packs rows whose columns are adjacent in memory. Vectors are copied one by one: the compiler
 // would turn a loop over the width into a call of memcpy, slow for so few bytes.
 template <typename In, typename T>

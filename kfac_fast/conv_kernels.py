@@ -99,8 +99,8 @@ LANES = 16
 LOADS_A_ROW = 3
 # The offset kernel copies the pixels into whole vectors, and gathers vectors of the sums of all
 # cells of all windows.
-WORK_A_PACKED_PIXEL = 5.5
-WORK_A_GATHERED_SUM = 40.0
+WORK_A_PACKED_ENTRY = 5.5
+WORK_A_GATHERED_SUM = 25.0
 # The patch kernel gathers every entry of every patch from the input.
 WORK_A_GATHERED_ENTRY = 4.5
 # Bytes that the offset kernel may pack whatever the size of the input.
@@ -141,9 +141,10 @@ def _cost(kernel: str, geometry: ConvGeometry, shape: tuple[int, ...], item: int
     if 4 * packed > ALWAYS_PACKED + 1.25 * item * math.prod(shape) + result:
         return math.inf
     # Of the lower triangle, or of the diagonal if each channel is a group.
-    gathered = strips if geometry.groups == channels else channels * (vectors + 1) / 2
+    depthwise = geometry.groups == channels
+    gathered = strips if depthwise else channels * (vectors + 1) / 2
     return (
-        rows * strips * (width + LOADS_A_ROW) * vectors / 2
-        + WORK_A_PACKED_PIXEL * batch * packed
+        rows * strips * ((1 if depthwise else width) + LOADS_A_ROW) * vectors / 2
+        + WORK_A_PACKED_ENTRY * batch * packed
         + WORK_A_GATHERED_SUM * sums * gathered
     )

@@ -246,7 +246,8 @@ def test_more_means_than_are_held_at_once(alpha: float, beta: float) -> None:
 @pytest.mark.parametrize(("alpha", "beta"), [(0.05, 0.95), (2.0, 1.0), (0.0, 0.5), (3.0, 0.0)])
 def test_accumulates(kernel: str, dtype: torch.dtype, alpha: float, beta: float) -> None:
     """Gram matrices read their lower triangle only; with beta 0 nothing is read."""
-    for examples, channels, groups in ((5, 12, 1), (0, 12, 1), (3, 40, 1), (4, 24, 8), (2, 34, 2)):
+    layers = ((5, 12, 1), (0, 12, 1), (3, 40, 1), (4, 24, 8), (2, 34, 2), (3, 20, 20))
+    for examples, channels, groups in layers:
         x = torch.randn(examples, channels, 5, 6).to(dtype)
         options = {"kernel_size": 3, "padding": (1, 0), "groups": groups, "bias": True}
         like = run(kernel, x, **options)

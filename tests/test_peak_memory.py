@@ -28,6 +28,8 @@ SHAPES = {
     "grouped": ((8, 128, 28, 28), 3, {"padding": 1, "groups": 32}),
     "stem": ((4, 3, 224, 224), 7, {"padding": 3, "stride": 2}),
     "3d": ((8, 32, 12, 12, 12), 3, {"padding": 1}),
+    "depthwise": ((4, 96, 28, 28), 7, {"padding": 3, "groups": 96}),
+    "many taps": ((1, 16, 56, 56), 13, {}),
 }
 SMALL = 2**20  # of tables, and of how the kernel counts
 

@@ -235,15 +235,17 @@ class BlockGram {
     });
   }
 
-  // Blocks of 1 MB together, or of 6 MB if the sums, read and written in every round, leave the
-  // caches; or all, in one round, if they are small beside the sums, which then need not be kept.
+  // Blocks of 1 MB together, or of up to 6 MB if the sums, read and written in every round, leave
+  // the caches; or all, in one round, if they are small beside the sums, which then need not be
+  // kept.
   int64_t blocks_a_round() const {
     constexpr int64_t large_sums = 12 << 20, megabyte = 1 << 20;
     const int64_t sums_size = tile_count() * tile_size();
     const int64_t block_size = blocks_.packed_size();
     if (blocks_.count() * block_size <= sums_size / 2) return blocks_.count();
     const int64_t sums_bytes = sums_size * static_cast<int64_t>(sizeof(T));
-    const int64_t round_bytes = sums_bytes > large_sums ? 6 * megabyte : megabyte;
+    const int64_t round_bytes =
+        sums_bytes > large_sums ? std::min(6 * megabyte, sums_bytes / 3) : megabyte;
     const int64_t block_bytes = block_size * static_cast<int64_t>(sizeof(T));
     return std::clamp<int64_t>(round_bytes / block_bytes, 1, blocks_.count());
   }

@@ -39,13 +39,13 @@ class OffsetGram {
         layout_(source.channels, groups,
                 even_panel_width(source.channels, groups, product_.panel_width(), product_.lanes),
                 product_.lanes),
+        tiles_(layout_.tiles(edge())),
         bias_(bias),
-        store_(layout_, product_, square_store<T>(set), store, bias, out) {
+        store_(layout_, product_, square_store<T>(set), store, cells_, windows_, bias, out) {
     lay_out_pixels();
     lay_out_sums();
     list_operands();
-    store_.set_cells(cells_, windows());
-    list_tiles();
+    list_windows();
     list_joints();
   }
 
@@ -159,7 +159,8 @@ class OffsetGram {
     cells_.count = cells;
     cells_.edge = edge();
     // The smallest products have as many rows as a power of two.
-    cells_.size = std::min(edge(), round_up(layout_.strip_columns, product_.rows)) * edge();
+    const int64_t rows = std::min(edge(), round_up(layout_.strip_columns, product_.rows));
+    cells_.size = is_depthwise() ? edge() : rows * edge();
     sums_size_ = cells * cells_.size + (bias_ ? still_cells_ * edge() : 0);
   }
 
@@ -184,21 +185,19 @@ class OffsetGram {
   }
 
   // For every pair of taps the cells that make up its window.
-  TapWindows windows() const {
-    const int64_t count = taps();
-    TapWindows windows{count};
-    windows.begin.reserve(count * count + 1);
+  void list_windows() {
+    const int64_t count = windows_.taps = taps();
+    windows_.begin.reserve(count * count + 1);
     for (int64_t left = 0; left < count; ++left) {
       for (int64_t right = 0; right < count; ++right) {
-        windows.begin.push_back(static_cast<int64_t>(windows.cells.size()));
-        add_window(left, right, windows.cells);
+        windows_.begin.push_back(static_cast<int64_t>(windows_.cells.size()));
+        add_window(left, right);
       }
     }
-    windows.begin.push_back(static_cast<int64_t>(windows.cells.size()));
-    return windows;
+    windows_.begin.push_back(static_cast<int64_t>(windows_.cells.size()));
   }
 
-  void add_window(int64_t left, int64_t right, std::vector<int64_t>& cells) const {
+  void add_window(int64_t left, int64_t right) {
     const auto pair_of = [&](const OffsetAxis& axis, int64_t after) {
       return axis.pairs[left / after % axis.taps * axis.taps + right / after % axis.taps];
     };
@@ -212,21 +211,19 @@ class OffsetGram {
     for (int64_t at_z = along_z.first; at_z < along_z.last; ++at_z) {
       for (int64_t at_y = along_y.first; at_y < along_y.last; ++at_y) {
         for (int64_t at_x = along_x.first; at_x < along_x.last; ++at_x) {
-          cells.push_back(first + (at_z * cells_y + at_y) * cells_x + at_x);
+          windows_.cells.push_back(first + (at_z * cells_y + at_y) * cells_x + at_x);
         }
       }
     }
   }
 
-  // Tiles of channels, a panel by a panel. Those on the diagonal cost about half and come last.
-  void list_tiles() { tiles_ = layout_.tiles(edge()); }
-
   // Whether a panel is one vector: then a strip has one tile.
   bool is_narrow() const { return edge() == product_.lanes; }
+  // Whether of all products of a tile's channels only each one's with itself are wanted.
+  bool is_depthwise() const { return layout_.group_columns == 1; }
 
   void list_joints() {
-    if (!is_narrow()) return;
-    std::vector<int64_t> all, half;  // those that are not another one's mirror
+    std::vector<int64_t> all, half;  // half: one of each shift and its mirror
     for (int64_t shift = 0; shift < static_cast<int64_t>(x().shifts.size()); ++shift) {
       all.push_back(shift);
       if (shift <= x().shifts[shift].mirror) half.push_back(shift);
@@ -236,8 +233,9 @@ class OffsetGram {
     };
     std::sort(all.begin(), all.end(), by_distance);
     std::sort(half.begin(), half.end(), by_distance);
-    joints_ = join_shifts(x(), all, TileProduct<T>::vectors);
-    half_joints_ = join_shifts(x(), half, TileProduct<T>::vectors);
+    const size_t most = is_narrow() ? TileProduct<T>::vectors : 1;
+    joints_ = join_shifts(x(), all, most);
+    half_joints_ = join_shifts(x(), half, most);
   }
 
   // Few tiles are cut into chunks of examples, for enough tasks for many threads. Those of a round
@@ -316,12 +314,8 @@ class OffsetGram {
     const int64_t row_stride = x().size() * count * edge();
     for (size_t row = 0; row < operands_.size(); ++row) {
       for (const Operand& operand : operands_[row]) {
-        const T *from = left + row * row_stride, *to = right + operand.right * row_stride;
-        if (is_narrow()) {
-          multiply_narrow_rows(tile, operand, from, to, count, sums);
-        } else {
-          multiply_rows(tile, operand, from, to, count, sums);
-        }
+        multiply_rows(tile, operand, left + row * row_stride, right + operand.right * row_stride,
+                      count, sums);
       }
     }
     if (tile.on_diagonal()) mirror_shifts(tile, sums);
@@ -330,67 +324,48 @@ class OffsetGram {
   // One row of the images with another, at all shifts along x.
   void multiply_rows(const Tile& tile, const Operand& operand, const T* left, const T* right,
                      int64_t count, T* sums) const {
-    for (size_t shift_x = 0; shift_x < x().shifts.size(); ++shift_x) {
-      const int64_t index = triple_index(operand.shift_z, operand.shift_y, shift_x);
-      const Triple& triple = triples_[index];
-      if (tile.on_diagonal() && index > triple.mirror) continue;  // the mirror has it
-      const Shift& shift = x().shifts[shift_x];
-      int64_t cell = triple.first_cell + operand.cell * static_cast<int64_t>(shift.cells.size());
-      for (const auto& [first, length] : shift.cells) {
-        multiply_run(tile, triple.still, left + first * count * edge(),
-                     right + (first + shift.distance) * count * edge(), length * count, cell++,
-                     sums);
-      }
-    }
-  }
-
-  void multiply_run(const Tile& tile, bool still, const T* left, const T* right, int64_t rows,
-                    int64_t cell, T* sums) const {
-    const int64_t pieces = divide_up(rows, longest);
-    for (int64_t piece = 0; piece < pieces; ++piece) {
-      const int64_t begin = piece * rows / pieces, end = (piece + 1) * rows / pieces;
-      const Panels<T> a{left + begin * edge(), end - begin, edge(), edge(), edge()};
-      const Panels<T> b{right + begin * edge(), end - begin, edge(), edge(), edge()};
-      multiply_panels(product_, a, rows_of(tile), b, columns_of(tile), still && tile.on_diagonal(),
-                      sums + cell * cells_.size, edge(), true);
-      if (bias_ && still && tile.on_diagonal()) {
-        sum_panels(product_, b, columns_of(tile), bias_sums(sums, cell), true);
-      }
-    }
-  }
-
-  // The same of a narrow tile, by joint shifts.
-  void multiply_narrow_rows(const Tile& tile, const Operand& operand, const T* left, const T* right,
-                            int64_t count, T* sums) const {
     const int64_t mirror_z = z().shifts[operand.shift_z].mirror;
     const int64_t mirror_y = y().shifts[operand.shift_y].mirror;
     const int64_t index = triple_index(operand.shift_z, operand.shift_y, 0);
     const int64_t mirror = triple_index(mirror_z, mirror_y, 0);
-    if (index > mirror) return;  // the mirror has it
-    for (const JointShifts& joint : index < mirror ? joints_ : half_joints_) {
-      const auto members = static_cast<int64_t>(joint.members.size());
+    if (tile.on_diagonal() && index > mirror) return;  // the mirror has it
+    const bool is_half = tile.on_diagonal() && index == mirror;
+    for (const JointShifts& joint : is_half ? half_joints_ : joints_) {
       T* own[TileProduct<T>::vectors];
       int64_t still_cell = -1;
-      for (int64_t m = 0; m < members; ++m) {
+      for (size_t m = 0; m < joint.members.size(); ++m) {
         const auto [shift, cell_x] = joint.members[m];
         const auto cells_x = static_cast<int64_t>(x().shifts[shift].cells.size());
         const Triple& triple = triples_[index + shift];
         const int64_t cell = triple.first_cell + operand.cell * cells_x + cell_x;
         own[m] = sums + cell * cells_.size;
-        if (triple.still) still_cell = cell;
+        if (triple.still && tile.on_diagonal()) still_cell = cell;
       }
       const int64_t rows = joint.length * count, pieces = divide_up(rows, longest);
       for (int64_t piece = 0; piece < pieces; ++piece) {
         const int64_t begin = piece * rows / pieces, depth = (piece + 1) * rows / pieces - begin;
         const T* from = left + (joint.first * count + begin) * edge();
         const T* to = right + ((joint.first + joint.distance) * count + begin) * edge();
-        const Panels<T> a{from, depth, edge(), edge(), 0}, b{to, depth, edge(), edge(), 0};
-        multiply_spread(product_, a, rows_of(tile), b, members, joint.step * count * edge(), own,
-                        edge());
+        const Panels<T> a{from, depth, edge(), edge(), edge()},
+            b{to, depth, edge(), edge(), edge()};
+        multiply_joint(tile, joint, a, b, joint.step * count * edge(), still_cell >= 0, own);
         if (bias_ && still_cell >= 0) {
           sum_panels(product_, a, columns_of(tile), bias_sums(sums, still_cell), true);
         }
       }
+    }
+  }
+
+  void multiply_joint(const Tile& tile, const JointShifts& joint, const Panels<T>& left,
+                      const Panels<T>& right, int64_t step, bool lower, T* const* sums) const {
+    const auto members = static_cast<int64_t>(joint.members.size());
+    if (is_depthwise()) {
+      product_.lanewise[members - 1](left.data, edge(), right.data, edge(), step, left.depth, sums);
+    } else if (is_narrow()) {
+      multiply_spread(product_, left, rows_of(tile), right, members, step, sums, edge());
+    } else {
+      multiply_panels(product_, left, rows_of(tile), right, columns_of(tile), lower, sums[0],
+                      edge(), true);
     }
   }
 
@@ -406,8 +381,8 @@ class OffsetGram {
       for (int64_t i = 0; i < next - triples_[t].first_cell; ++i) {
         const T* from = sums + (mirror.first_cell + i) * cells_.size;
         T* to = sums + (triples_[t].first_cell + i) * cells_.size;
-        if (layout_.group_columns == 1) {  // only the diagonal is stored
-          for (int64_t c = 0; c < width; ++c) to[c * (edge() + 1)] = from[c * (edge() + 1)];
+        if (is_depthwise()) {
+          std::copy_n(from, edge(), to);
         } else {
           transpose(from, edge(), width, width, to, edge());
         }
@@ -443,16 +418,17 @@ class OffsetGram {
   const TileProduct<T>& product_;
   const Packing<In, T> pack_;
   const GramLayout layout_;
+  const std::vector<Tile> tiles_;  // of channels, a panel by a panel
   const bool bias_;
   TapStore<T> store_;
 
   std::vector<int64_t> place_;  // of every pixel of the lines in an image
   std::vector<Triple> triples_;
   CellSums cells_;
+  TapWindows windows_;
   int64_t still_cells_ = 0, sums_size_ = 0;
   std::vector<std::vector<Operand>> operands_;     // by the row that is the left operand
-  std::vector<JointShifts> joints_, half_joints_;  // of the shifts along x; if narrow
-  std::vector<Tile> tiles_;
+  std::vector<JointShifts> joints_, half_joints_;  // of the shifts along x
   int64_t chunks_ = 1, chunks_a_round_ = 1;
 };
 

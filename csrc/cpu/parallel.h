@@ -54,7 +54,7 @@ void for_each_task(int64_t tasks, int64_t workers, const Run& run) {
 
 // The same tasks in every round. Each worker begins a round with a stretch of its own, so that it
 // reads and writes what it did in the last round or call, and then helps the others. A task may
-// wait for tasks of earlier rounds: a worker leaves a round when all its tasks are drawn.
+// wait for tasks of earlier rounds: a worker leaves a round when all tasks of the round are drawn.
 class Stretches {
  public:
   Stretches(int64_t tasks, int64_t workers) : stretches_(workers) {
@@ -71,10 +71,11 @@ class Stretches {
     for (int64_t i = 0; i < workers; ++i) {
       Stretch& stretch = stretches_[(worker + i) % workers];
       const int64_t before = round * stretch.count, after = before + stretch.count;
-      for (int64_t drawn = stretch.drawn; drawn < after;) {
-        if (!stretch.drawn.compare_exchange_weak(drawn, drawn + 1)) continue;
-        run(stretch.first + drawn - before);
-        drawn = stretch.drawn;
+      int64_t drawn = stretch.drawn;
+      while (drawn < after) {
+        if (stretch.drawn.compare_exchange_weak(drawn, drawn + 1)) {
+          run(stretch.first + drawn - before);
+        }
       }
     }
   }
