@@ -16,6 +16,22 @@
 
 namespace kfac_fast {
 
+#define KFAC_FAST_BODY "tap_store_body.h"
+#include "compile_for_instruction_sets.h"
+
+template <typename T>
+using WindowSum = void (*)(const T* sums, const int64_t* cells, const int64_t* last,
+                           int64_t distance, int64_t width, T* total);
+
+template <typename T>
+WindowSum<T> window_sum(InstructionSet set) {
+#if defined(__x86_64__)
+  if (set == InstructionSet::avx512) return avx512::sum_window<T>;
+  if (set == InstructionSet::avx2) return avx2::sum_window<T>;
+#endif
+  return portable::sum_window<T>;
+}
+
 // How the sums of a tile lie: edge columns of all rows for every cell, or of the diagonal as one
 // row if each channel is a group; then for a bias one row for every cell of the pixels themselves.
 struct CellSums {
@@ -37,12 +53,12 @@ struct TapWindows {
 template <typename T>
 class TapStore {
  public:
-  TapStore(const GramLayout& layout, const TileProduct<T>& product, SquareStore<T> store_square,
-           const SymmetricStore<T>& store, const CellSums& cells, const TapWindows& windows,
-           bool bias, T* out)
+  TapStore(InstructionSet set, const GramLayout& layout, const SymmetricStore<T>& store,
+           const CellSums& cells, const TapWindows& windows, bool bias, T* out)
       : layout_(layout),
-        lanes_(product.lanes),
-        store_square_(store_square),
+        lanes_(tile_product<T>(set).lanes),
+        store_square_(square_store<T>(set)),
+        sum_window_(window_sum<T>(set)),
         store_(store),
         cells_(cells),
         windows_(windows),
@@ -145,11 +161,9 @@ class TapStore {
 
   // total[c] = the sum of the entry c of the cells of a pair's window, which lie `distance` apart.
   void sum_window(const T* sums, int64_t distance, int64_t pair, int64_t width, T* total) const {
-    std::fill_n(total, width, T{0});
-    for (int64_t i = windows_.begin[pair]; i < windows_.begin[pair + 1]; ++i) {
-      const T* more = sums + windows_.cells[i] * distance;
-      for (int64_t c = 0; c < width; ++c) total[c] += more[c];
-    }
+    const int64_t* cells = windows_.cells.data();
+    sum_window_(sums, cells + windows_.begin[pair], cells + windows_.begin[pair + 1], distance,
+                width, total);
   }
 
   void store_bias(const Tile& tile, const T* sums, int64_t first, int64_t last, T* values) const {
@@ -180,6 +194,7 @@ class TapStore {
   const GramLayout& layout_;
   const int64_t lanes_;
   const SquareStore<T> store_square_;
+  const WindowSum<T> sum_window_;
   const SymmetricStore<T>& store_;
   const CellSums& cells_;
   const TapWindows& windows_;

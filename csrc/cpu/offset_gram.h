@@ -41,7 +41,7 @@ class OffsetGram {
                 product_.lanes),
         tiles_(layout_.tiles(edge())),
         bias_(bias),
-        store_(layout_, product_, square_store<T>(set), store, cells_, windows_, bias, out) {
+        store_(set, layout_, store, cells_, windows_, bias, out) {
     lay_out_pixels();
     lay_out_sums();
     list_operands();
