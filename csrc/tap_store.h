@@ -20,16 +20,16 @@ namespace kfac_fast {
 #include "compile_for_instruction_sets.h"
 
 template <typename T>
-using WindowSum = void (*)(const T* sums, const int64_t* cells, const int64_t* last,
-                           int64_t distance, int64_t width, T* total);
+using AddCells = void (*)(const T* sums, const int64_t* cells, const int64_t* last,
+                          int64_t distance, int64_t width, T* total);
 
 template <typename T>
-WindowSum<T> window_sum(InstructionSet set) {
+AddCells<T> add_cells(InstructionSet set) {
 #if defined(__x86_64__)
-  if (set == InstructionSet::avx512) return avx512::sum_window<T>;
-  if (set == InstructionSet::avx2) return avx2::sum_window<T>;
+  if (set == InstructionSet::avx512) return avx512::add_cells<T>;
+  if (set == InstructionSet::avx2) return avx2::add_cells<T>;
 #endif
-  return portable::sum_window<T>;
+  return portable::add_cells<T>;
 }
 
 // How the sums of a tile lie: edge columns of all rows for every cell, or of the diagonal as one
@@ -58,7 +58,7 @@ class TapStore {
       : layout_(layout),
         lanes_(tile_product<T>(set).lanes),
         store_square_(square_store<T>(set)),
-        sum_window_(window_sum<T>(set)),
+        add_cells_(add_cells<T>(set)),
         store_(store),
         cells_(cells),
         windows_(windows),
@@ -162,8 +162,8 @@ class TapStore {
   // total[c] = the sum of the entry c of the cells of a pair's window, which lie `distance` apart.
   void sum_window(const T* sums, int64_t distance, int64_t pair, int64_t width, T* total) const {
     const int64_t* cells = windows_.cells.data();
-    sum_window_(sums, cells + windows_.begin[pair], cells + windows_.begin[pair + 1], distance,
-                width, total);
+    add_cells_(sums, cells + windows_.begin[pair], cells + windows_.begin[pair + 1], distance,
+               width, total);
   }
 
   void store_bias(const Tile& tile, const T* sums, int64_t first, int64_t last, T* values) const {
@@ -194,7 +194,7 @@ class TapStore {
   const GramLayout& layout_;
   const int64_t lanes_;
   const SquareStore<T> store_square_;
-  const WindowSum<T> sum_window_;
+  const AddCells<T> add_cells_;
   const SymmetricStore<T>& store_;
   const CellSums& cells_;
   const TapWindows& windows_;

@@ -1,9 +1,9 @@
-// The sums of windows for one instruction set; see compile_for_instruction_sets.h.
+// The sums of a window's cells for one instruction set; see compile_for_instruction_sets.h.
 
 // total[c] = Σ_i sums[cells[i] · distance + c] for c < width, a vector's lanes at most.
 template <typename T>
-KFAC_FAST_TARGET void sum_window(const T* sums, const int64_t* cells, const int64_t* last,
-                                 int64_t distance, int64_t width, T* total) {
+KFAC_FAST_TARGET void add_cells(const T* sums, const int64_t* cells, const int64_t* last,
+                                int64_t distance, int64_t width, T* total) {
   using Vector = typename VectorOf<T>::type;
   if (width == KFAC_FAST_VECTOR_BYTES / static_cast<int64_t>(sizeof(T))) {
     Vector sum = {};
