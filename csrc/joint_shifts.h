@@ -25,8 +25,8 @@ struct JointShifts {
   std::vector<Member> members{};
 };
 
-// Those of shifts evenly apart, three at most, so that any of them are: the line is cut where the
-// cells of one of them begin or end.
+// Those of shifts evenly apart, three at most: then all or any two of them are evenly apart. The
+// line is cut where the cells of one of them begin or end.
 inline void add_joints(const OffsetAxis& axis, const std::vector<int64_t>& shifts,
                        std::vector<JointShifts>& joints) {
   std::vector<int64_t> cuts;

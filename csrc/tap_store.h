@@ -3,6 +3,8 @@
 // taps are the sums of the cells that make up its window (docs/math.md, section 3),
 //
 //   out[i · taps + left][j · taps + right] <- Σ_cell sums[cell][i][j]     channels i >= j
+//
+// or, where each channel is a group, out[i][left][right] <- Σ_cell sums[cell][i].
 
 #include <algorithm>
 #include <cstdint>
@@ -20,8 +22,8 @@ namespace kfac_fast {
 #include "compile_for_instruction_sets.h"
 
 template <typename T>
-using AddCells = void (*)(const T* sums, const int64_t* cells, const int64_t* last,
-                          int64_t distance, int64_t width, T* total);
+using AddCells = void (*)(const T* sums, const int64_t* cell, const int64_t* last, int64_t distance,
+                          int64_t width, T* total);
 
 template <typename T>
 AddCells<T> add_cells(InstructionSet set) {
@@ -53,12 +55,12 @@ struct TapWindows {
 template <typename T>
 class TapStore {
  public:
-  TapStore(InstructionSet set, const GramLayout& layout, const SymmetricStore<T>& store,
-           const CellSums& cells, const TapWindows& windows, bool bias, T* out)
+  TapStore(const GramLayout& layout, const SymmetricStore<T>& store, const CellSums& cells,
+           const TapWindows& windows, bool bias, T* out)
       : layout_(layout),
-        lanes_(tile_product<T>(set).lanes),
-        store_square_(square_store<T>(set)),
-        add_cells_(add_cells<T>(set)),
+        lanes_(tile_product<T>(store.set).lanes),
+        store_square_(square_store<T>(store.set)),
+        add_cells_(add_cells<T>(store.set)),
         store_(store),
         cells_(cells),
         windows_(windows),
@@ -142,7 +144,8 @@ class TapStore {
 
   // target[c · stride + right] = the sum of the entry from + c of the cells of (left, right)'s
   // window. Squares of taps by channels are transposed; what they write beyond the last tap is
-  // overwritten by the next channel's first taps or the next row's, which come later.
+  // overwritten by the next channel's first taps or the next row's, which come later, or lies in
+  // the lanes behind the last row.
   void gather(const T* sums, int64_t left, int64_t from, int64_t to, T* target,
               int64_t stride) const {
     const int64_t count = taps();

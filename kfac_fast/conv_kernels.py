@@ -105,8 +105,9 @@ WORK_A_GATHERED_SUM = 25.0
 WORK_A_GATHERED_ENTRY = 4.5
 # Bytes that the offset kernel may pack whatever the size of the input.
 ALWAYS_PACKED = 2**20
-# The offset kernel keeps the sums of all cells of a tile.
+# The offset kernel keeps the sums of all cells of a tile, and a list of the cells of all windows.
 MOST_SUMS = 2**22
+MOST_CELLS_OF_WINDOWS = 2**17
 
 
 def _strips(width: int, groups: int) -> tuple[int, int]:
@@ -123,28 +124,31 @@ def _cost(kernel: str, geometry: ConvGeometry, shape: tuple[int, ...], item: int
         patches = batch * math.prod(axis.outputs for axis in axes)
         products = strips * width * -(-width // LANES) / 2
         return patches * (products + WORK_A_GATHERED_ENTRY * strips * width)
+    depthwise = geometry.groups == channels
     strips, width = _strips(channels // geometry.groups, geometry.groups)
     vectors = -(-width // LANES)
-    rows, cells, sums, pixels = batch, 1, 1, 1
+    rows, cells, cells_of_windows, pixels = batch, 1, 1, 1
     for axis in axes:
         offsets = axis.offsets()
         pixels *= len(offsets.line)
         lengths = [length for shift in offsets.shifts for _, length in shift.cells]
         cells *= len(lengths)
         rows *= sum(lengths)
-        sums *= sum(last - first for _, first, last in offsets.pairs)
-    if cells * (min(vectors, 3) * LANES) ** 2 > MOST_SUMS:
+        cells_of_windows *= sum(last - first for _, first, last in offsets.pairs)
+    edge = min(vectors, 3) * LANES
+    sums = cells * edge * (1 if depthwise else edge)
+    if sums > MOST_SUMS or cells_of_windows > MOST_CELLS_OF_WINDOWS:
         return math.inf
     packed = pixels * strips * vectors * LANES
     result = 4 * geometry.groups * geometry.features(channels) ** 2
     # One example is packed at once, in float32.
     if 4 * packed > ALWAYS_PACKED + 1.25 * item * math.prod(shape) + result:
         return math.inf
-    # Of the lower triangle, or of the diagonal if each channel is a group.
-    depthwise = geometry.groups == channels
+    # Products of a channel with all of its strip, or with itself; of the sums the lower triangle.
+    products = (1 if depthwise else width) + LOADS_A_ROW
     gathered = strips if depthwise else channels * (vectors + 1) / 2
     return (
-        rows * strips * ((1 if depthwise else width) + LOADS_A_ROW) * vectors / 2
+        rows * strips * products * vectors / 2
         + WORK_A_PACKED_ENTRY * batch * packed
-        + WORK_A_GATHERED_SUM * sums * gathered
+        + WORK_A_GATHERED_SUM * cells_of_windows * gathered
     )

@@ -223,8 +223,13 @@ MANY = [(40, 17, 6, 5), (9, 70, 9, 9), (23, 3, 20, 20), (6, 130, 12, 13)]
 @kernels
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("shape", MANY, ids=str)
-def test_many_examples(kernel: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    check(kernel, torch.randn(shape).to(dtype), kernel_size=3, padding=1, bias=True)
+@pytest.mark.parametrize("depthwise", (False, True))
+def test_many_examples(
+    kernel: str, dtype: torch.dtype, shape: tuple[int, ...], depthwise: bool
+) -> None:
+    groups = shape[1] if depthwise else 1
+    x = torch.randn(shape).to(dtype)
+    check(kernel, x, kernel_size=3, padding=1, groups=groups, bias=True)
 
 
 @pytest.mark.parametrize(("alpha", "beta"), [(1.0, 0.0), (0.05, 0.95)])
@@ -267,14 +272,16 @@ def test_accumulates(kernel: str, dtype: torch.dtype, alpha: float, beta: float)
 
 @kernels
 @pytest.mark.parametrize("shape", [*MANY, (2, 300, 7, 7), (1, 64, 30, 30)], ids=str)
+@pytest.mark.parametrize("depthwise", (False, True))
 def test_same_bits_every_time_and_for_any_number_of_threads(
-    kernel: str, shape: tuple[int, ...], set_threads: Callable[[int], None]
+    kernel: str, shape: tuple[int, ...], depthwise: bool, set_threads: Callable[[int], None]
 ) -> None:
     x = torch.randn(shape)
+    groups = shape[1] if depthwise else 1
     results = []
     for threads in (1, 1, 2, 3, 5):
         set_threads(threads)
-        results.append(run(kernel, x, kernel_size=3, padding=1, bias=True))
+        results.append(run(kernel, x, kernel_size=3, padding=1, groups=groups, bias=True))
     assert all(torch.equal(out, results[0]) for out in results)
 
 

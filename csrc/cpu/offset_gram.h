@@ -41,7 +41,7 @@ class OffsetGram {
                 product_.lanes),
         tiles_(layout_.tiles(edge())),
         bias_(bias),
-        store_(set, layout_, store, cells_, windows_, bias, out) {
+        store_(layout_, store, cells_, windows_, bias, out) {
     lay_out_pixels();
     lay_out_sums();
     list_operands();
@@ -127,7 +127,7 @@ class OffsetGram {
       }
       rows *= length;
     }
-    return rows * layout_.columns * layout_.strip_columns / 2;
+    return rows * layout_.columns * (is_depthwise() ? 1 : layout_.strip_columns) / 2;
   }
 
   void lay_out_pixels() {
@@ -188,6 +188,13 @@ class OffsetGram {
   void list_windows() {
     const int64_t count = windows_.taps = taps();
     windows_.begin.reserve(count * count + 1);
+    int64_t cells = 1;
+    for (const OffsetAxis& axis : axes_) {
+      int64_t along = 0;
+      for (const auto& pair : axis.pairs) along += pair.last - pair.first;
+      cells *= along;
+    }
+    windows_.cells.reserve(cells);
     for (int64_t left = 0; left < count; ++left) {
       for (int64_t right = 0; right < count; ++right) {
         windows_.begin.push_back(static_cast<int64_t>(windows_.cells.size()));
@@ -403,7 +410,8 @@ class OffsetGram {
     });
     const int64_t rows = store_.channels_together();
     const int64_t parts = divide_up(std::min(edge(), layout_.strip_columns), rows);
-    const double entries = 4.0 * set_size;
+    const double pairs = static_cast<double>(windows_.cells.size()) * tile_count();
+    const double entries = pairs * edge() * (is_depthwise() ? 4 : 2 * edge());
     for_each_task(tile_count() * parts, worker_count(tile_count() * parts, entries),
                   [&](int64_t task, int64_t) {
                     const Tile& tile = tiles_[task / parts];
@@ -420,12 +428,12 @@ class OffsetGram {
   const GramLayout layout_;
   const std::vector<Tile> tiles_;  // of channels, a panel by a panel
   const bool bias_;
-  TapStore<T> store_;
+  CellSums cells_;
+  TapWindows windows_;
+  const TapStore<T> store_;
 
   std::vector<int64_t> place_;  // of every pixel of the lines in an image
   std::vector<Triple> triples_;
-  CellSums cells_;
-  TapWindows windows_;
   int64_t still_cells_ = 0, sums_size_ = 0;
   std::vector<std::vector<Operand>> operands_;     // by the row that is the left operand
   std::vector<JointShifts> joints_, half_joints_;  // of the shifts along x

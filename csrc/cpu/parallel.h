@@ -72,7 +72,7 @@ class Stretches {
       Stretch& stretch = stretches_[(worker + i) % workers];
       const int64_t before = round * stretch.count, after = before + stretch.count;
       int64_t drawn = stretch.drawn;
-      while (drawn < after) {
+      while (drawn < after) {  // a draw that fails reads what is drawn by now
         if (stretch.drawn.compare_exchange_weak(drawn, drawn + 1)) {
           run(stretch.first + drawn - before);
         }
