@@ -363,6 +363,8 @@ class OffsetGram {
     }
   }
 
+  // Some rows with those of all members of a joint, which lie `step` numbers apart. Only narrow
+  // tiles have joints of several.
   void multiply_joint(const Tile& tile, const JointShifts& joint, const Panels<T>& left,
                       const Panels<T>& right, int64_t step, bool lower, T* const* sums) const {
     const auto members = static_cast<int64_t>(joint.members.size());
