@@ -51,6 +51,14 @@ class GramLayout {
     return std::min(strip_columns, columns - strip * strip_columns);
   }
 
+  // Rows and columns of a tile as wide as `edge`, less at the end of its strip.
+  int64_t rows_of(const Tile& tile, int64_t edge) const {
+    return std::min(edge, width(tile.strip) - tile.row);
+  }
+  int64_t columns_of(const Tile& tile, int64_t edge) const {
+    return std::min(edge, width(tile.strip) - tile.column);
+  }
+
   int64_t first_column(int64_t panel) const {
     return panel / strip_panels() * strip_columns + panel % strip_panels() * panel_width;
   }

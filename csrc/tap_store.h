@@ -91,7 +91,7 @@ class TapStore {
       last = std::min({first + channels_together(), end, group_end});
       const bool whole = features == layout_.strip_columns;
       const int64_t from = whole ? 0 : group_end - features;
-      const int64_t below = tile.on_diagonal() ? first : columns_of(tile);
+      const int64_t below = tile.on_diagonal() ? first : layout_.columns_of(tile, cells_.edge);
       for (int64_t c = from, next; c < below; c = next) {
         next = std::min(c + block, below);
         store_block(tile, sums, first, last, c, next, false, values.get());
@@ -105,10 +105,6 @@ class TapStore {
   static constexpr int64_t line = 64 / sizeof(T);  // numbers in a cache line, or the widest vector
 
   int64_t taps() const { return windows_.taps; }
-
-  int64_t columns_of(const Tile& tile) const {
-    return std::min(cells_.edge, layout_.width(tile.strip) - tile.column);
-  }
 
   // Channels whose columns are stored together: whole cache lines, and no more than 96 KB of
   // entries if the taps are few.
@@ -135,7 +131,9 @@ class TapStore {
     T* matrix = matrix_of(tile, tile.row + first);
     for (int64_t i = 0; i < height; ++i) {
       store_.prefetch(matrix, row + i, column, width);
-      for (int64_t j = i; j < width; j += height) store_.prefetch(matrix, column + j, row, height);
+      for (int64_t j = i; j < width && !diagonal; j += height) {
+        store_.prefetch(matrix, column + j, row, height);
+      }
       gather(sums + (first + i / count) * cells_.edge, i % count, from, to, values + i * width,
              count);
     }

@@ -28,7 +28,7 @@
 // Fewer rows or vectors, at the diagonal and at ragged edges, are variants of their own, so that
 // tiles which are mostly outside of the matrix cost little. The lanes outside may hold anything,
 // since no sum mixes lanes, but the memory that they are loaded from must exist.
-
+//
 // Where a right operand is one vector wide, spread products multiply several of them, which lie
 // apart, with one left operand; of the sums that lanewise products form, both operands being one
 // vector, only c = r are there.

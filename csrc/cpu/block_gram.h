@@ -253,8 +253,8 @@ class BlockGram {
   void multiply(const Tile& tile, const Block<T>& block, T* sum, bool accumulate) const {
     const Panels<T> strip = block.strip(tile.strip);
     if (strip.depth == 0 && accumulate) return;
-    const int64_t rows = std::min(tile_edge_, layout_.width(tile.strip) - tile.row);
-    const int64_t columns = std::min(tile_edge_, layout_.width(tile.strip) - tile.column);
+    const int64_t rows = layout_.rows_of(tile, tile_edge_);
+    const int64_t columns = layout_.columns_of(tile, tile_edge_);
     const Panels<T> right = strip.from(tile.column);
     multiply_panels(product_, strip.from(tile.row), rows, right, columns, tile.on_diagonal(), sum,
                     tile_edge_, accumulate);
@@ -267,7 +267,7 @@ class BlockGram {
   bool multiply_and_store(const Tile& tile, const Block<T>& block) const {
     if (tile.on_diagonal()) return false;
     const Panels<T> strip = block.strip(tile.strip);
-    const int64_t rows = std::min(tile_edge_, layout_.width(tile.strip) - tile.row);
+    const int64_t rows = layout_.rows_of(tile, tile_edge_);
     return store_.multiply(strip.from(tile.row), rows, strip.from(tile.column), tile_edge_,
                            out_ + tile.strip * store_.edge * store_.edge, tile.row, tile.column);
   }

@@ -306,11 +306,8 @@ class OffsetGram {
     }
   }
 
-  int64_t strip_width(const Tile& tile) const { return layout_.width(tile.strip); }
-  int64_t rows_of(const Tile& tile) const { return std::min(edge(), strip_width(tile) - tile.row); }
-  int64_t columns_of(const Tile& tile) const {
-    return std::min(edge(), strip_width(tile) - tile.column);
-  }
+  int64_t rows_of(const Tile& tile) const { return layout_.rows_of(tile, edge()); }
+  int64_t columns_of(const Tile& tile) const { return layout_.columns_of(tile, edge()); }
 
   // Adds a chunk to the sums of one tile.
   void multiply(const Tile& tile, int64_t chunk, const T* packed, T* sums) const {
