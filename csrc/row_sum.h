@@ -36,13 +36,12 @@ class RowSum {
   void operator()(const RowSource<In>& source, int64_t begin, int64_t end, int64_t first,
                   int64_t columns, T* total, T* chain, T* lost) const {
     std::fill_n(total, columns, T{0});
+    if (end - begin <= rows_a_chain_) return add_chain(source, begin, end, first, columns, total);
     std::fill_n(lost, columns, T{0});
     std::fill_n(chain, columns, T{0});
     for (int64_t next; begin < end; begin = next) {
       next = std::min(begin + rows_a_chain_, end);
-      source.for_each_stretch(begin, next, [&](const In* rows, int64_t stride, int64_t count) {
-        add(rows + first * column_stride_, stride, count, columns, chain);
-      });
+      add_chain(source, begin, next, first, columns, chain);
       end_chain_(chain, columns, total, lost);
     }
   }
@@ -56,6 +55,13 @@ class RowSum {
   }
 
  private:
+  void add_chain(const RowSource<In>& source, int64_t begin, int64_t end, int64_t first,
+                 int64_t columns, T* chain) const {
+    source.for_each_stretch(begin, end, [&](const In* rows, int64_t stride, int64_t count) {
+      add(rows + first * column_stride_, stride, count, columns, chain);
+    });
+  }
+
   const int64_t column_stride_;
   // Of every four rows, or of a vector of rows where columns are apart, the sum is one term of a
   // chain.

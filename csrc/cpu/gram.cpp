@@ -1,7 +1,6 @@
 // The Gram matrix of the rows of a tensor on the CPU; see block_gram.h.
 
 #include <optional>
-#include <vector>
 
 #include "block_gram.h"
 #include "checks.h"
@@ -10,17 +9,6 @@
 
 namespace kfac_fast {
 namespace {
-
-template <typename In>
-RowSource<In> rows_of(const Tensor& x, const std::optional<Tensor>& mask) {
-  const int64_t leading = x.dim() - 1;
-  std::vector<Axis> axes;
-  for (int64_t i = 0; i < leading; ++i) {
-    axes.push_back({x.size(i), x.stride(i), mask ? mask->stride(i) : 0});
-  }
-  return {static_cast<const In*>(x.const_data_ptr()), x.stride(leading),
-          mask ? static_cast<const bool*>(mask->const_data_ptr()) : nullptr, axes};
-}
 
 template <typename In, typename T>
 void gram_of(const Tensor& x, const std::optional<Tensor>& mask, int64_t groups, bool bias,

@@ -14,7 +14,7 @@ namespace kfac_fast {
 // Threads worth using: each should have some tens of microseconds of multiply-adds, since waking
 // one takes several, and many more on a busy machine.
 inline int64_t worker_count(int64_t tasks, double operations) {
-  constexpr double operations_a_thread = 3e6;
+  constexpr double operations_a_thread = 1e6;
   const int64_t threads = torch::stable::get_num_threads();
   return std::clamp<int64_t>(operations / operations_a_thread, 1,
                              std::clamp<int64_t>(tasks, 1, threads));

@@ -31,10 +31,9 @@ struct Arguments {
   int64_t width() const { return columns() / groups + bias; }  // of a group's reduced row
   int64_t examples() const { return segments ? num_segments : x.size(0); }
 
-  // Whether a row counts, by its index along the first dimension.
-  const bool* mask_at(int64_t index) const {
-    return mask ? static_cast<const bool*>(mask->const_data_ptr()) + index * mask->stride(0)
-                : nullptr;
+  // Whether a row of [R, D] counts.
+  bool counts(int64_t row) const {
+    return !mask || static_cast<const bool*>(mask->const_data_ptr())[row * mask->stride(0)];
   }
 };
 
@@ -64,12 +63,9 @@ class SharedSums {
   SharedSums(const Arguments& arguments, T* out)
       : a_(arguments),
         data_(static_cast<const In*>(a_.x.const_data_ptr())),
+        rows_(rows_of<In>(a_.x, a_.mask)),
         sum_(instruction_set_in_use(), a_.column_stride()),
-        out_(out) {
-    for (int64_t i = 1; i + 1 < a_.x.dim(); ++i) {
-      shared_.push_back({a_.x.size(i), a_.x.stride(i), a_.mask ? a_.mask->stride(i) : 0});
-    }
-  }
+        out_(out) {}
 
   void run() {
     std::optional<Segments> segments;
@@ -83,7 +79,7 @@ class SharedSums {
     const int64_t parts = std::min(wanted, widest);
     const int64_t columns = divide_up(a_.columns(), parts);
     const int64_t tasks = a_.examples() * parts;
-    const int64_t workers = worker_count(tasks, 2.0 * a_.x.numel());
+    const int64_t workers = worker_count(tasks, 8.0 * a_.x.numel());
     const auto scratch = make_scratch<T>(workers * 3 * columns);
     for_each_independent_task(tasks, workers, [&](int64_t task, int64_t worker) {
       const int64_t example = task / parts, first = task % parts * columns;
@@ -99,10 +95,10 @@ class SharedSums {
   // Each returns the number of rows that count.
   int64_t add_example(int64_t example, int64_t first, int64_t columns, int64_t room,
                       T* total) const {
-    const RowSource<In> rows(data_ + example * a_.x.stride(0), a_.column_stride(),
-                             a_.mask_at(example), shared_);
-    sum_(rows, 0, rows.rows(), first, columns, total, total + room, total + 2 * room);
-    return rows.counted(0, rows.rows());
+    const int64_t positions = rows_.rows() / a_.x.size(0);
+    const int64_t begin = example * positions, end = begin + positions;
+    sum_(rows_, begin, end, first, columns, total, total + room, total + 2 * room);
+    return rows_.counted(begin, end);
   }
 
   int64_t add_segment(const Segments& segments, int64_t segment, int64_t first, int64_t columns,
@@ -110,13 +106,12 @@ class SharedSums {
     std::fill_n(total, columns, T{0});
     int64_t terms = 0;
     const int64_t stride = a_.x.stride(0), end = segments.begin[segment + 1];
-    const auto counts = [&](int64_t row) { return !a_.mask || *a_.mask_at(row); };
     for (int64_t i = segments.begin[segment], next; i < end; i = next) {
       // Rows of a segment mostly follow each other.
       const int64_t row = segments.rows[i];
       next = i + 1;
-      if (!counts(row)) continue;
-      while (next < end && segments.rows[next] == row + next - i && counts(segments.rows[next])) {
+      if (!a_.counts(row)) continue;
+      while (next < end && segments.rows[next] == row + next - i && a_.counts(segments.rows[next])) {
         ++next;
       }
       const In* rows = data_ + row * stride + first * a_.column_stride();
@@ -147,9 +142,9 @@ class SharedSums {
 
   const Arguments& a_;
   const In* const data_;
+  const RowSource<In> rows_;
   const RowSum<In, T> sum_;
   T* const out_;
-  std::vector<Axis> shared_;
 };
 
 template <typename In, typename T>

@@ -4,9 +4,12 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
+#include <optional>
+#include <vector>
 
 #include "image_source.h"
 #include "narrow_float.h"
+#include "row_source.h"
 
 namespace kfac_fast {
 
@@ -82,6 +85,18 @@ ImageSource<In> image_of(const Tensor& x) {
                          {}};
   for (int64_t i = missing; i < spatial_axes; ++i) source.strides[i] = x.stride(i - missing + 2);
   return source;
+}
+
+// The rows of a tensor [*, D].
+template <typename In>
+RowSource<In> rows_of(const Tensor& x, const std::optional<Tensor>& mask) {
+  const int64_t leading = x.dim() - 1;
+  std::vector<Axis> axes;
+  for (int64_t i = 0; i < leading; ++i) {
+    axes.push_back({x.size(i), x.stride(i), mask ? mask->stride(i) : 0});
+  }
+  return {static_cast<const In*>(x.const_data_ptr()), x.stride(leading),
+          mask ? static_cast<const bool*>(mask->const_data_ptr()) : nullptr, axes};
 }
 
 }  // namespace kfac_fast
