@@ -33,16 +33,23 @@ inline bool is_floating(ScalarType type) {
          type == ScalarType::Half;
 }
 
-// The dtypes, and that the result shares memory with nothing.
-inline bool memory_passes(const Tensor& x, const std::optional<Tensor>& mask,
-                          const std::optional<Tensor>& segments, const Tensor& out) {
-  const ScalarType type = x.scalar_type();
+inline ScalarType result_type(ScalarType type) {
+  return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// The dtypes, alike in all inputs, and that the result shares memory with nothing.
+inline bool memory_passes(std::initializer_list<const Tensor*> inputs,
+                          const std::optional<Tensor>& mask, const std::optional<Tensor>& segments,
+                          const Tensor& out) {
+  const ScalarType type = (*inputs.begin())->scalar_type();
   if (!is_floating(type)) return false;
-  const ScalarType result = type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   ListCheck check(type);
-  return check.reads(x) && (!mask || check.reads(*mask, ScalarType::Bool)) &&
-         (!segments || check.reads(*segments, ScalarType::Long)) && check.writes(out, result) &&
-         check.apart();
+  for (const Tensor* input : inputs) {
+    if (!check.reads(*input)) return false;
+  }
+  return (!mask || check.reads(*mask, ScalarType::Bool)) &&
+         (!segments || check.reads(*segments, ScalarType::Long)) &&
+         check.writes(out, result_type(type)) && check.apart();
 }
 
 // x [*, D] whose features are split into groups, and a mask [*].

@@ -78,7 +78,7 @@ ConvKernel conv_window_sum(const std::vector<int64_t>& plan, const std::vector<i
   return [=](const Tensor& x, bool bias, double alpha, double beta, const Tensor& out) {
     if (!images_pass(x, sizes, groups) ||
         !is_stack_of_rows(out, x.size(0), groups, convolution.width(x, bias)) ||
-        !memory_passes(x, {}, {}, out)) {
+        !memory_passes({&x}, {}, {}, out)) {
       return false;
     }
     for_dtype(x, [&]<typename In, typename T>() {
@@ -97,7 +97,7 @@ ConvKernel conv_reduce_gram(const std::vector<int64_t>& plan, const std::vector<
   return [=](const Tensor& x, bool bias, double alpha, double beta, const Tensor& out) {
     if (!images_pass(x, sizes, groups) ||
         !is_stack_of_squares(out, groups, convolution.width(x, bias)) ||
-        !memory_passes(x, {}, {}, out)) {
+        !memory_passes({&x}, {}, {}, out)) {
       return false;
     }
     for_dtype(x, [&]<typename In, typename T>() {

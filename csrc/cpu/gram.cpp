@@ -30,7 +30,7 @@ void gram_of(const Tensor& x, const std::optional<Tensor>& mask, int64_t groups,
 
 bool gram(const Tensor& x, const std::optional<Tensor>& mask, int64_t groups, bool bias,
           double alpha, double beta, const Tensor& out) {
-  if (!rows_pass(x, mask, groups) || !memory_passes(x, mask, {}, out) ||
+  if (!rows_pass(x, mask, groups) || !memory_passes({&x}, mask, {}, out) ||
       !is_stack_of_squares(out, groups, x.size(x.dim() - 1) / groups + bias)) {
     return false;
   }

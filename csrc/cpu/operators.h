@@ -20,6 +20,13 @@ bool shared_gram(const Tensor& x, const std::optional<Tensor>& mask,
                  const std::string& reduction, int64_t groups, bool bias, double alpha, double beta,
                  const Tensor& out);
 
+bool feature_norm_gram(const Tensor& x, const Tensor& gradient, const std::optional<Tensor>& mask,
+                       const std::optional<Tensor>& segments, int64_t num_segments, double eps,
+                       bool center, bool bias, double alpha, double beta, const Tensor& out);
+bool channel_norm_gram(const Tensor& x, const Tensor& gradient, const std::optional<Tensor>& mean,
+                       const std::optional<Tensor>& variance, int64_t num_groups, double eps,
+                       bool bias, double alpha, double beta, const Tensor& out);
+
 // The kernels of convolutions take a plan of kfac_fast/conv.py in place of the geometry, and with
 // it the sizes of the images that it is of.
 using ConvKernel =

@@ -1,18 +1,15 @@
 // The Gram matrix of the sums or means of the rows of every example, or segment, on the CPU: one
 // pass over the rows, then block_gram.h.
 
-#include <torch/headeronly/util/Exception.h>
-
-#include <numeric>
 #include <optional>
 #include <string>
-#include <vector>
 
 #include "block_gram.h"
 #include "checks.h"
 #include "operators.h"
 #include "parallel.h"
 #include "row_sum.h"
+#include "segments.h"
 
 namespace kfac_fast {
 namespace {
@@ -37,26 +34,6 @@ struct Arguments {
   }
 };
 
-// The rows of each segment in order.
-struct Segments {
-  std::vector<int64_t> begin;  // [segments + 1], into rows
-  std::vector<int64_t> rows;
-
-  explicit Segments(const Arguments& a) : begin(a.num_segments + 1), rows(a.x.size(0)) {
-    const auto* ids = static_cast<const int64_t*>(a.segments->const_data_ptr());
-    const int64_t stride = a.segments->stride(0), count = a.x.size(0);
-    for (int64_t row = 0; row < count; ++row) {
-      const int64_t id = ids[row * stride];
-      STD_TORCH_CHECK(0 <= id && id < a.num_segments, "shared_gram: segments must be in [0, ",
-                      a.num_segments, "), got ", id);
-      ++begin[id + 1];
-    }
-    std::partial_sum(begin.begin(), begin.end(), begin.begin());
-    std::vector<int64_t> next(begin.begin(), begin.end() - 1);
-    for (int64_t row = 0; row < count; ++row) rows[next[ids[row * stride]]++] = row;
-  }
-};
-
 template <typename In, typename T>
 class SharedSums {
  public:
@@ -69,7 +46,7 @@ class SharedSums {
 
   void run() {
     std::optional<Segments> segments;
-    if (a_.segments) segments.emplace(a_);
+    if (a_.segments) segments.emplace(*a_.segments, a_.num_segments, "shared_gram");
     // Few examples leave threads without work, so their columns are shared out too; each is summed
     // in the same order however they are.
     constexpr int64_t narrowest = 128;
@@ -171,7 +148,7 @@ bool shared_gram(const Tensor& x, const std::optional<Tensor>& mask,
   }
   if (!rows_pass(x, mask, groups)) return false;
   const Arguments a{x, mask, segments, num_segments, reduction == "mean", groups, bias};
-  if (!memory_passes(x, mask, segments, out) || !is_stack_of_squares(out, groups, a.width())) {
+  if (!memory_passes({&x}, mask, segments, out) || !is_stack_of_squares(out, groups, a.width())) {
     return false;
   }
   for_dtype(x, [&]<typename In, typename T>() {

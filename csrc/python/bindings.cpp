@@ -56,6 +56,26 @@ bool call_shared_gram(const Tensor& x, const std::optional<Tensor>& mask,
   });
 }
 
+bool call_feature_norm_gram(const Tensor& x, const Tensor& gradient,
+                            const std::optional<Tensor>& mask,
+                            const std::optional<Tensor>& segments, int64_t num_segments, Number eps,
+                            bool center, bool bias, Number alpha, Number beta, const Output& out) {
+  return run(objects({out}), [&] {
+    return feature_norm_gram(x, gradient, mask, segments, num_segments, eps.value, center, bias,
+                             alpha.value, beta.value, out);
+  });
+}
+
+bool call_channel_norm_gram(const Tensor& x, const Tensor& gradient,
+                            const std::optional<Tensor>& mean,
+                            const std::optional<Tensor>& variance, int64_t num_groups, Number eps,
+                            bool bias, Number alpha, Number beta, const Output& out) {
+  return run(objects({out}), [&] {
+    return channel_norm_gram(x, gradient, mean, variance, num_groups, eps.value, bias, alpha.value,
+                             beta.value, out);
+  });
+}
+
 bool call_conv_kernel(const ConvKernel& kernel, const Tensor& x, bool bias, Number alpha,
                       Number beta, const Output& out) {
   return run(objects({out}), [&] { return kernel(x, bias, alpha.value, beta.value, out); });
@@ -113,6 +133,8 @@ void bind_operators(py::module_& module) {
   };
   bind("gram", &call_gram);
   bind("shared_gram", &call_shared_gram);
+  bind("feature_norm_gram", &call_feature_norm_gram);
+  bind("channel_norm_gram", &call_channel_norm_gram);
   const auto damped = [](auto& op) {
     return [&op](const std::vector<Tensor>& matrices, const std::vector<Tensor>& damping,
                  const std::vector<Output>& out, const Output& info,

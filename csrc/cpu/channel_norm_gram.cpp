@@ -1,0 +1,199 @@
+// The factor of a normalisation of channels on the CPU. Every channel of every example is read once,
+// with its gradients: its moments about its own mean are enough for those about the mean that the
+// normalisation takes away, once that is known.
+
+#include <cmath>
+#include <optional>
+
+#include "checks.h"
+#include "gram_layout.h"
+#include "norm_sums.h"
+#include "operators.h"
+#include "parallel.h"
+#include "scratch.h"
+#include "symmetric_store.h"
+
+namespace kfac_fast {
+namespace {
+
+// x [N, C, S]; the last entries are side by side.
+struct Arguments {
+  const Tensor& x;
+  const Tensor& gradient;
+  const std::optional<Tensor>& mean;
+  const std::optional<Tensor>& variance;
+  int64_t num_groups;  // 0: each channel over all examples
+  double eps;
+  bool bias;
+
+  int64_t examples() const { return x.size(0); }
+  int64_t channels() const { return x.size(1); }
+  int64_t positions() const { return x.size(2); }
+};
+
+struct Statistics {
+  double mean, scale;
+};
+
+// Rows of equal lengths whose entries are normalised together.
+class Pool {
+ public:
+  // Means are taken from that of the first row, lest the squares of large ones cancel.
+  template <typename T>
+  void add(const RowMoments<T>& row, int64_t positions) {
+    if (count_++ == 0) shift_ = row.mean;
+    const double apart = row.mean - shift_;
+    sum_ += apart;
+    squares_ += row.squares / static_cast<double>(positions) + apart * apart;
+  }
+
+  Statistics statistics(double eps) const {
+    const double mean = sum_ / count_;
+    return {shift_ + mean, 1 / std::sqrt(squares_ / count_ - mean * mean + eps)};
+  }
+
+ private:
+  double count_ = 0, shift_ = 0, sum_ = 0, squares_ = 0;
+};
+
+template <typename T>
+class ChannelNorm {
+ public:
+  ChannelNorm(const Arguments& arguments, const SymmetricStore<T>& store, T* out)
+      : a_(arguments),
+        store_(store),
+        out_(out),
+        rows_(a_.examples() * a_.channels()),
+        moments_(make_scratch<RowMoments<T>>(rows_)),
+        statistics_(make_scratch<Statistics>(std::max(a_.examples() * a_.num_groups,
+                                                      a_.channels()))) {}
+
+  template <typename In>
+  void run() {
+    constexpr double operations_an_entry = 16;
+    constexpr int64_t rows_a_task = 8, channels_a_task = 16;
+    const auto& sums = norm_sums<In, T>(instruction_set_in_use());
+    for_each_part(rows_, rows_a_task, operations_an_entry * a_.x.numel(),
+                  [&](int64_t begin, int64_t end) {
+                    for (int64_t row = begin; row < end; ++row) {
+                      moments_[row] = sums.moments(row_of<In>(a_.x, row),
+                                                   row_of<In>(a_.gradient, row), a_.positions());
+                    }
+                  });
+    const double operations = operations_an_entry * static_cast<double>(rows_);
+    if (a_.num_groups > 0) {
+      for_each_part(a_.examples(), 1, operations, [&](int64_t n, int64_t) { pool_groups(n); });
+    }
+    for_each_part(a_.channels(), channels_a_task, operations, [&](int64_t begin, int64_t end) {
+      if (a_.num_groups == 0) find_statistics(begin, end);
+      for (int64_t channel = begin; channel < end; ++channel) add_examples(channel);
+    });
+  }
+
+ private:
+  template <typename Run>
+  static void for_each_part(int64_t count, int64_t size, double operations, const Run& run) {
+    const int64_t tasks = divide_up(count, size);
+    for_each_independent_task(tasks, worker_count(tasks, operations), [&](int64_t task, int64_t) {
+      run(task * size, std::min(count, (task + 1) * size));
+    });
+  }
+
+  template <typename In>
+  const In* row_of(const Tensor& x, int64_t row) const {
+    const int64_t example = row / a_.channels(), channel = row % a_.channels();
+    return static_cast<const In*>(x.const_data_ptr()) + example * x.stride(0) +
+           channel * x.stride(1);
+  }
+
+  const RowMoments<T>& moments(int64_t example, int64_t channel) const {
+    return moments_[example * a_.channels() + channel];
+  }
+
+  void pool_groups(int64_t example) {
+    const int64_t size = a_.channels() / a_.num_groups;
+    for (int64_t group = 0; group < a_.num_groups; ++group) {
+      Pool pool;
+      for (int64_t i = 0; i < size; ++i) {
+        pool.add(moments(example, group * size + i), a_.positions());
+      }
+      statistics_[example * a_.num_groups + group] = pool.statistics(a_.eps);
+    }
+  }
+
+  void find_statistics(int64_t begin, int64_t end) {
+    const auto at = [](const Tensor& values, int64_t channel) {
+      return static_cast<const T*>(values.const_data_ptr())[channel * values.stride(0)];
+    };
+    for (int64_t channel = begin; channel < end; ++channel) {
+      if (a_.mean) {
+        const double variance = at(*a_.variance, channel);
+        statistics_[channel] = {at(*a_.mean, channel), 1 / std::sqrt(variance + a_.eps)};
+        continue;
+      }
+      Pool pool;
+      for (int64_t n = 0; n < a_.examples(); ++n) pool.add(moments(n, channel), a_.positions());
+      statistics_[channel] = pool.statistics(a_.eps);
+    }
+  }
+
+  const Statistics& statistics(int64_t example, int64_t channel) const {
+    if (a_.num_groups == 0) return statistics_[channel];
+    return statistics_[example * a_.num_groups + channel / (a_.channels() / a_.num_groups)];
+  }
+
+  void add_examples(int64_t channel) {
+    double sums[3] = {};
+    for (int64_t n = 0; n < a_.examples(); ++n) {
+      const auto& [mean, scale] = statistics(n, channel);
+      const RowMoments<T>& row = moments(n, channel);
+      const double bias = row.gradients;
+      const double weight = scale * (row.products + (row.mean - mean) * bias);
+      sums[0] += weight * weight;
+      sums[1] += weight * bias;
+      sums[2] += bias * bias;
+    }
+    T* matrix = out_ + channel * store_.edge * store_.edge;
+    const T rounded[] = {static_cast<T>(sums[0]), static_cast<T>(sums[1]), static_cast<T>(sums[2])};
+    store_({&rounded[0], 1, 1, 0}, 1, 1, true, matrix, 0, 0);
+    if (!a_.bias) return;
+    store_({&rounded[1], 1, 1, 0}, 1, 1, false, matrix, 1, 0);
+    store_({&rounded[2], 1, 1, 0}, 1, 1, true, matrix, 1, 1);
+  }
+
+  const Arguments& a_;
+  const SymmetricStore<T>& store_;
+  T* const out_;
+  const int64_t rows_;
+  const Scratch<RowMoments<T>> moments_;
+  const Scratch<Statistics> statistics_;  // of every channel, or of every example's groups
+};
+
+}  // namespace
+
+bool channel_norm_gram(const Tensor& x, const Tensor& gradient, const std::optional<Tensor>& mean,
+                       const std::optional<Tensor>& variance, int64_t num_groups, double eps,
+                       bool bias, double alpha, double beta, const Tensor& out) {
+  if (x.dim() != 3 || gradient.dim() != 3 || !same_shape(gradient, x, 3)) return false;
+  if (x.stride(2) != 1 || gradient.stride(2) != 1 || !(eps >= 0)) return false;
+  if (num_groups < 0 || (num_groups > 0 && x.size(1) % num_groups != 0)) return false;
+  if (mean.has_value() != variance.has_value() || (mean && num_groups > 0)) return false;
+  const ScalarType result = result_type(x.scalar_type());
+  for (const auto* given : {&mean, &variance}) {
+    if (*given && (!is_vector(**given, x.size(1)) || (*given)->scalar_type() != result)) {
+      return false;
+    }
+  }
+  if (!memory_passes({&x, &gradient}, {}, {}, out) ||
+      !has_sizes(out, {x.size(1), 1 + bias, 1 + bias})) {
+    return false;
+  }
+  const Arguments a{x, gradient, mean, variance, num_groups, eps, bias};
+  for_dtype(x, [&]<typename In, typename T>() {
+    const SymmetricStore<T> store{static_cast<T>(alpha), static_cast<T>(beta), 1 + bias};
+    ChannelNorm<T>(a, store, static_cast<T*>(out.mutable_data_ptr())).template run<In>();
+  });
+  return true;
+}
+
+}  // namespace kfac_fast

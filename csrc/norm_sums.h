@@ -1,0 +1,55 @@
+#pragma once
+// Sums over the entries that a normalisation sees, with the gradients of its output: of rows that
+// are normalised one by one, and of parts of what is normalised together.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "row_sum.h"
+#include "tile_product.h"
+
+namespace kfac_fast {
+
+// Terms that are summed plainly; the sums of longer rows are added up.
+constexpr int64_t entries_a_chain = 2048;
+
+// Of a row x with gradients g: the mean m, Σ (x - m)², Σ g (x - m) and Σ g.
+template <typename T>
+struct RowMoments {
+  T mean, squares, products, gradients;
+};
+
+#define KFAC_FAST_BODY "norm_sums_body.h"
+#include "compile_for_instruction_sets.h"
+
+// The functions of one instruction set.
+template <typename In, typename T>
+struct NormSums {
+  RowMoments<T> (*moments)(const In* x, const In* g, int64_t count);
+  // By whether the mean is taken away.
+  void (*add_normalized[2])(const In* x, const In* g, int64_t count, T eps, T* products, T* sums);
+  // By whether there are biases.
+  void (*add_outer_products[2])(const T* weight, const T* bias, int64_t units, T* total, T* lost);
+};
+
+#define KFAC_FAST_SUMS(set)                                                  \
+  {set::row_moments<In, T>,                                                  \
+   {set::add_normalized<In, T, false>, set::add_normalized<In, T, true>},    \
+   {set::add_outer_products<T, false>, set::add_outer_products<T, true>}}
+
+template <typename In, typename T>
+const NormSums<In, T>& norm_sums(InstructionSet set) {
+  static constexpr NormSums<In, T> on_portable = KFAC_FAST_SUMS(portable);
+#if defined(__x86_64__)
+  static constexpr NormSums<In, T> on_avx2 = KFAC_FAST_SUMS(avx2);
+  static constexpr NormSums<In, T> on_avx512 = KFAC_FAST_SUMS(avx512);
+  if (set == InstructionSet::avx512) return on_avx512;
+  if (set == InstructionSet::avx2) return on_avx2;
+#endif
+  return on_portable;
+}
+
+#undef KFAC_FAST_SUMS
+
+}  // namespace kfac_fast
