@@ -11,13 +11,14 @@
 
 namespace kfac_fast {
 
-// Terms that are summed plainly; the sums of longer rows are added up.
-constexpr int64_t entries_a_chain = 2048;
+// So many vectors are summed plainly; their sums are added up with what rounding has taken.
+constexpr int64_t vectors_a_chain = 32;
 
-// Of a row x with gradients g: the mean m, Σ (x - m)², Σ g (x - m) and Σ g.
+// Of a row x with gradients g: Σ (x - m), Σ (x - m)², Σ g (x - m) and Σ g, where m is the mean but
+// for its rounding.
 template <typename T>
 struct RowMoments {
-  T mean, squares, products, gradients;
+  T mean, rest, squares, products, gradients;
 };
 
 #define KFAC_FAST_BODY "norm_sums_body.h"
@@ -29,14 +30,20 @@ struct NormSums {
   RowMoments<T> (*moments)(const In* x, const In* g, int64_t count);
   // By whether the mean is taken away.
   void (*add_normalized[2])(const In* x, const In* g, int64_t count, T eps, T* products, T* sums);
+  // total += chain, chain <- 0
+  void (*end_chain)(T* chain, int64_t count, T* total, T* lost);
   // By whether there are biases.
   void (*add_outer_products[2])(const T* weight, const T* bias, int64_t units, T* total, T* lost);
 };
 
-#define KFAC_FAST_SUMS(set)                                                  \
-  {set::row_moments<In, T>,                                                  \
-   {set::add_normalized<In, T, false>, set::add_normalized<In, T, true>},    \
-   {set::add_outer_products<T, false>, set::add_outer_products<T, true>}}
+#define KFAC_FAST_SUMS(set)                                                                       \
+  {                                                                                               \
+    set::row_moments<In, T>,                                                                      \
+        {set::add_normalized<In, T, false>, set::add_normalized<In, T, true>}, set::end_chain<T>, \
+    {                                                                                             \
+      set::add_outer_products<T, false>, set::add_outer_products<T, true>                         \
+    }                                                                                             \
+  }
 
 template <typename In, typename T>
 const NormSums<In, T>& norm_sums(InstructionSet set) {

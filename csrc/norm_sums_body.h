@@ -8,8 +8,8 @@ KFAC_FAST_TARGET inline T sum_lanes(const T* lanes) {
     typedef T Half __attribute__((vector_size(BYTES / 2), aligned(alignof(T)), may_alias));
     constexpr int LANES = BYTES / 2 / sizeof(T);
     T sums[LANES];
-    *reinterpret_cast<Half*>(sums) = *reinterpret_cast<const Half*>(lanes) +
-                                     *reinterpret_cast<const Half*>(lanes + LANES);
+    *reinterpret_cast<Half*>(sums) =
+        *reinterpret_cast<const Half*>(lanes) + *reinterpret_cast<const Half*>(lanes + LANES);
     return sum_lanes<T, BYTES / 2>(sums);
   }
 }
@@ -24,24 +24,23 @@ template <typename T, typename In, bool SQUARED>
 KFAC_FAST_TARGET T sum_entries(const In* x, int64_t count, T mean) {
   using Vector = typename VectorOf<T>::type;
   constexpr int64_t LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
-  T total = 0;
-  for (int64_t i = 0; i < count;) {
-    const int64_t end = std::min(count, i + entries_a_chain);
+  Vector total{}, lost{};
+  int64_t i = 0;
+  while (i + LANES <= count) {
+    const int64_t end = std::min(count, i + vectors_a_chain * LANES);
     Vector sums[2] = {};
     for (; i + 2 * LANES <= end; i += 2 * LANES) {
-#pragma GCC unroll 2
-      for (int v = 0; v < 2; ++v) {
-        sums[v] += term<SQUARED>(load_vector<In, T>(x + i + v * LANES) - mean);
-      }
+      sums[0] += term<SQUARED>(load_vector<In, T>(x + i) - mean);
+      sums[1] += term<SQUARED>(load_vector<In, T>(x + i + LANES) - mean);
     }
     for (; i + LANES <= end; i += LANES) {
       sums[0] += term<SQUARED>(load_vector<In, T>(x + i) - mean);
     }
-    T chain = sum_of<T>(sums[0] + sums[1]);
-    for (; i < end; ++i) chain += term<SQUARED>(static_cast<T>(x[i]) - mean);
-    total += chain;
+    add_compensated(total, lost, sums[0] + sums[1]);
   }
-  return total;
+  T sum = sum_of<T>(total);
+  for (; i < count; ++i) sum += term<SQUARED>(static_cast<T>(x[i]) - mean);
+  return sum;
 }
 
 // products += g (x - mean) / √(variance + eps) and sums += g, with the mean and variance of the row
@@ -94,32 +93,39 @@ KFAC_FAST_TARGET void add_outer_products(const T* weight, const T* bias, int64_t
   }
 }
 
-// The moments of a row x and of its gradients g, about the row's own mean.
+// The moments of a row x and of its gradients g.
 template <typename In, typename T>
 KFAC_FAST_TARGET RowMoments<T> row_moments(const In* x, const In* g, int64_t count) {
   using Vector = typename VectorOf<T>::type;
   constexpr int64_t LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
-  const T mean = sum_entries<T, In, false>(x, count, T{0}) / static_cast<T>(count);
-  RowMoments<T> total{mean, 0, 0, 0};
-  for (int64_t i = 0; i < count;) {
-    const int64_t end = std::min(count, i + entries_a_chain);
-    Vector squares{}, products{}, gradients{};
+  const auto entries = static_cast<T>(std::max<int64_t>(count, 1));
+  const T mean = sum_entries<T, In, false>(x, count, T{0}) / entries;
+  Vector totals[4] = {}, lost[4] = {};
+  int64_t i = 0;
+  while (i + LANES <= count) {
+    const int64_t end = std::min(count, i + vectors_a_chain * LANES);
+    Vector rest{}, squares{}, products{}, gradients{};
     for (; i + LANES <= end; i += LANES) {
       const Vector centred = load_vector<In, T>(x + i) - mean;
       const Vector gradient = load_vector<In, T>(g + i);
+      rest += centred;
       squares += centred * centred;
       products += centred * gradient;
       gradients += gradient;
     }
-    total.squares += sum_of<T>(squares);
-    total.products += sum_of<T>(products);
-    total.gradients += sum_of<T>(gradients);
-    for (; i < end; ++i) {
-      const T centred = static_cast<T>(x[i]) - mean, gradient = g[i];
-      total.squares += centred * centred;
-      total.products += centred * gradient;
-      total.gradients += gradient;
-    }
+    add_compensated(totals[0], lost[0], rest);
+    add_compensated(totals[1], lost[1], squares);
+    add_compensated(totals[2], lost[2], products);
+    add_compensated(totals[3], lost[3], gradients);
   }
-  return total;
+  RowMoments<T> sums{mean, sum_of<T>(totals[0]), sum_of<T>(totals[1]), sum_of<T>(totals[2]),
+                     sum_of<T>(totals[3])};
+  for (; i < count; ++i) {
+    const T centred = static_cast<T>(x[i]) - mean, gradient = g[i];
+    sums.rest += centred;
+    sums.squares += centred * centred;
+    sums.products += centred * gradient;
+    sums.gradients += gradient;
+  }
+  return sums;
 }

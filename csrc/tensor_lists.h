@@ -61,11 +61,11 @@ bool is_vector(const Tensor& tensor, int64_t size) {
 template <typename T, typename Tensor>
 const T* entry_of(const Tensor& tensor, int64_t dims, int64_t index) {
   const T* data = static_cast<const T*>(tensor.const_data_ptr());
-  for (int64_t d = dims - 1; d >= 0; --d) {
+  for (int64_t d = dims - 1; d > 0; --d) {
     data += index % tensor.size(d) * tensor.stride(d);
     index /= tensor.size(d);
   }
-  return data;
+  return dims > 0 ? data + index * tensor.stride(0) : data;
 }
 
 // Tensors of one dtype, or another that is named, on the CPU or on one GPU, of which what is

@@ -4,12 +4,14 @@ from kfac_fast.backends import explain, use
 from kfac_fast.checkpoint import save_checkpoint
 from kfac_fast.damping import LevenbergMarquardt
 from kfac_fast.ops import (
+    channel_norm_gram,
     cholesky_precondition,
     conv_expand_gram,
     conv_reduce_gram,
     conv_window_sum,
     damped_cholesky,
     damped_inverse,
+    feature_norm_gram,
     gram,
     precondition,
     shared_gram,
@@ -21,6 +23,7 @@ __all__ = [
     "KFAC",
     "LevenbergMarquardt",
     "StepReport",
+    "channel_norm_gram",
     "cholesky_precondition",
     "conv_expand_gram",
     "conv_reduce_gram",
@@ -28,6 +31,7 @@ __all__ = [
     "damped_cholesky",
     "damped_inverse",
     "explain",
+    "feature_norm_gram",
     "gram",
     "precondition",
     "save_checkpoint",

@@ -305,6 +305,8 @@ for _op in ("gram", "shared_gram"):
 for _op, _run in _TRITON_CONV.items():
     TABLE[_op, "cpu"] = (_cpp(_op), _reference(_op), _triton(_op, "cpu", _run))
     TABLE[_op, "cuda"] = (_triton(_op, "cuda", _run), _reference(_op))
+for _op in ("feature_norm_gram", "channel_norm_gram"):
+    TABLE[_op, "cpu"] = (_cpp(_op), _reference(_op))
 for _op in ("damped_inverse", "damped_cholesky", "precondition", "cholesky_precondition"):
     TABLE[_op, "cpu"] = (_cpp(_op), _reference(_op))
 TABLE["gram", "cuda"] = (_triton("gram", "cuda"), _cuda("gram"), _reference("gram"))

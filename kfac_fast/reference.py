@@ -91,6 +91,73 @@ def shared_gram(
     _accumulate_symmetric(out, _outer_sum(total), alpha, beta)
 
 
+# Normalisations
+
+
+def _accumulate_blocks(
+    products: Tensor, sums: Tensor, bias: bool, alpha: float, beta: float, out: Tensor
+) -> None:
+    """The Gram of each unit's gradients ``[N, units]`` of its scale and, with a bias, its shift."""
+    gradients = torch.stack([products, sums] if bias else [products], -1)
+    _accumulate_symmetric(out, _outer_sum(gradients), alpha, beta)
+
+
+def feature_norm_gram(
+    x: Tensor,
+    gradient: Tensor,
+    mask: Tensor | None,
+    segments: Tensor | None,
+    num_segments: int,
+    eps: float,
+    center: bool,
+    bias: bool,
+    alpha: float,
+    beta: float,
+    out: Tensor,
+) -> None:
+    """Blocks of scales and shifts; see :func:`kfac_fast.ops.feature_norm_gram`."""
+    x, g = (
+        tensor.to(out.dtype).reshape(len(x), math.prod(x.shape[1:-1]), x.shape[-1])
+        for tensor in (x, gradient)
+    )
+    normalize = F.layer_norm if center else F.rms_norm
+    products = g * normalize(x, x.shape[-1:], eps=eps)
+    if mask is not None:
+        counts = mask.reshape(*g.shape[:2], 1)
+        products, g = torch.where(counts, products, 0), torch.where(counts, g, 0)
+    sums = [products.sum(1), g.sum(1)]
+    if segments is not None:
+        sums = [s.new_zeros(num_segments, s.shape[1]).index_add_(0, segments, s) for s in sums]
+    _accumulate_blocks(sums[0], sums[1], bias, alpha, beta, out)
+
+
+def channel_norm_gram(
+    x: Tensor,
+    gradient: Tensor,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    num_groups: int,
+    eps: float,
+    bias: bool,
+    alpha: float,
+    beta: float,
+    out: Tensor,
+) -> None:
+    """Blocks of scales and shifts; see :func:`kfac_fast.ops.channel_norm_gram`."""
+    x, g = (
+        tensor.to(out.dtype).reshape(*x.shape[:2], math.prod(x.shape[2:]))
+        for tensor in (x, gradient)
+    )
+    if num_groups == -1:
+        if mean is None:
+            mean = x.mean((0, 2))
+            variance = (x - mean[:, None]).square().mean((0, 2))
+        z = F.batch_norm(x, mean, variance, eps=eps)
+    else:
+        z = F.group_norm(x, num_groups, eps=eps)
+    _accumulate_blocks((g * z).sum(2), g.sum(2), bias, alpha, beta, out)
+
+
 # Convolutions: x, the geometry's arguments, bias, alpha, beta, out
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kfac_fast.checks import check_apart, check_device, check_out, refused, refused_dtype
 from kfac_fast.conv import PADDING_MODES, ConvGeometry
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -33,90 +34,6 @@ def result_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _refused(op: str, argument: str, expected: object, got: object) -> ValueError:
-    return ValueError(f"{op}: {argument} must be {expected}, got {got}")
-
-
-def _refused_dtype(op: str, argument: str, expected: object, got: object) -> TypeError:
-    return TypeError(f"{op}: {argument} must be {expected}, got {got}")
-
-
-def _check_device(op: str, argument: str, tensor: Tensor, like: Tensor) -> None:
-    if tensor.device != like.device:
-        raise _refused(op, argument, f"on {like.device} like the other tensors", tensor.device)
-
-
-def _used_bytes(tensor: Tensor) -> tuple[int, int]:
-    """First byte that the tensor uses and the one after the last, counted as in :func:`_place`."""
-    steps = zip(tensor.shape, tensor.stride(), strict=True)
-    size = tensor.element_size()
-    first = tensor.data_ptr() if _has_memory(tensor) else int(tensor.storage_offset()) * size
-    last = first + size * sum((size - 1) * stride for size, stride in steps)
-    return first, last + size
-
-
-def _has_memory(tensor: Tensor) -> bool:
-    return type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta
-
-
-def _overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether the spans of a contiguous tensor and of another one share memory."""
-    if not a.numel() or not b.numel():
-        return False
-    if _has_memory(a) and _has_memory(b):
-        # Two storages may stand for the same memory, as two tensors from one NumPy array do.
-        place, storage = a.data_ptr(), b.untyped_storage()
-        start = storage.data_ptr()
-        if place + a.nbytes <= start or start + storage.nbytes() <= place:
-            return False
-    elif not torch._C._is_alias_of(a, b):  # type: ignore[attr-defined]
-        return False
-    (start, stop), (first, last) = _used_bytes(a), _used_bytes(b)
-    return start < last and first < stop
-
-
-def _place(tensor: Tensor) -> int:
-    """What the bytes of :func:`_used_bytes` count in: the one memory, or a storage."""
-    return 0 if _has_memory(tensor) else tensor.untyped_storage()._cdata
-
-
-def _check_out(
-    op: str, argument: str, out: Tensor, shape: Shape, dtype: torch.dtype, inputs: Sequence[Any]
-) -> None:
-    if out.shape != shape:
-        raise _refused(op, argument, f"of shape {shape}", tuple(out.shape))
-    if out.dtype != dtype:
-        raise _refused_dtype(op, argument, dtype, out.dtype)
-    if not out.is_contiguous():
-        raise _refused(op, argument, "contiguous", f"strides {out.stride()}")
-    if out.requires_grad:
-        raise _refused(
-            op, argument, "detached, for no operator is differentiable", "a leaf or graph"
-        )
-    for tensor in inputs:
-        if isinstance(tensor, Tensor):
-            _check_device(op, argument, out, tensor)
-            if _overlap(out, tensor):
-                raise _refused(op, argument, "apart from the inputs' memory", "an overlap")
-
-
-def _check_apart(op: str, out: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
-    """Check that no output overlaps an input or another output, in one pass over sorted spans."""
-    spans = sorted(
-        (_place(tensor), *_used_bytes(tensor), i < len(out))
-        for i, tensor in enumerate([*out, *inputs])
-        if tensor.numel()
-    )
-    storage = used = written = 0
-    for place, start, stop, is_out in spans:
-        if place != storage:
-            storage, used, written = place, 0, 0
-        if start < (used if is_out else written):
-            raise _refused(op, "out", "apart from all other memory", "an overlap")
-        used = max(used, stop)
-        written = max(written, stop) if is_out else written
-
-
 _KINDS: dict[str, tuple[type, ...]] = {
     "x": (Tensor,),
     "mask": (Tensor, type(None)),
@@ -126,6 +43,12 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "groups": (int, torch.SymInt),
     "bias": (bool,),
     "transposed": (bool,),
+    "gradient": (Tensor,),
+    "mean": (Tensor, type(None)),
+    "variance": (Tensor, type(None)),
+    "num_groups": (int, torch.SymInt, type(None)),
+    "eps": (float, int),
+    "center": (bool,),
     "alpha": (float, int, torch.SymFloat),
     "beta": (float, int, torch.SymFloat),
     "out": (Tensor, type(None)),
@@ -156,23 +79,46 @@ def _stacked(groups: int, width: int) -> Shape:
     return (width, width) if groups == 1 else (groups, width, width)
 
 
+def _check_floating(op: str, x: Tensor) -> None:
+    if x.dtype not in FLOATING:
+        raise refused_dtype(op, "x", "float32, float64, bfloat16 or float16", x.dtype)
+
+
+def _check_mask(op: str, x: Tensor, mask: Tensor | None) -> None:
+    if mask is None:
+        return
+    if mask.dtype != torch.bool:
+        raise refused_dtype(op, "mask", "bool", mask.dtype)
+    if mask.shape != x.shape[:-1]:
+        raise refused(op, "mask", f"of x's leading shape {tuple(x.shape[:-1])}", tuple(mask.shape))
+    check_device(op, "mask", mask, x)
+
+
 def _gram_shape(op: str, x: Tensor, mask: Tensor | None, groups: int, bias: bool) -> Shape:
     if x.dim() < 1:
-        raise _refused(op, "x", "[*, D]", "a scalar")
-    if x.dtype not in FLOATING:
-        raise _refused_dtype(op, "x", "float32, float64, bfloat16 or float16", x.dtype)
-    if mask is not None:
-        if mask.dtype != torch.bool:
-            raise _refused_dtype(op, "mask", "bool", mask.dtype)
-        if mask.shape != x.shape[:-1]:
-            raise _refused(
-                op, "mask", f"of x's leading shape {tuple(x.shape[:-1])}", tuple(mask.shape)
-            )
-        _check_device(op, "mask", mask, x)
+        raise refused(op, "x", "[*, D]", "a scalar")
+    _check_floating(op, x)
+    _check_mask(op, x, mask)
     features = x.shape[-1]
     if groups < 1 or features % groups:
-        raise _refused(op, "groups", f"positive and divide x's {features} features", groups)
+        raise refused(op, "groups", f"positive and divide x's {features} features", groups)
     return _stacked(groups, features // groups + bias)
+
+
+def _check_segments(op: str, x: Tensor, segments: Tensor | None, num_segments: int) -> None:
+    if segments is None:
+        if num_segments != -1:
+            raise refused(op, "num_segments", "left out without segments", num_segments)
+        return
+    if x.dim() != 2:
+        raise refused(op, "x", "[R, D] with segments", f"{x.dim()}-d")
+    if segments.shape != x.shape[:1]:
+        raise refused(op, "segments", f"of shape ({x.shape[0]},)", tuple(segments.shape))
+    if segments.dtype != torch.int64:
+        raise refused_dtype(op, "segments", "int64", segments.dtype)
+    if num_segments < 0:
+        raise refused(op, "num_segments", "given with segments and not negative", num_segments)
+    check_device(op, "segments", segments, x)
 
 
 def _shared_gram_shape(
@@ -186,32 +132,19 @@ def _shared_gram_shape(
     bias: bool,
 ) -> Shape:
     if x.dim() < 2:
-        raise _refused(op, "x", "[N, *shared, D], or [R, D] with segments", f"{x.dim()}-d")
+        raise refused(op, "x", "[N, *shared, D], or [R, D] with segments", f"{x.dim()}-d")
     if reduction not in ("mean", "sum"):
-        raise _refused(op, "reduction", "'mean' or 'sum'", repr(reduction))
-    if segments is not None:
-        if x.dim() != 2:
-            raise _refused(op, "x", "[R, D] with segments", f"{x.dim()}-d")
-        if segments.shape != x.shape[:1]:
-            raise _refused(op, "segments", f"of shape ({x.shape[0]},)", tuple(segments.shape))
-        if segments.dtype != torch.int64:
-            raise _refused_dtype(op, "segments", "int64", segments.dtype)
-        if num_segments < 0:
-            raise _refused(op, "num_segments", "given with segments and not negative", num_segments)
-        _check_device(op, "segments", segments, x)
-    elif num_segments != -1:
-        raise _refused(op, "num_segments", "left out without segments", num_segments)
+        raise refused(op, "reduction", "'mean' or 'sum'", repr(reduction))
+    _check_segments(op, x, segments, num_segments)
     return _gram_shape(op, x, mask, groups, bias)
 
 
 def _check_conv(op: str, shape: Shape, geometry: ConvGeometry) -> None:
     if len(shape) != geometry.dimensions + 2:
         expected = f"[N, C, *spatial] with {geometry.dimensions} spatial dimensions"
-        raise _refused(op, "x", expected, f"{len(shape)}-d")
+        raise refused(op, "x", expected, f"{len(shape)}-d")
     if geometry.groups < 1 or shape[1] % geometry.groups:
-        raise _refused(
-            op, "groups", f"positive and divide x's {shape[1]} channels", geometry.groups
-        )
+        raise refused(op, "groups", f"positive and divide x's {shape[1]} channels", geometry.groups)
     for argument, least in (
         ("kernel_size", 1),
         ("stride", 1),
@@ -221,15 +154,15 @@ def _check_conv(op: str, shape: Shape, geometry: ConvGeometry) -> None:
     ):
         values = getattr(geometry, argument)
         if min(values) < least:
-            raise _refused(op, argument, f"at least {least}", values)
+            raise refused(op, argument, f"at least {least}", values)
     if geometry.padding_mode not in PADDING_MODES:
-        raise _refused(op, "padding_mode", f"one of {PADDING_MODES}", repr(geometry.padding_mode))
+        raise refused(op, "padding_mode", f"one of {PADDING_MODES}", repr(geometry.padding_mode))
     _check_transposed(op, geometry)
     _check_padding(op, shape[2:], geometry)
     if min(geometry.output_size(shape[2:])) < 1:
         span = f"kernel_size {geometry.kernel_size} with dilation {geometry.dilation}"
         framed = geometry.framed_size(shape[2:])
-        raise _refused(op, "the padded input", f"as large as {span}", framed)
+        raise refused(op, "the padded input", f"as large as {span}", framed)
 
 
 def _check_transposed(op: str, geometry: ConvGeometry) -> None:
@@ -237,24 +170,24 @@ def _check_transposed(op: str, geometry: ConvGeometry) -> None:
     extra = geometry.output_padding
     if not geometry.transposed:
         if any(extra):
-            raise _refused(op, "output_padding", "0 unless transposed", extra)
+            raise refused(op, "output_padding", "0 unless transposed", extra)
         return
     if geometry.padding_mode != "zeros":
-        raise _refused(op, "padding_mode", "'zeros' if transposed", repr(geometry.padding_mode))
+        raise refused(op, "padding_mode", "'zeros' if transposed", repr(geometry.padding_mode))
     limits = [max(pair) for pair in zip(geometry.stride, geometry.dilation, strict=True)]
     if any(more and more >= limit for more, limit in zip(extra, limits, strict=True)):
-        raise _refused(op, "output_padding", f"below stride or dilation, {tuple(limits)}", extra)
+        raise refused(op, "output_padding", f"below stride or dilation, {tuple(limits)}", extra)
 
 
 def _check_padding(op: str, size: Shape, geometry: ConvGeometry) -> None:
     """Check that the padding modes that copy pixels have enough of them."""
     sides = [(n, pad) for n, pad in zip(_twice(size), geometry.padding, strict=True) if pad]
     if geometry.padding_mode == "reflect" and any(pad >= n for n, pad in sides):
-        raise _refused(op, "padding", f"below the input's {size}", geometry.padding)
+        raise refused(op, "padding", f"below the input's {size}", geometry.padding)
     if geometry.padding_mode == "circular" and any(pad > n for n, pad in sides):
-        raise _refused(op, "padding", f"at most the input's {size}", geometry.padding)
+        raise refused(op, "padding", f"at most the input's {size}", geometry.padding)
     if geometry.padding_mode == "replicate" and any(n < 1 for n, _ in sides):
-        raise _refused(op, "x", "not empty in space to be replicated", size)
+        raise refused(op, "x", "not empty in space to be replicated", size)
 
 
 def _twice(values: Sequence[int]) -> list[int]:
@@ -291,8 +224,7 @@ _kept_conv_shape = lru_cache(maxsize=1024)(conv_shape)
 
 
 def _conv_gram_shape(op: str, x: Tensor, *arguments: Any) -> Shape:
-    if x.dtype not in FLOATING:
-        raise _refused_dtype(op, "x", "float32, float64, bfloat16 or float16", x.dtype)
+    _check_floating(op, x)
     kept = type(x) is Tensor and not torch.compiler.is_compiling()
     shape = _kept_conv_shape if kept else conv_shape
     return shape(op, tuple(x.shape), *hashable(arguments))
@@ -303,25 +235,86 @@ def _window_sum_shape(op: str, x: Tensor, *arguments: Any) -> Shape:
     return (x.shape[0], *groups, width)
 
 
+def _check_norm(op: str, x: Tensor, gradient: Tensor, eps: float) -> None:
+    _check_floating(op, x)
+    if gradient.shape != x.shape:
+        raise refused(op, "gradient", f"of x's shape {tuple(x.shape)}", tuple(gradient.shape))
+    if gradient.dtype != x.dtype:
+        raise refused_dtype(op, "gradient", f"{x.dtype} like x", gradient.dtype)
+    check_device(op, "gradient", gradient, x)
+    if not 0 <= eps < math.inf:
+        raise refused(op, "eps", "finite and not negative", eps)
+
+
+def _feature_norm_shape(
+    op: str,
+    x: Tensor,
+    gradient: Tensor,
+    mask: Tensor | None,
+    segments: Tensor | None,
+    num_segments: int,
+    eps: float,
+    center: bool,
+    bias: bool,
+) -> Shape:
+    if x.dim() < 2:
+        raise refused(op, "x", "[N, *shared, D], or [R, D] with segments", f"{x.dim()}-d")
+    _check_segments(op, x, segments, num_segments)
+    _check_norm(op, x, gradient, eps)
+    _check_mask(op, x, mask)
+    return (x.shape[-1], 1 + bias, 1 + bias)
+
+
+def _channel_norm_shape(
+    op: str,
+    x: Tensor,
+    gradient: Tensor,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    num_groups: int,
+    eps: float,
+    bias: bool,
+) -> Shape:
+    if x.dim() < 2:
+        raise refused(op, "x", "[N, C, *spatial]", f"{x.dim()}-d")
+    _check_norm(op, x, gradient, eps)
+    channels = x.shape[1]
+    if num_groups != -1 and (num_groups < 1 or channels % num_groups):
+        raise refused(op, "num_groups", f"positive and divide x's {channels} channels", num_groups)
+    if (mean is None) != (variance is None):
+        raise refused(op, "variance", "given with mean, and not without", "only one of them")
+    if mean is not None and num_groups != -1:
+        raise refused(op, "mean", "None with num_groups", "both")
+    for argument, value in (("mean", mean), ("variance", variance)):
+        if value is None:
+            continue
+        if tuple(value.shape) != (channels,):
+            raise refused(op, argument, f"of shape ({channels},)", tuple(value.shape))
+        if value.dtype != result_dtype(x.dtype):
+            raise refused_dtype(op, argument, result_dtype(x.dtype), value.dtype)
+        check_device(op, argument, value, x)
+    return (channels, 1 + bias, 1 + bias)
+
+
 # Operators on lists of matrices of mixed shapes.
 
 
 def _check_entry(op: str, argument: str, tensor: Tensor, like: Tensor) -> None:
     if tensor.dtype not in (torch.float32, torch.float64) or tensor.dtype != like.dtype:
-        raise _refused_dtype(op, argument, "float32 or float64 like the others", tensor.dtype)
-    _check_device(op, argument, tensor, like)
+        raise refused_dtype(op, argument, "float32 or float64 like the others", tensor.dtype)
+    check_device(op, argument, tensor, like)
 
 
 def _check_squares(op: str, argument: str, matrices: Sequence[Tensor], like: Tensor) -> None:
     for i, matrix in enumerate(matrices):
         if matrix.dim() < 2 or matrix.shape[-1] != matrix.shape[-2]:
-            raise _refused(op, f"{argument}[{i}]", "[*, n, n]", tuple(matrix.shape))
+            raise refused(op, f"{argument}[{i}]", "[*, n, n]", tuple(matrix.shape))
         _check_entry(op, f"{argument}[{i}]", matrix, like)
 
 
 def _check_length(op: str, argument: str, values: Sequence[Tensor], expected: int) -> None:
     if len(values) != expected:
-        raise _refused(op, argument, f"{expected} tensors", len(values))
+        raise refused(op, argument, f"{expected} tensors", len(values))
 
 
 def number_of_matrices(matrices: Sequence[Tensor]) -> int:
@@ -354,18 +347,18 @@ def _check_damped(
     for i, (matrix, shift) in enumerate(zip(matrices, of_each(damping, matrices), strict=True)):
         batch = tuple(matrix.shape[:-2])
         if shift.dim() != 0 and tuple(shift.shape) != batch:
-            raise _refused(op, f"damping[{i}]", f"a scalar or of shape {batch}", tuple(shift.shape))
+            raise refused(op, f"damping[{i}]", f"a scalar or of shape {batch}", tuple(shift.shape))
         if shift.dtype != matrix.dtype:
-            raise _refused_dtype(op, f"damping[{i}]", matrix.dtype, shift.dtype)
-        _check_device(op, f"damping[{i}]", shift, like)
-        _check_out(op, f"out[{i}]", out[i], matrix.shape, matrix.dtype, [])
-        _check_device(op, f"out[{i}]", out[i], like)
+            raise refused_dtype(op, f"damping[{i}]", matrix.dtype, shift.dtype)
+        check_device(op, f"damping[{i}]", shift, like)
+        check_out(op, f"out[{i}]", out[i], matrix.shape, matrix.dtype, [])
+        check_device(op, f"out[{i}]", out[i], like)
     vectors = [info] if logdet is None else [info, logdet]
-    _check_apart(op, [*out, *vectors], [*matrices, *damping])
+    check_apart(op, [*out, *vectors], [*matrices, *damping])
     total = (number_of_matrices(matrices),)
-    _check_out(op, "info", info, total, torch.int32, [like])
+    check_out(op, "info", info, total, torch.int32, [like])
     if logdet is not None:
-        _check_out(op, "logdet", logdet, total, like.dtype, [like])
+        check_out(op, "logdet", logdet, total, like.dtype, [like])
 
 
 def _check_precondition(
@@ -384,7 +377,7 @@ def _check_precondition(
     like = grads[0]
     for i, grad in enumerate(grads):
         if grad.dim() < 2:
-            raise _refused(op, f"grads[{i}]", "[*, out, in]", f"{grad.dim()}-d")
+            raise refused(op, f"grads[{i}]", "[*, out, in]", f"{grad.dim()}-d")
         _check_entry(op, f"grads[{i}]", grad, like)
     for argument, values in sides.items():
         _check_squares(op, argument, values, like)
@@ -393,11 +386,11 @@ def _check_precondition(
         for argument, side, size in (("input", right, columns), ("gradient", left, rows)):
             if tuple(side.shape) != (*batch, size, size):
                 expected = f"of shape {(*batch, size, size)}"
-                raise _refused(op, f"the {argument} side[{i}]", expected, tuple(side.shape))
-        _check_out(op, f"out[{i}]", out[i], grad.shape, grad.dtype, [])
-        _check_device(op, f"out[{i}]", out[i], like)
-    _check_apart(op, [*out, inner], [*grads, *input_sides, *gradient_sides])
-    _check_out(op, "inner", inner, (), like.dtype, [like])
+                raise refused(op, f"the {argument} side[{i}]", expected, tuple(side.shape))
+        check_out(op, f"out[{i}]", out[i], grad.shape, grad.dtype, [])
+        check_device(op, f"out[{i}]", out[i], like)
+    check_apart(op, [*out, inner], [*grads, *input_sides, *gradient_sides])
+    check_out(op, "inner", inner, (), like.dtype, [like])
 
 
 @dataclass(frozen=True)
@@ -422,7 +415,7 @@ def _accumulating(arguments: str, shape: Callable[..., Shape]) -> Operator:
     def check(op: str, *args: Any) -> None:
         *inputs, _, _, out = args
         dtype = result_dtype(inputs[0].dtype)
-        _check_out(op, "out", out, shape(op, *inputs), dtype, inputs)
+        check_out(op, "out", out, shape(op, *inputs), dtype, inputs)
 
     return Operator(f"{arguments}, float alpha, float beta, Tensor(a!) out", check, -1, shape)
 
@@ -449,6 +442,16 @@ OPERATORS: dict[str, Operator] = {
     "conv_expand_gram": _accumulating(_CONV, _conv_gram_shape),
     "conv_reduce_gram": _accumulating(_CONV, _conv_gram_shape),
     "conv_window_sum": _accumulating(_CONV, _window_sum_shape),
+    "feature_norm_gram": _accumulating(
+        "Tensor x, Tensor gradient, Tensor? mask, Tensor? segments, int num_segments, float eps, "
+        "bool center, bool bias",
+        _feature_norm_shape,
+    ),
+    "channel_norm_gram": _accumulating(
+        "Tensor x, Tensor gradient, Tensor? mean, Tensor? variance, int num_groups, float eps, "
+        "bool bias",
+        _channel_norm_shape,
+    ),
     "damped_inverse": Operator(_DAMPED, _check_damped, 2),
     "damped_cholesky": Operator(_DAMPED, _check_damped, 2),
     "precondition": Operator(_SIDES, _check_precondition, 3),

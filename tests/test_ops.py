@@ -167,6 +167,12 @@ NOT_DIFFERENTIABLE = {
         for name, (op, shape, options) in ACCUMULATING.items()
     },
     "conv_window_sum": lambda: ops.conv_window_sum(trainable(2, 4, 5, 5), **CONV),
+    "feature_norm_gram": lambda: ops.feature_norm_gram(trainable(3, 4), trainable(3, 4)),
+    "channel_norm_gram": lambda: ops.channel_norm_gram(
+        *(trainable(3, 4, 2) for _ in range(2)),
+        mean=trainable(4),
+        variance=torch.ones(4, requires_grad=True),
+    ),
     "damped_inverse": lambda: ops.damped_inverse(
         identities(), torch.ones((), requires_grad=True), logdet=True
     ),

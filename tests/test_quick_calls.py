@@ -37,6 +37,8 @@ PLAIN: dict[str, Callable[[], Any]] = {
     "without out": lambda: ops.gram(rows_and_image()[0], groups=2),
     "a parameter": lambda: ops.gram(torch.nn.Parameter(rows_and_image()[0])),
     "shared_gram": lambda: ops.shared_gram(rows_and_image()[1], out=poisoned(6, 6)),
+    "feature_norm_gram": lambda: ops.feature_norm_gram(*2 * rows_and_image()[1:]),
+    "channel_norm_gram": lambda: ops.channel_norm_gram(*2 * rows_and_image()[1:], bias=False),
     "conv_expand_gram": lambda: ops.conv_expand_gram(rows_and_image()[1], 3, padding=(1, 0, 0, 2)),
     "conv_reduce_gram": lambda: ops.conv_reduce_gram(rows_and_image()[1], [3, 1], groups=2),
     "conv_window_sum": lambda: ops.conv_window_sum(rows_and_image()[1], 3, padding="same"),

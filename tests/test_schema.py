@@ -43,6 +43,14 @@ def dispatcher_arguments(op: str) -> tuple[Any, ...]:
         "conv_expand_gram": (image, *CONV_ARGUMENTS, True, 1.0, 0.9, torch.zeros(2, 13, 13)),
         "conv_reduce_gram": (image, *CONV_ARGUMENTS, True, 1.0, 0.9, torch.zeros(2, 13, 13)),
         "conv_window_sum": (image, *CONV_ARGUMENTS, True, 1.0, 0.9, torch.zeros(2, 2, 13)),
+        "feature_norm_gram": (
+            *(x, x.clone(), mask, segments, 3, 1e-5, True, True),
+            *(0.5, 0.9, torch.zeros(4, 2, 2)),
+        ),
+        "channel_norm_gram": (
+            *(image, image.clone(), x[0], x[1].abs(), -1, 1e-5, False),
+            *(1.0, 0.9, torch.zeros(4, 1, 1)),
+        ),
         "damped_inverse": (square, damping, outs, info, values),
         "damped_cholesky": (square, damping, outs, info, None),
         "precondition": (grads, *sides, outs, torch.zeros(())),
@@ -90,6 +98,8 @@ PUBLIC_CALLS: dict[str, Callable[..., Any]] = {
     "conv_window_sum": lambda x: ops.conv_window_sum(
         x[:, :, None], [2], stride=2, transposed=True, output_padding=(1,)
     ),
+    "feature_norm_gram": lambda x: ops.feature_norm_gram(x, x + 1, mask=x[:, 0] > 0),
+    "channel_norm_gram": lambda x: ops.channel_norm_gram(x, x + 1, num_groups=2, bias=False),
     "damped_inverse": lambda x: ops.damped_inverse(
         [x.T @ x, (x.T @ x)[:2, :2].contiguous()], [0.5, x[0, 0].abs()], logdet=True
     ),

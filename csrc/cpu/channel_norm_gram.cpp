@@ -1,11 +1,12 @@
-// The factor of a normalisation of channels on the CPU. Every channel of every example is read once,
-// with its gradients: its moments about its own mean are enough for those about the mean that the
-// normalisation takes away, once that is known.
+// The factor of a normalisation of channels on the CPU. Every channel of every example is read
+// once, with its gradients: its moments about its own mean are enough for those about the mean that
+// the normalisation takes away, once that is known.
 
 #include <cmath>
 #include <optional>
 
 #include "checks.h"
+#include "contiguous_rows.h"
 #include "gram_layout.h"
 #include "norm_sums.h"
 #include "operators.h"
@@ -16,19 +17,17 @@
 namespace kfac_fast {
 namespace {
 
-// x [N, C, S]; the last entries are side by side.
 struct Arguments {
   const Tensor& x;
   const Tensor& gradient;
   const std::optional<Tensor>& mean;
   const std::optional<Tensor>& variance;
-  int64_t num_groups;  // 0: each channel over all examples
+  int64_t num_groups;  // -1: each channel over all examples
   double eps;
   bool bias;
 
   int64_t examples() const { return x.size(0); }
   int64_t channels() const { return x.size(1); }
-  int64_t positions() const { return x.size(2); }
 };
 
 struct Statistics {
@@ -38,13 +37,15 @@ struct Statistics {
 // Rows of equal lengths whose entries are normalised together.
 class Pool {
  public:
+  explicit Pool(int64_t positions) : positions_(std::max<double>(positions, 1)) {}
+
   // Means are taken from that of the first row, lest the squares of large ones cancel.
   template <typename T>
-  void add(const RowMoments<T>& row, int64_t positions) {
+  void add(const RowMoments<T>& row) {
     if (count_++ == 0) shift_ = row.mean;
-    const double apart = row.mean - shift_;
-    sum_ += apart;
-    squares_ += row.squares / static_cast<double>(positions) + apart * apart;
+    const double rounded = row.mean - shift_, rest = row.rest / positions_;
+    sum_ += rounded + rest;
+    squares_ += row.squares / positions_ + rounded * (rounded + 2 * rest);
   }
 
   Statistics statistics(double eps) const {
@@ -53,6 +54,7 @@ class Pool {
   }
 
  private:
+  const double positions_;
   double count_ = 0, shift_ = 0, sum_ = 0, squares_ = 0;
 };
 
@@ -64,20 +66,23 @@ class ChannelNorm {
         store_(store),
         out_(out),
         rows_(a_.examples() * a_.channels()),
+        positions_(a_.x.numel() / std::max<int64_t>(rows_, 1)),
         moments_(make_scratch<RowMoments<T>>(rows_)),
-        statistics_(make_scratch<Statistics>(std::max(a_.examples() * a_.num_groups,
-                                                      a_.channels()))) {}
+        statistics_(
+            make_scratch<Statistics>(std::max(a_.examples() * a_.num_groups, a_.channels()))) {}
 
   template <typename In>
   void run() {
     constexpr double operations_an_entry = 16;
     constexpr int64_t rows_a_task = 8, channels_a_task = 16;
     const auto& sums = norm_sums<In, T>(instruction_set_in_use());
+    const ContiguousRows<In> x(a_.x, 2), gradient(a_.gradient, 2);
     for_each_part(rows_, rows_a_task, operations_an_entry * a_.x.numel(),
                   [&](int64_t begin, int64_t end) {
+                    const auto room = make_scratch<In>(2 * positions_);
                     for (int64_t row = begin; row < end; ++row) {
-                      moments_[row] = sums.moments(row_of<In>(a_.x, row),
-                                                   row_of<In>(a_.gradient, row), a_.positions());
+                      const In* g = gradient.at(row, &room[positions_]);
+                      moments_[row] = sums.moments(x.at(row, room.get()), g, positions_);
                     }
                   });
     const double operations = operations_an_entry * static_cast<double>(rows_);
@@ -85,7 +90,7 @@ class ChannelNorm {
       for_each_part(a_.examples(), 1, operations, [&](int64_t n, int64_t) { pool_groups(n); });
     }
     for_each_part(a_.channels(), channels_a_task, operations, [&](int64_t begin, int64_t end) {
-      if (a_.num_groups == 0) find_statistics(begin, end);
+      if (a_.num_groups < 0) find_statistics(begin, end);
       for (int64_t channel = begin; channel < end; ++channel) add_examples(channel);
     });
   }
@@ -99,13 +104,6 @@ class ChannelNorm {
     });
   }
 
-  template <typename In>
-  const In* row_of(const Tensor& x, int64_t row) const {
-    const int64_t example = row / a_.channels(), channel = row % a_.channels();
-    return static_cast<const In*>(x.const_data_ptr()) + example * x.stride(0) +
-           channel * x.stride(1);
-  }
-
   const RowMoments<T>& moments(int64_t example, int64_t channel) const {
     return moments_[example * a_.channels() + channel];
   }
@@ -113,9 +111,9 @@ class ChannelNorm {
   void pool_groups(int64_t example) {
     const int64_t size = a_.channels() / a_.num_groups;
     for (int64_t group = 0; group < a_.num_groups; ++group) {
-      Pool pool;
+      Pool pool(positions_);
       for (int64_t i = 0; i < size; ++i) {
-        pool.add(moments(example, group * size + i), a_.positions());
+        pool.add(moments(example, group * size + i));
       }
       statistics_[example * a_.num_groups + group] = pool.statistics(a_.eps);
     }
@@ -131,14 +129,14 @@ class ChannelNorm {
         statistics_[channel] = {at(*a_.mean, channel), 1 / std::sqrt(variance + a_.eps)};
         continue;
       }
-      Pool pool;
-      for (int64_t n = 0; n < a_.examples(); ++n) pool.add(moments(n, channel), a_.positions());
+      Pool pool(positions_);
+      for (int64_t n = 0; n < a_.examples(); ++n) pool.add(moments(n, channel));
       statistics_[channel] = pool.statistics(a_.eps);
     }
   }
 
   const Statistics& statistics(int64_t example, int64_t channel) const {
-    if (a_.num_groups == 0) return statistics_[channel];
+    if (a_.num_groups < 0) return statistics_[channel];
     return statistics_[example * a_.num_groups + channel / (a_.channels() / a_.num_groups)];
   }
 
@@ -165,6 +163,7 @@ class ChannelNorm {
   const SymmetricStore<T>& store_;
   T* const out_;
   const int64_t rows_;
+  const int64_t positions_;
   const Scratch<RowMoments<T>> moments_;
   const Scratch<Statistics> statistics_;  // of every channel, or of every example's groups
 };
@@ -174,10 +173,9 @@ class ChannelNorm {
 bool channel_norm_gram(const Tensor& x, const Tensor& gradient, const std::optional<Tensor>& mean,
                        const std::optional<Tensor>& variance, int64_t num_groups, double eps,
                        bool bias, double alpha, double beta, const Tensor& out) {
-  if (x.dim() != 3 || gradient.dim() != 3 || !same_shape(gradient, x, 3)) return false;
-  if (x.stride(2) != 1 || gradient.stride(2) != 1 || !(eps >= 0)) return false;
-  if (num_groups < 0 || (num_groups > 0 && x.size(1) % num_groups != 0)) return false;
-  if (mean.has_value() != variance.has_value() || (mean && num_groups > 0)) return false;
+  if (!norm_inputs_pass(x, gradient, eps)) return false;
+  if (num_groups != -1 && (num_groups < 1 || x.size(1) % num_groups != 0)) return false;
+  if (mean.has_value() != variance.has_value() || (mean && num_groups != -1)) return false;
   const ScalarType result = result_type(x.scalar_type());
   for (const auto* given : {&mean, &variance}) {
     if (*given && (!is_vector(**given, x.size(1)) || (*given)->scalar_type() != result)) {

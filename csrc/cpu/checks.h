@@ -2,6 +2,7 @@
 // The check of accumulating operators, repeated from kfac_fast/schema.py for its speed; see
 // tensor_lists.h.
 
+#include <cmath>
 #include <initializer_list>
 #include <optional>
 #include <vector>
@@ -57,6 +58,11 @@ inline bool rows_pass(const Tensor& x, const std::optional<Tensor>& mask, int64_
   const int64_t last = x.dim() - 1;
   if (last < 0 || (mask && !same_shape(*mask, x, last))) return false;
   return groups >= 1 && x.size(last) % groups == 0;
+}
+
+// The input of a normalisation, the gradient of its output, and what is added to variances.
+inline bool norm_inputs_pass(const Tensor& x, const Tensor& gradient, double eps) {
+  return x.dim() >= 2 && same_shape(gradient, x, x.dim()) && eps >= 0 && std::isfinite(eps);
 }
 
 // x [N, C, *sizes] whose channels are split into groups.

@@ -2,9 +2,9 @@
 // products with the gradients are added up example by example, while they are in the caches.
 
 #include <optional>
-#include <vector>
 
 #include "checks.h"
+#include "contiguous_rows.h"
 #include "norm_sums.h"
 #include "operators.h"
 #include "parallel.h"
@@ -14,24 +14,6 @@
 
 namespace kfac_fast {
 namespace {
-
-// A row of [N, S, D]; copied where its entries are apart.
-template <typename In>
-class Rows {
- public:
-  explicit Rows(const Tensor& x) : x_(x), data_(static_cast<const In*>(x.const_data_ptr())) {}
-
-  const In* at(int64_t example, int64_t position, In* room) const {
-    const In* row = data_ + example * x_.stride(0) + position * x_.stride(1);
-    if (x_.stride(2) == 1) return row;
-    for (int64_t c = 0; c < x_.size(2); ++c) room[c] = row[c * x_.stride(2)];
-    return room;
-  }
-
- private:
-  const Tensor& x_;
-  const In* const data_;
-};
 
 struct Arguments {
   const Tensor& x;
@@ -43,13 +25,11 @@ struct Arguments {
   bool center;
   bool bias;
 
-  int64_t units() const { return x.size(2); }
+  int64_t units() const { return x.size(x.dim() - 1); }
   int64_t examples() const { return segments ? num_segments : x.size(0); }
 
-  bool counts(int64_t example, int64_t position) const {
-    return !mask || static_cast<const bool*>(mask->const_data_ptr())[example * mask->stride(0) +
-                                                                     position * mask->stride(1)];
-  }
+  // Of the rows of all examples.
+  bool counts(int64_t row) const { return !mask || *entry_of<bool>(*mask, mask->dim(), row); }
 };
 
 template <typename In, typename T>
@@ -57,69 +37,64 @@ class ExampleSums {
  public:
   explicit ExampleSums(const Arguments& arguments)
       : a_(arguments),
-        x_(a_.x),
-        gradient_(a_.gradient),
+        x_(a_.x, a_.x.dim() - 1),
+        gradient_(a_.gradient, a_.x.dim() - 1),
         functions_(norm_sums<In, T>(instruction_set_in_use())) {
     if (a_.segments) segments_.emplace(*a_.segments, a_.num_segments, "feature_norm_gram");
+    for (int64_t d = 1; d < a_.x.dim() - 1; ++d) positions_ *= a_.x.size(d);
   }
 
-  int64_t room() const { return 7 * a_.units(); }
+  int64_t room() const { return 9 * a_.units(); }
   int64_t copies() const { return 2 * a_.units(); }
 
   // total = the outer products of the gradients of some examples, part by part.
   void add(int64_t begin, int64_t end, T* total, T* room, In* copies) const {
     const int64_t units = a_.units();
-    T *lost = room, *weight = lost + 3 * units, *bias = weight + units;
+    T *lost = room, *sums = room + 3 * units;
     std::fill_n(total, 3 * units, T{0});
     std::fill_n(lost, 3 * units, T{0});
     for (int64_t example = begin; example < end; ++example) {
-      sum_example(example, weight, copies);
-      functions_.add_outer_products[a_.bias](weight, bias, units, total, lost);
+      sum_example(example, sums, copies);
+      functions_.add_outer_products[a_.bias](sums, sums + units, units, total, lost);
     }
   }
 
  private:
+  // Of scales and of shifts. The rows after the first few are summed apart, a few at a time.
   void sum_example(int64_t example, T* sums, In* copies) const {
-    // The rows after the first few are summed apart, a few at a time.
-    constexpr int64_t rows_a_chain = 64;
+    constexpr int64_t rows_a_chain = 16;
     const int64_t units = a_.units();
-    T* chain = sums + 2 * units;
-    std::fill_n(sums, 4 * units, T{0});
+    T *lost = sums + 2 * units, *chain = lost + 2 * units;
+    std::fill_n(sums, 6 * units, T{0});
     int64_t rows = 0;
-    const auto end_chain = [&] {
-      for (int64_t c = 0; c < 2 * units; ++c) sums[c] += chain[c];
-      std::fill_n(chain, 2 * units, T{0});
-    };
-    for_each_row(example, [&](int64_t index, int64_t position) {
-      T* into = rows < rows_a_chain ? sums : chain;
-      const In* x = x_.at(index, position, copies);
-      const In* g = gradient_.at(index, position, copies + units);
-      functions_.add_normalized[a_.center](x, g, units, static_cast<T>(a_.eps), into,
-                                           into + units);
-      if (++rows % rows_a_chain == 0 && into == chain) end_chain();
+    for_each_row(example, [&](int64_t row) {
+      if (!a_.counts(row)) return;
+      if (rows > 0 && rows % rows_a_chain == 0) {
+        functions_.end_chain(chain, 2 * units, sums, lost);
+      }
+      T* into = rows++ < rows_a_chain ? sums : chain;
+      const In* x = x_.at(row, copies);
+      const In* g = gradient_.at(row, copies + units);
+      functions_.add_normalized[a_.center](x, g, units, static_cast<T>(a_.eps), into, into + units);
     });
-    if (rows > rows_a_chain) end_chain();
+    if (rows > rows_a_chain) functions_.end_chain(chain, 2 * units, sums, lost);
   }
 
-  // Those that count.
   template <typename Visit>
   void for_each_row(int64_t example, const Visit& visit) const {
     if (!segments_) {
-      for (int64_t s = 0; s < a_.x.size(1); ++s) {
-        if (a_.counts(example, s)) visit(example, s);
-      }
+      for (int64_t i = 0; i < positions_; ++i) visit(example * positions_ + i);
       return;
     }
-    for (int64_t i = segments_->begin[example]; i < segments_->begin[example + 1]; ++i) {
-      const int64_t row = segments_->rows[i];
-      if (a_.counts(row, 0)) visit(row, 0);
-    }
+    const auto& begin = segments_->begin;
+    for (int64_t i = begin[example]; i < begin[example + 1]; ++i) visit(segments_->rows[i]);
   }
 
   const Arguments& a_;
-  const Rows<In> x_, gradient_;
+  const ContiguousRows<In> x_, gradient_;
   const NormSums<In, T>& functions_;
   std::optional<Segments> segments_;
+  int64_t positions_ = 1;  // of an example, without segments
 };
 
 template <typename In, typename T>
@@ -137,8 +112,7 @@ void feature_norm_gram_of(const Arguments& a, double alpha, double beta, T* out)
   const auto copies = make_scratch<In>(workers * sums.copies());
   for_each_task(chunks, workers, [&](int64_t chunk, int64_t worker) {
     sums.add(chunk * a.examples() / chunks, (chunk + 1) * a.examples() / chunks,
-             &sets[chunk * set_size], &room[worker * sums.room()],
-             &copies[worker * sums.copies()]);
+             &sets[chunk * set_size], &room[worker * sums.room()], &copies[worker * sums.copies()]);
   });
   const SymmetricStore<T> store{static_cast<T>(alpha), static_cast<T>(beta), 1 + a.bias};
   for (int64_t unit = 0; unit < a.units(); ++unit) {
@@ -156,10 +130,9 @@ void feature_norm_gram_of(const Arguments& a, double alpha, double beta, T* out)
 bool feature_norm_gram(const Tensor& x, const Tensor& gradient, const std::optional<Tensor>& mask,
                        const std::optional<Tensor>& segments, int64_t num_segments, double eps,
                        bool center, bool bias, double alpha, double beta, const Tensor& out) {
-  if (x.dim() != 3 || gradient.dim() != 3 || !same_shape(gradient, x, 3)) return false;
-  if (!(eps >= 0)) return false;
-  if (mask && !same_shape(*mask, x, 2)) return false;
-  if (segments ? x.size(1) != 1 || !is_vector(*segments, x.size(0)) || num_segments < 0
+  if (!norm_inputs_pass(x, gradient, eps)) return false;
+  if (mask && !same_shape(*mask, x, x.dim() - 1)) return false;
+  if (segments ? x.dim() != 2 || !is_vector(*segments, x.size(0)) || num_segments < 0
                : num_segments != -1) {
     return false;
   }

@@ -16,8 +16,7 @@ struct Segments {
   std::vector<int64_t> rows;   // those of each segment in order
 
   // `ids` names the segment of every row.
-  Segments(const Tensor& ids, int64_t count, const char* op)
-      : begin(count + 1), rows(ids.size(0)) {
+  Segments(const Tensor& ids, int64_t count, const char* op) : begin(count + 1), rows(ids.size(0)) {
     const auto* data = static_cast<const int64_t*>(ids.const_data_ptr());
     const auto id_of = [&](int64_t row) { return data[row * ids.stride(0)]; };
     const auto total = static_cast<int64_t>(rows.size());

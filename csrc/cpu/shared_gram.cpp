@@ -88,7 +88,8 @@ class SharedSums {
       const int64_t row = segments.rows[i];
       next = i + 1;
       if (!a_.counts(row)) continue;
-      while (next < end && segments.rows[next] == row + next - i && a_.counts(segments.rows[next])) {
+      while (next < end && segments.rows[next] == row + next - i &&
+             a_.counts(segments.rows[next])) {
         ++next;
       }
       const In* rows = data_ + row * stride + first * a_.column_stride();

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Hashable
-from typing import cast
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kfac_fast import ops
 from kfac_fast.layers.base import Approximation, Layer
+from kfac_fast.schema import result_dtype
 
 FeatureNorm = nn.LayerNorm | nn.RMSNorm
 ChannelNorm = nn.GroupNorm | nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
@@ -38,8 +37,8 @@ class NormLayer(Layer):
         self.groups = self.module.weight.numel()
 
     @abstractmethod
-    def example_sums(self, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """Sums over positions of ``g z`` and of ``g``, each ``[N, units]``."""
+    def _gram(self, x: Tensor, gradient: Tensor, scale: float) -> Tensor:
+        """The sum of :meth:`gradient_gram`, of tensors of one dtype."""
 
     def batched(self, x: Tensor) -> Tensor:
         """The tensor itself."""
@@ -56,24 +55,16 @@ class NormLayer(Layer):
         """Blocks of all units, ``[units, 1 (+ 1), 1 (+ 1)]``."""
         if x is None:
             raise TypeError(f"{self.name}: x must be the module's input, got None")
-        v = self._example_gradients(x, gradient)
-        blocks = ops.gram(v.flatten(1), groups=self.groups, alpha=scale)
-        return blocks.reshape(self.groups, v.shape[-1], v.shape[-1])
+        dtype = torch.promote_types(x.dtype, gradient.dtype)
+        return self._gram(x.to(dtype), gradient.to(dtype), scale)
 
     def squared_gradients(
         self, x: Tensor, gradient: Tensor, right: Tensor, left: Tensor, scale: float
     ) -> Tensor:
-        """As for other layers; the gradients of all examples are no larger than the input."""
-        v = self._example_gradients(x, gradient).to(right.dtype)
-        return scale * (v[:, :, None] @ right).square().sum(0)
-
-    def _example_gradients(self, x: Tensor, gradient: Tensor) -> Tensor:
-        """The vectors :math:`v_n` of each unit, ``[N, units, 1 (+ 1)]``."""
-        v = torch.stack(self.example_sums(x, gradient)[: 1 + self.has_bias], -1)
-        _, segments, examples = self.sharing
-        if segments is None or examples is None:
-            return v
-        return v.new_zeros(examples, *v.shape[1:]).index_add_(0, segments, v)
+        """As for other layers; they are on the diagonal of the rotated blocks."""
+        blocks = self.gradient_gram(gradient, scale, x).to(right.dtype)
+        squares = (right.mT @ blocks @ right).diagonal(dim1=-2, dim2=-1)
+        return squares.clamp(min=0)[:, None]  # rounding may leave less than nothing
 
     def weight_matrix(self, weight: Tensor) -> Tensor:
         """``[units, 1, 1]``."""
@@ -100,22 +91,19 @@ class FeatureNormLayer(NormLayer):
         """``[N, *shared, *features]``."""
         return x if x.dim() > len(self.module.normalized_shape) else x[None]
 
-    def example_sums(self, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """Of inputs normalised again, by mean and variance or by the root mean square."""
-        dtype = torch.promote_types(gradient.dtype, torch.float32)
-        g, z = (
-            batched.reshape(len(batched), -1, self.groups).to(dtype)
-            for batched in map(self.batched, (gradient, self._normalized(x)))
+    def _gram(self, x: Tensor, gradient: Tensor, scale: float) -> Tensor:
+        """Of inputs that are normalised again."""
+        rows = [
+            self.batched(tensor).flatten(-len(self.module.normalized_shape))
+            for tensor in (x, gradient)
+        ]
+        center, eps = isinstance(self.module, nn.LayerNorm), self.module.eps
+        if eps is None:
+            eps = torch.finfo(result_dtype(x.dtype)).eps
+        kinds = self.sharing._asdict()
+        return ops.feature_norm_gram(
+            *rows, eps=eps, center=center, bias=self.has_bias, alpha=scale, **kinds
         )
-        if self.sharing.mask is not None:
-            g = torch.where(self.sharing.mask.reshape(*g.shape[:2], 1), g, 0)
-        return z.mul_(g).sum(1), g.sum(1)  # z is of no further use
-
-    def _normalized(self, x: Tensor) -> Tensor:
-        module = self.module
-        if isinstance(module, nn.RMSNorm):
-            return F.rms_norm(x, module.normalized_shape, eps=module.eps)
-        return F.layer_norm(x, module.normalized_shape, eps=module.eps)
 
 
 class ChannelNormLayer(NormLayer):
@@ -127,45 +115,15 @@ class ChannelNormLayer(NormLayer):
 
     module: ChannelNorm
 
-    def example_sums(self, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def _gram(self, x: Tensor, gradient: Tensor, scale: float) -> Tensor:
         """Of inputs that are read again."""
-        dtype = torch.promote_types(gradient.dtype, torch.float32)
-        shape = len(x), self.groups, math.prod(x.shape[2:])
-        g, x = (tensor.reshape(shape).to(dtype) for tensor in (gradient, x))
-        mean, variance = (statistic.expand(shape[:2]) for statistic in self._statistics(x))
-        return _row_sums(g, x, mean, (variance + self.module.eps).rsqrt())
-
-    def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance by which the forward pass normalises ``[N, C, S]``."""
-        module, groups = self.module, None
+        module, options = self.module, dict[str, Any]()
         if isinstance(module, nn.GroupNorm):
-            groups = module.num_groups
+            options["num_groups"] = module.num_groups
         elif not module.training and module.running_mean is not None:
-            return module.running_mean, cast(Tensor, module.running_var)
-        # Of every channel of every example, then of those that are normalised together.
-        means = x.mean(2)
-        variances = (x - means[:, :, None]).square_().sum(2) / x.shape[2]
-        if groups is None:
-            return _pooled(means, variances)
-        means, variances = (t.reshape(len(x) * groups, -1).mT for t in (means, variances))
-        mean, variance = _pooled(means, variances)
-        mean, variance = (t.expand_as(means).mT.reshape(x.shape[:2]) for t in (mean, variance))
-        return mean, variance
-
-
-def _pooled(means: Tensor, variances: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of a union of equally large samples, along the first dimension."""
-    mean = means.mean(0)
-    return mean, (variances + (means - mean).square()).mean(0)
-
-
-def _row_sums(g: Tensor, x: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """``[N, C]``: sums over ``s`` of ``g (x - mean) scale`` and of ``g``, in one reading."""
-    rows = x.shape[:2]
-    g, x = (tensor.reshape(1, -1, x.shape[2]) for tensor in (g, x))
-    mean, scale = (tensor.reshape(-1).contiguous() for tensor in (mean, scale))  # not strided
-    # They are the gradients of weight and bias, if each channel of each example has its own.
-    _, products, sums = torch.ops.aten.native_batch_norm_backward(
-        g, x, None, None, None, mean, scale, True, 0.0, [False, True, True]
-    )
-    return products.reshape(rows), sums.reshape(rows)
+            statistics = module.running_mean, cast(Tensor, module.running_var)
+            dtype = result_dtype(x.dtype)
+            options["mean"], options["variance"] = (value.to(dtype) for value in statistics)
+        return ops.channel_norm_gram(
+            x, gradient, eps=module.eps, bias=self.has_bias, alpha=scale, **options
+        )

@@ -1,0 +1,47 @@
+#pragma once
+// The rows of a tensor one by one, each with its entries side by side.
+
+#include <cstdint>
+
+#include "tensor_lists.h"
+#include "tensors.h"
+
+namespace kfac_fast {
+
+// The first dimensions, `leading` of them, count the rows; the others are a row's entries.
+template <typename In>
+class ContiguousRows {
+ public:
+  ContiguousRows(const Tensor& x, int64_t leading) : x_(x), leading_(leading) {
+    int64_t step = 1;
+    for (int64_t d = x.dim() - 1; d >= leading; --d) {
+      in_place_ = in_place_ && (x.size(d) == 1 || x.stride(d) == step);
+      step *= x.size(d);
+    }
+  }
+
+  // Copied to `room` if need be.
+  const In* at(int64_t row, In* room) const {
+    const In* first = entry_of<In>(x_, leading_, row);
+    if (in_place_) return first;
+    copy(first, leading_, room);
+    return room;
+  }
+
+ private:
+  In* copy(const In* from, int64_t d, In* to) const {
+    const int64_t size = x_.size(d), stride = x_.stride(d);
+    if (d == x_.dim() - 1) {
+      for (int64_t i = 0; i < size; ++i) *to++ = from[i * stride];
+      return to;
+    }
+    for (int64_t i = 0; i < size; ++i) to = copy(from + i * stride, d + 1, to);
+    return to;
+  }
+
+  const Tensor& x_;
+  const int64_t leading_;
+  bool in_place_ = true;
+};
+
+}  // namespace kfac_fast

@@ -1,0 +1,262 @@
+"""Operators on lists of matrices: damped inverses, preconditioning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kfac_fast import schema
+from kfac_fast.backends import call, public, quick
+
+
+def _all_detached(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [x.detach() if x.requires_grad else x for x in tensors]
+
+
+class DampedInverses(NamedTuple):
+    """Result of :func:`damped_inverse` and :func:`damped_cholesky`.
+
+    Attributes:
+        matrices: The inverses, or the lower Cholesky factors, one for each input; NaN where
+            ``info`` is not zero.
+        info: int32, one entry for each matrix in order: 0, or the order of the leading minor that
+            is not positive.
+        logdet: Log-determinant of each damped matrix (natural logarithm), NaN where ``info`` is not
+            zero; None if not asked for.
+    """
+
+    matrices: list[Tensor]
+    info: Tensor
+    logdet: Tensor | None
+
+
+Damping = float | Tensor | Sequence[float | Tensor]
+
+
+def _damping_tensors(op: str, damping: Damping, matrices: Sequence[Tensor]) -> list[Tensor]:
+    """One damping tensor for all or for each entry of ``matrices``; only numbers are checked."""
+    many = isinstance(damping, Sequence) or (isinstance(damping, Tensor) and damping.dim() > 0)
+    values: list[Any] = list(damping) if many else [damping]  # type: ignore[arg-type]
+    if many and len(values) != len(matrices):
+        raise ValueError(f"{op}: damping must be one value or {len(matrices)}, got {len(values)}")
+    for value in values:
+        if not isinstance(value, int | float | Tensor):
+            raise TypeError(f"{op}: damping must be numbers or tensors, got {value!r}")
+        if isinstance(value, int | float) and not value >= 0:
+            raise ValueError(f"{op}: damping must not be negative, got {value}")
+    like = matrices[0] if matrices else torch.empty(0)
+    if any(isinstance(value, Tensor) for value in values):
+        return [_alone(value, like) for value in values]
+    if values and values.count(values[0]) == len(values):
+        return [like.new_full((), values[0])]  # one for all is read faster than many
+    return list(torch.tensor(values, dtype=like.dtype, device=like.device).unbind())
+
+
+def _alone(value: float | Tensor, like: Tensor) -> Tensor:
+    """A number as a tensor of this device and dtype, apart from any graph."""
+    if isinstance(value, Tensor) and not value.requires_grad:
+        if (value.device, value.dtype) == (like.device, like.dtype):
+            return value
+    return torch.as_tensor(value).detach().to(like.device, like.dtype)
+
+
+def _contiguous_like(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors]
+
+
+def _damped(
+    op: str,
+    matrices: Sequence[Tensor],
+    damping: Damping,
+    logdet: bool,
+    out: Sequence[Tensor] | None,
+) -> DampedInverses:
+    matrices = list(matrices)  # the kernels' views live as long as this list holds the tensors
+    results = _contiguous_like(matrices) if out is None else list(out)
+    like = matrices[0] if matrices else torch.empty(0)
+    total = schema.number_of_matrices(matrices)
+    info = torch.empty(total, dtype=torch.int32, device=like.device)
+    logdets = torch.empty(total, dtype=like.dtype, device=like.device) if logdet else None
+    others = _damping_tensors(op, damping, matrices), results, info, logdets
+    if not quick(op, matrices, *others):
+        call(op, _all_detached(matrices), *others)
+    return DampedInverses(results, info, logdets)
+
+
+@public
+def damped_inverse(
+    matrices: Sequence[Tensor],
+    damping: Damping,
+    *,
+    logdet: bool = False,
+    out: Sequence[Tensor] | None = None,
+) -> DampedInverses:
+    r"""Inverses of many damped symmetric positive definite matrices of mixed sizes.
+
+    .. math:: X_i = (M_i + \lambda_i I)^{-1}
+
+    Equivalent to::
+
+        return [torch.cholesky_inverse(torch.linalg.cholesky(m + damping * torch.eye(len(m)))) for m
+        in matrices]
+
+    A matrix that is not positive definite after damping is reported in ``info`` and its result is
+    NaN; the others are not touched by it. The host never waits for the device.
+
+    Args:
+        matrices: Matrices ``[n, n]`` or stacked batches ``[*, n, n]`` of any mix of sizes, all
+            float32 or all float64; only lower triangles are read.
+        damping: One number or scalar tensor for all, or a sequence with one for each entry of
+            ``matrices``; an entry for a stacked batch may be a tensor of its batch shape.
+        logdet: Also return the log-determinants of the damped matrices.
+        out: Contiguous results, one like each entry of ``matrices``.
+
+    Returns:
+        The symmetric inverses, ``info`` and, if asked for, the log-determinants.
+
+    Raises:
+        ValueError: If a shape, a length, a device, a negative damping or the memory of ``out`` is
+            refused.
+        TypeError: If a dtype is refused.
+
+    Source: Martens & Grosse (2015), section 6.3.
+    """
+    return _damped("damped_inverse", matrices, damping, logdet, out)
+
+
+@public
+def damped_cholesky(
+    matrices: Sequence[Tensor],
+    damping: Damping,
+    *,
+    logdet: bool = False,
+    out: Sequence[Tensor] | None = None,
+) -> DampedInverses:
+    r"""Lower Cholesky factors of many damped symmetric positive definite matrices of mixed sizes.
+
+    .. math:: L_i L_i^\top = M_i + \lambda_i I
+
+    Equivalent to::
+
+        return [torch.linalg.cholesky(m + damping * torch.eye(len(m))) for m in matrices]
+
+    Args:
+        matrices: As in :func:`damped_inverse`.
+        damping: As in :func:`damped_inverse`.
+        logdet: Also return the log-determinants of the damped matrices.
+        out: Contiguous results, one like each entry of ``matrices``.
+
+    Returns:
+        The factors with zeros above the diagonal, ``info`` and, if asked for, the log-determinants.
+
+    Raises:
+        ValueError: If a shape, a length, a device, a negative damping or the memory of ``out`` is
+            refused.
+        TypeError: If a dtype is refused.
+
+    Source: Martens & Grosse (2015), section 6.3.
+    """
+    return _damped("damped_cholesky", matrices, damping, logdet, out)
+
+
+class Preconditioned(NamedTuple):
+    """Result of :func:`precondition` and :func:`cholesky_precondition`.
+
+    Attributes:
+        grads: The preconditioned gradients, one for each input.
+        inner_product: Scalar tensor, the sum over all layers of the gradient times its
+            preconditioned self.
+    """
+
+    grads: list[Tensor]
+    inner_product: Tensor
+
+
+def _preconditioned(
+    op: str,
+    grads: Sequence[Tensor],
+    input_sides: Sequence[Tensor],
+    gradient_sides: Sequence[Tensor],
+    out: Sequence[Tensor] | None,
+) -> Preconditioned:
+    # The kernels' views live as long as these lists hold the tensors.
+    grads, input_sides, gradient_sides = list(grads), list(input_sides), list(gradient_sides)
+    results = _contiguous_like(grads) if out is None else list(out)
+    like = grads[0] if grads else torch.empty(0)
+    inner = torch.zeros((), dtype=like.dtype, device=like.device)
+    if not quick(op, grads, input_sides, gradient_sides, results, inner):
+        call(op, _all_detached(grads), input_sides, gradient_sides, results, inner)
+    return Preconditioned(results, inner)
+
+
+@public
+def precondition(
+    grads: Sequence[Tensor],
+    input_inverses: Sequence[Tensor],
+    gradient_inverses: Sequence[Tensor],
+    *,
+    out: Sequence[Tensor] | None = None,
+) -> Preconditioned:
+    r"""Apply Kronecker-factored inverses to the gradients of all layers, in one call.
+
+    .. math:: P_i = G_i^{-1} V_i A_i^{-1}, \qquad p = \sum_i \langle V_i, P_i \rangle
+
+    Equivalent to::
+
+        results = [g @ v @ a for v, a, g in zip(grads, input_inverses, gradient_inverses)]
+        return results, sum((v * p).sum() for v, p in zip(grads, results))
+
+    Args:
+        grads: Gradients ``[*, out, in]`` of any mix of shapes, all float32 or all float64.
+        input_inverses: Inverses ``[*, in, in]`` of the input covariances.
+        gradient_inverses: Inverses ``[*, out, out]`` of the gradient covariances.
+        out: Contiguous results, one like each gradient.
+
+    Returns:
+        The preconditioned gradients and the scalar ``p`` on their device.
+
+    Raises:
+        ValueError: If a shape, a length, a device or the memory of ``out`` is refused.
+        TypeError: If a dtype is refused.
+
+    Source: Martens & Grosse (2015), section 4.
+    """
+    return _preconditioned("precondition", grads, input_inverses, gradient_inverses, out)
+
+
+@public
+def cholesky_precondition(
+    grads: Sequence[Tensor],
+    input_factors: Sequence[Tensor],
+    gradient_factors: Sequence[Tensor],
+    *,
+    out: Sequence[Tensor] | None = None,
+) -> Preconditioned:
+    r"""As :func:`precondition`, from Cholesky factors instead of inverses.
+
+    .. math:: P_i = (L_G L_G^\top)^{-1} V_i (L_A L_A^\top)^{-1}
+
+    Equivalent to::
+
+        halves = [torch.cholesky_solve(v, g) for v, g in zip(grads, gradient_factors)]
+        return [torch.cholesky_solve(h.mT, a).mT for h, a in zip(halves, input_factors)]
+
+    Args:
+        grads: Gradients ``[*, out, in]`` of any mix of shapes, all float32 or all float64.
+        input_factors: Lower Cholesky factors ``[*, in, in]`` of the input covariances.
+        gradient_factors: Lower Cholesky factors ``[*, out, out]`` of the gradient covariances.
+        out: Contiguous results, one like each gradient.
+
+    Returns:
+        The preconditioned gradients and the sum of their inner products with the gradients.
+
+    Raises:
+        ValueError: If a shape, a length, a device or the memory of ``out`` is refused.
+        TypeError: If a dtype is refused.
+
+    Source: Martens & Grosse (2015), section 4.
+    """
+    return _preconditioned("cholesky_precondition", grads, input_factors, gradient_factors, out)
