@@ -80,6 +80,25 @@ SHARED_GRAM = {
     "small-vit-head": Rows((4, 16), 64),
 }
 
+# [N, S, D]
+FEATURE_NORM = {
+    "vit-48-fashion-mnist": (256, 16, 48),
+    "vit-b16": (16, 197, 768),
+    "gpt2": (4, 1024, 768),
+    "small-vit": (4, 16, 48),
+}
+
+# [N, C, H, W] and the groups, None of a batch normalisation.
+CHANNEL_NORM: dict[str, tuple[int, int, int, int, int | None]] = {
+    "resnet20-16-32px": (128, 16, 32, 32, None),
+    "resnet20-32-16px": (128, 32, 16, 16, None),
+    "resnet20-64-8px": (128, 64, 8, 8, None),
+    "resnet50-256-56px": (8, 256, 56, 56, None),
+    "resnet50-2048-7px": (32, 2048, 7, 7, None),
+    "group-norm-64-56px": (8, 64, 56, 56, 32),
+    "small-resnet8-4-8px": (4, 4, 8, 8, None),
+}
+
 # The batch is 32, and 8 from 56 pixels on: unfolding multiplies it by the taps.
 CONV_3X3 = {
     "resnet50-3x3-64-56px": Conv(8, 64, (56, 56), 3, padding=1),

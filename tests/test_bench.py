@@ -22,6 +22,8 @@ ROOT = Path(__file__).parents[1]
 OPERATORS = {
     "gram",
     "shared_gram",
+    "feature_norm_gram",
+    "channel_norm_gram",
     "conv_expand_gram",
     "conv_reduce_gram",
     "conv_window_sum",

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import norm_blocks
 import oracle
 import pytest
 import torch
@@ -115,6 +116,53 @@ def test_shared_gram(
     options = {"mask": mask, "groups": groups, "bias": bias, "reduction": reduction}
     plain = oracle.gram(reduced.flatten(1), groups=groups)
     check_accumulation(ops.shared_gram, plain, x, **options, **scales)
+
+
+@st.composite
+def normalized(draw: st.DrawFn, least: int) -> tuple[Tensor, Tensor]:
+    """Input and gradient of a normalisation, ``[*, D]`` or ``[N, C, *]``."""
+    torch.manual_seed(draw(seeds))
+    # Three entries at least: two are normalised to their signs, one to the rounding of zero.
+    sizes = draw(st.lists(st.integers(0, 7), min_size=least - 1, max_size=4))
+    sizes = [*sizes, draw(st.integers(3, 40))]
+    dtype = draw(st.sampled_from(FLOATING))
+    shifts = st.sampled_from([0.0, 3.0])
+    x, gradient = ((torch.randn(sizes) + draw(shifts)).to(dtype) for _ in range(2))
+    return laid_out(x, draw(flags)), laid_out(gradient, draw(flags))
+
+
+epsilons = st.sampled_from([1e-5, 1e-3, 1.0])
+
+
+@fuzzed
+@given(normalized(least=2), flags, flags, epsilons, st.integers(0, 4), flags)
+def test_feature_norm_gram(
+    case: tuple[Tensor, Tensor], center: bool, bias: bool, eps: float, graphs: int, masked: bool
+) -> None:
+    x, gradient = case
+    options: dict[str, Any] = {"center": center, "bias": bias, "eps": eps}
+    if masked:
+        options["mask"] = torch.rand(x.shape[:-1]) < 0.7
+    if graphs and x.dim() == 2:
+        options |= {"segments": torch.randint(graphs, (len(x),)), "num_segments": graphs}
+    norm_blocks.check(ops.feature_norm_gram, x, gradient, **options)
+
+
+@fuzzed
+@given(normalized(least=3), flags, epsilons, st.sampled_from(["batch", "groups", "given"]))
+def test_channel_norm_gram(
+    case: tuple[Tensor, Tensor], bias: bool, eps: float, statistics: str
+) -> None:
+    x, gradient = case
+    channels = x.shape[1]
+    options: dict[str, Any] = {"bias": bias, "eps": eps}
+    if statistics == "groups":
+        options["num_groups"] = 2 if channels % 2 == 0 and channels else 1
+    elif statistics == "given":
+        mean, variance = torch.randn(channels), torch.rand(channels)
+        dtype = schema.result_dtype(x.dtype)
+        options |= {"mean": mean.to(dtype), "variance": variance.to(dtype)}
+    norm_blocks.check(ops.channel_norm_gram, x, gradient, **options)
 
 
 @fuzzed
