@@ -29,6 +29,7 @@ from kfac_fast.steps import (
     precondition,
     predicted_change,
     refresh,
+    write,
 )
 
 SAVED_OPTIONS = ("approx", "fisher", "loss_reduction")
@@ -429,10 +430,11 @@ class KFAC:
 
     def _precondition(self) -> tuple[Tensor | None, Tensor | None]:
         """The clip's scale, and the inner product of gradients and preconditioned ones."""
-        ready = [b for b in self._blocks if b.factors and b.layer.has_gradient]
+        found = {block: block.layer.gradients() for block in self._blocks if block.factors}
+        ready = [block for block, tensors in found.items() if tensors[0] is not None]
         if not ready:
             return None, None
-        grads = [block.layer.gradient_matrix(block.factors[0].total.dtype) for block in ready]
+        grads = [b.layer.matrix(found[b], b.factors[0].total.dtype) for b in ready]
         directions, inner_product = precondition(
             ready, grads, self._dampings(ready), self.damping_mode
         )
@@ -440,10 +442,9 @@ class KFAC:
         if self.kl_clip is not None and self.learning_rate is not None:
             scale = clip_scale(inner_product, self._now("kl_clip"), self.learning_rate)
             torch._foreach_mul_(directions, scale)
-        for block, grad, direction in zip(ready, grads, directions, strict=True):
-            if self.grafting is not None:
-                direction = graft(block, grad, direction)
-            block.layer.write_gradient(direction)
+        if self.grafting is not None:
+            directions = list(map(graft, ready, grads, directions))
+        write(ready, directions, found)
         return scale, inner_product
 
     @torch.no_grad()

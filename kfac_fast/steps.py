@@ -112,6 +112,26 @@ def graft(block: Block, grad: Tensor, direction: Tensor) -> Tensor:
     return direction.mul_(block.norm.update(grad) / torch.where(length > 0, length, 1))
 
 
+def write(
+    blocks: Sequence[Block],
+    directions: Sequence[Tensor],
+    gradients: Mapping[Block, Sequence[Tensor | None]],
+) -> None:
+    """Write directions over the gradients that they were made of, all in one call.
+
+    Args:
+        blocks: The blocks.
+        directions: The direction of each, as a matrix.
+        gradients: The ``.grad`` of each parameter of a block.
+    """
+    pairs = [
+        pair
+        for block, direction in zip(blocks, directions, strict=True)
+        for pair in block.layer.parts(gradients[block], direction)
+    ]
+    torch._foreach_copy_([own for own, _ in pairs], [entries for _, entries in pairs])
+
+
 def predicted_change(
     blocks: Sequence[Block],
     gradients: Mapping[nn.Parameter, Tensor],

@@ -102,7 +102,7 @@ def example_gradients(layer: Layer, x: Tensor, gradient: Tensor) -> Tensor:
         weights[n] = gradient[n]
         layer.module.zero_grad()
         (output * weights).sum().backward(retain_graph=True)
-        matrices.append(layer.gradient_matrix(torch.float64).clone())
+        matrices.append(layer.matrix(layer.gradients(), torch.float64).clone())
     return torch.stack(matrices)
 
 

@@ -227,11 +227,15 @@ def test_a_step_solves_the_damped_gauss_newton_system(name: str) -> None:
     loss, targets = nn.MSELoss(), torch.randn_like(model(x))
     matrix = Matrix(curvlinops.GGNLinearOperator, model, [(x, targets)], loss)
     kfac = one_step(model, [(x, targets)], loss, damping_mode="exact")
-    steps = [block.layer.gradient_matrix(torch.float64).clone() for block in kfac._blocks]
+    steps = [
+        block.layer.matrix(block.layer.gradients(), torch.float64).clone() for block in kfac._blocks
+    ]
     model.zero_grad()
     loss(model(x), targets).backward()
     for block, step in zip(kfac._blocks, steps, strict=True):
-        v = block.layer.gradient_matrix(torch.float64).reshape(block.layer.groups, -1, 1)
+        v = block.layer.matrix(block.layer.gradients(), torch.float64).reshape(
+            block.layer.groups, -1, 1
+        )
         damped = matrix.block(block.layer)
         damped = damped + DAMPING * torch.eye(v.shape[1], dtype=torch.float64)
         assert_solved(step, torch.linalg.solve(damped, v).reshape(step.shape))

@@ -63,7 +63,7 @@ def exact_blocks(
         row = torch.autograd.grad(output, parameters, retain_graph=True)
         for parameter, gradient in zip(parameters, row, strict=True):
             parameter.grad = gradient
-        rows.append(rule.gradient_matrix(torch.float64).reshape(rule.groups, -1))
+        rows.append(rule.matrix(rule.gradients(), torch.float64).reshape(rule.groups, -1))
     setting.model.zero_grad()
     j = torch.stack(rows, 1)  # [groups, outputs, out * in]
     return j.mT @ curvature_of_the_loss(case, outputs.detach(), targets, reduction) @ j

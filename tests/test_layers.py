@@ -68,6 +68,12 @@ def parameter_matrices(layer: Layer) -> Tensor:
     return matrix.reshape(layer.groups, *matrix.shape[-2:])
 
 
+def write(layer: Layer, matrix: Tensor) -> None:
+    for own, entries in layer.parts(layer.gradients(), matrix):
+        assert own.shape == entries.shape
+        own.copy_(entries)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bias", ["bias", "no-bias", "frozen-bias"])
 @pytest.mark.parametrize("name", MODULES)
@@ -82,10 +88,10 @@ def test_gradients_survive_the_round_trip_bit_for_bit(
         parameter.grad = torch.randn_like(parameter)
     before = [parameter.grad.clone() for parameter in layer.parameters()]
     result_dtype = torch.promote_types(dtype, torch.float32)
-    matrix = layer.gradient_matrix(result_dtype).clone()
+    matrix = layer.matrix(layer.gradients(), result_dtype).clone()
     for parameter in layer.parameters():
         parameter.grad.fill_(math.nan)
-    layer.write_gradient(matrix)
+    write(layer, matrix)
     assert len(before) == 1 + (bias == "bias")
     for parameter, grad in zip(layer.parameters(), before, strict=True):
         assert torch.equal(bits(parameter.grad), bits(grad))
@@ -102,9 +108,9 @@ def test_gradients_in_channels_last_memory_survive_the_round_trip(name: str) -> 
     expected = grad.clone()
     module.weight.grad = grad.to(memory_format=torch.channels_last)
     module.bias.grad = torch.randn(6 if "groups" in name else 3)
-    matrix = layer.gradient_matrix(torch.float32).clone()
+    matrix = layer.matrix(layer.gradients(), torch.float32).clone()
     module.weight.grad.fill_(math.nan)
-    layer.write_gradient(matrix)
+    write(layer, matrix)
     assert torch.equal(module.weight.grad, expected)
 
 
@@ -112,9 +118,9 @@ def test_a_missing_gradient_counts_as_zero_and_stays_missing() -> None:
     module = nn.Linear(3, 4)
     layer = rule(module)
     module.weight.grad = torch.randn(4, 3)
-    matrix = layer.gradient_matrix(torch.float32).clone()
+    matrix = layer.matrix(layer.gradients(), torch.float32).clone()
     assert torch.equal(matrix, torch.cat([module.weight.grad, torch.zeros(4, 1)], 1))
-    layer.write_gradient(2 * matrix)
+    write(layer, 2 * matrix)
     assert torch.equal(module.weight.grad, 2 * matrix[:, :3]) and module.bias.grad is None
 
 

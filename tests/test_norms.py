@@ -105,7 +105,7 @@ def test_the_block_is_the_gauss_newton_block_in_any_network(name: str, approx: s
         for output in column:
             layer.module.zero_grad()
             output.backward(retain_graph=True)
-            row = layer.gradient_matrix(torch.float64)
+            row = layer.matrix(layer.gradients(), torch.float64)
             exact += 2 * row.mT @ row
     assert_same(block, exact)
 
@@ -120,10 +120,12 @@ def test_a_step_solves_each_units_damped_block(name: str, damping_mode: str) -> 
     layer.module.zero_grad()
     loss = (layer.module(x) * weights).sum()
     loss.backward()
-    grad = layer.gradient_matrix(torch.float64).clone()
+    grad = layer.matrix(layer.gradients(), torch.float64).clone()
     kfac.step()
     damped = (v.mT @ v).sum(0) + DAMPING * torch.eye(v.shape[-1]).double()
-    assert_solved(layer.gradient_matrix(torch.float64), torch.linalg.solve(damped, grad.mT).mT)
+    assert_solved(
+        layer.matrix(layer.gradients(), torch.float64), torch.linalg.solve(damped, grad.mT).mT
+    )
 
 
 def test_half_precision_blocks_are_formed_in_float32() -> None:

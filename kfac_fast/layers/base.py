@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from operator import attrgetter
 from typing import Literal, NamedTuple, TypeVar
 
@@ -178,13 +178,8 @@ class Layer(ABC):
         """The weight that is preconditioned."""
         return self.own(self.parameters()[0].detach())
 
-    @property
-    def has_gradient(self) -> bool:
-        """Whether the weight has a gradient."""
-        return self.parameters()[0].grad is not None
-
     def matrix_shape(self) -> tuple[int, ...]:
-        """Shape of :meth:`gradient_matrix`."""
+        """Shape of :meth:`matrix`."""
         *rest, inputs = self.weight_matrix(self.weight).shape
         return (*rest, inputs + self.has_bias)
 
@@ -193,30 +188,53 @@ class Layer(ABC):
         *groups, outputs, inputs = self.matrix_shape()
         return {"input": (*groups, inputs, inputs), "gradient": (*groups, outputs, outputs)}
 
-    def matrix(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        """Tensors of the shapes of :meth:`parameters` as ``[(groups,) out, in (+ 1)]``."""
-        parts = [self.own(tensor) for tensor in tensors]
-        matrix = self.weight_matrix(parts[0]).to(dtype)
+    def gradients(self) -> list[Tensor | None]:
+        """The ``.grad`` of each of :meth:`parameters`."""
+        return [parameter.grad for parameter in self.parameters()]
+
+    def matrix(self, tensors: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor:
+        """Weight and bias, or their gradients, in one matrix.
+
+        Args:
+            tensors: Of the shapes of :meth:`parameters`; None for a bias stands for zeros.
+            dtype: Of the result.
+
+        Returns:
+            ``[(groups,) out, in (+ 1)]``.
+
+        Raises:
+            TypeError: If the weight's tensor is None.
+        """
+        weight, *biases = tensors
+        if weight is None:
+            raise TypeError(f"{self.name}: the weight's tensor must be there, got None")
+        matrix = self.weight_matrix(self.own(weight)).to(dtype)
         if not self.has_bias:
             return matrix.contiguous()
-        column = parts[1].reshape(*matrix.shape[:-1], 1).to(dtype)
-        return torch.cat([matrix, column], -1)
+        shape = (*matrix.shape[:-1], 1)
+        bias = biases[0]
+        column = matrix.new_zeros(shape) if bias is None else self.own(bias).reshape(shape)
+        return torch.cat([matrix, column.to(dtype)], -1)
 
-    def gradient_matrix(self, dtype: torch.dtype) -> Tensor:
-        """The :meth:`matrix` of the parameters' ``.grad``, zero where it is None."""
-        parameters = self.parameters()
-        grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
-        return self.matrix(grads, dtype)
+    def parts(
+        self, tensors: Sequence[Tensor | None], matrix: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The layer's own part of each tensor, and the entries of a matrix that belong there.
 
-    def write_gradient(self, matrix: Tensor) -> None:
-        """Write a matrix of :meth:`gradient_matrix` back to each ``.grad`` that is there."""
-        parts = [self.weight_from_matrix(matrix[..., :-1] if self.has_bias else matrix)]
+        Args:
+            tensors: As of :meth:`matrix`; None is left out.
+            matrix: ``[(groups,) out, in (+ 1)]``.
+
+        Yields:
+            Pairs of equal shapes.
+        """
+        entries = [self.weight_from_matrix(matrix[..., :-1] if self.has_bias else matrix)]
         if self.has_bias:
-            parts.append(matrix[..., -1])
-        for parameter, part in zip(self.parameters(), parts, strict=True):
-            if parameter.grad is not None:
-                own = self.own(parameter.grad)
-                own.copy_(part.reshape(own.shape))
+            entries.append(matrix[..., -1])
+        for tensor, part in zip(tensors, entries, strict=True):
+            if tensor is not None:
+                own = self.own(tensor)
+                yield own, part.reshape(own.shape)
 
 
 class RowLayer(Layer):
