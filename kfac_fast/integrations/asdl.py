@@ -141,24 +141,26 @@ def _inverses(
     """
     factors = [matrix for kron in krons for matrix in (kron.A, kron.B)]
     traces = torch.stack([matrix.trace() for matrix in factors])
-    means = (traces / traces.new_tensor([len(matrix) for matrix in factors])).view(-1, 2)
+    means = (traces / traces.new_tensor([matrix.shape[0] for matrix in factors])).view(-1, 2)
     pi = (means[:, 0] / means[:, 1]).sqrt()
     shares = torch.stack([pi, 1 / pi], 1).mul_(damping**0.5).clamp_(min=eps)
     shares[(pi == 0) | (pi == torch.inf)] = damping
-    matrices, dampings, places = [], [], []
-    entries = zip(factors, traces.tolist(), shares.flatten().unbind(), strict=True)
-    for i, (matrix, trace, share) in enumerate(entries):
-        if "AB"[i % 2] in sides and (trace != 0 or torch.any(matrix)):
-            matrices.append(matrix)
-            dampings.append(share)
-            places.append((i // 2, "AB"[i % 2]))
+    names = ["A", "B"] * len(krons)
+    asked = [
+        i
+        for i, trace in enumerate(traces.tolist())
+        if names[i] in sides and (trace != 0 or torch.any(factors[i]))
+    ]
     found: list[dict[str, Tensor]] = [{} for _ in krons]
-    if not matrices:
+    if not asked:
         return [*found]
-    inverses, info, _ = ops.damped_inverse(matrices, dampings)
-    failed = {places[k][0] for k in info.flatten().nonzero()[:, 0].tolist()}
-    for (i, name), inverse in zip(places, inverses, strict=True):
-        found[i][name] = inverse
+    dampings = shares.flatten().unbind()
+    inverses, info, _ = ops.damped_inverse(
+        [factors[i] for i in asked], [dampings[i] for i in asked]
+    )
+    for i, inverse in zip(asked, inverses, strict=True):
+        found[i // 2][names[i]] = inverse
+    failed = {asked[k] // 2 for k in info.nonzero()[:, 0].tolist()}
     return [None if i in failed else own for i, own in enumerate(found)]
 
 
