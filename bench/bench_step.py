@@ -35,6 +35,7 @@ TIMES_SECONDS = 6
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 100
 REFERENCE_EVERY = 4
 PASSES = 30
+PEAKS = 8
 
 
 class Training:
@@ -164,9 +165,15 @@ def at_intervals(kinds: dict[str, float]) -> float:
 
 
 def _add_peaks(sgd: Training, ours: Training, info: dict[str, Any]) -> None:
-    """Add to a record what the dearest kind of step takes above SGD, in MB."""
-    peaks = [memory.peak_growth(partial(arm.step, "refresh")) for arm in (sgd, ours)]
-    info["peak_mb"] = max(peaks[1] - peaks[0], 0) / 1e6
+    """Add to a record what the dearest kind of step takes above SGD, in MB.
+
+    It is the least of some steps: where a step's many blocks find no place among freed ones, by
+    chance, its peak is too high by a tenth.
+    """
+    steps = [partial(arm.step, "refresh") for arm in (sgd, ours)]
+    peaks = [[memory.peak_growth(step) for step in steps] for _ in range(PEAKS)]
+    least_sgd, least_ours = map(min, zip(*peaks, strict=True))
+    info["peak_mb"] = max(least_ours - least_sgd, 0) / 1e6
 
 
 @pytest.mark.parametrize("approx", get_args(kfac_fast.layers.Approximation))

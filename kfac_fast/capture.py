@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
-from torch.utils.weak import WeakIdRef, WeakTensorKeyDictionary
+from torch.utils.weak import TensorWeakRef, WeakIdRef, WeakTensorKeyDictionary
 
 from kfac_fast import compiled
 from kfac_fast.blocks import Block
@@ -22,21 +22,47 @@ from kfac_fast.layers import Count, Layer, ProjectionCalls, ProjectionLayer, Sha
 from kfac_fast.schema import result_dtype
 
 
+class Kept:
+    """The input of a call, for gradients that come later.
+
+    Autograd's graph owns the hook that waits for them until the whole backward pass is over. The
+    inputs would stay with it, long after autograd has let go of its own.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self._held: Tensor | None = x
+        self._known = TensorWeakRef(x)
+
+    def read(self) -> Tensor:
+        """The input, apart from the graph."""
+        x: Tensor | None = self._known()
+        if x is None:
+            raise RuntimeError(
+                "KFAC: a layer's input must be there in each backward pass, got none"
+            )
+        return x.detach()
+
+    def release(self) -> None:
+        """Keep it no longer than autograd does, which may go through a retained graph again."""
+        self._held = None
+
+
 class Call(NamedTuple):
     """A layer's call that waits for gradients."""
 
     block: Block
     layer: Layer
-    x: Tensor | None
+    x: Kept | None
     output: GradientEdge | None
     inputs: Sum | None
 
     def sums(self, gradient: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
         """Outer products of output gradients, and squared gradients in the eigenbases, if asked."""
-        gram = self.layer.gradient_gram(gradient, scale, self.x)
-        if self.x is None:
+        x = None if self.x is None else self.x.read()
+        gram = self.layer.gradient_gram(gradient, scale, x)
+        if x is None:
             return gram, None
-        return gram, self.block.squared_gradients(self.layer, self.x, gradient, scale)
+        return gram, self.block.squared_gradients(self.layer, x, gradient, scale)
 
 
 class InputGrams:
@@ -399,7 +425,7 @@ class Capture:
         """A call with its sum of inputs."""
         layer = layer.shared(self.sharing[layer.name]) if layer.name in self.sharing else layer
         outer = self._input_grams.of(layer, x, output)
-        kept = x.detach() if layer.keeps_input or block.correction is not None else None
+        kept = Kept(x) if layer.keeps_input or block.correction is not None else None
         return Call(block, layer, kept, None, outer)
 
     def _examples(self, layer: Layer, output: Tensor) -> int:
@@ -427,3 +453,5 @@ class Capture:
         else:
             gram, squares = call.sums(gradient, (scale * divisor) ** 2)
         block.add(call.inputs, (gram, terms if first_call else 0), squares)
+        if call.x is not None:
+            call.x.release()

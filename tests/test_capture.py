@@ -80,6 +80,48 @@ def test_gradients_are_untouched_before_the_step(fisher: str) -> None:
         assert torch.equal(bits(parameter.grad), bits(grad))
 
 
+def normalized() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 3))
+
+
+def test_inputs_are_let_go_in_the_backward_pass() -> None:
+    """Not when autograd drops the graph, at its end."""
+    model, x = normalized(), torch.randn(5, 3, requires_grad=True)
+    kfac = preconditioner(model)
+    inputs: list[weakref.ref[Tensor]] = []
+    model[1].register_forward_pre_hook(lambda module, args: inputs.append(weakref.ref(args[0])))
+    loss = F.cross_entropy(model(x), torch.randint(3, (5,)))
+    assert inputs[0]() is not None
+    there: list[bool] = []
+    x.register_hook(lambda gradient: there.append(inputs[0]() is not None))
+    loss.backward()
+    assert there == [False]
+    kfac.step()
+
+
+@pytest.mark.parametrize("eigenvalue_correction", [False, True])
+def test_a_graph_may_be_passed_again(eigenvalue_correction: bool) -> None:
+    """A second pass adds its gradients, of the terms that are counted."""
+    mode = "exact" if eigenvalue_correction else "factored"
+    options = {"damping_mode": mode, "eigenvalue_correction": eigenvalue_correction}
+    model, x, y = normalized(), torch.randn(5, 3), torch.randint(3, (5,))
+    results = []
+    for passes in (1, 2):
+        with preconditioner(model, **options) as kfac:
+            for _ in range(2):
+                loss = F.cross_entropy(model(x), y)
+                for i in range(passes):
+                    loss.backward(retain_graph=i + 1 < passes)
+                kfac.step()
+            results.append(kfac.state_dict()["layers"])
+    once, twice = results
+    assert torch.equal(twice["1"]["joint"]["total"], 2 * once["1"]["joint"]["total"])
+    if eigenvalue_correction:
+        for name in ("0", "1", "2"):
+            correction = twice[name]["correction"]["total"]
+            torch.testing.assert_close(correction, 2 * once[name]["correction"]["total"])
+
+
 def test_a_layer_that_took_no_part_keeps_its_gradient() -> None:
     model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
     kfac = preconditioner(model)
