@@ -50,9 +50,9 @@ class Inverse:
 
         Args:
             matrix: New inverses, in the factor's shape.
-            valid: Bool of the batch shape.
+            valid: Bool of the batch shape, or an entry for each matrix.
         """
-        valid = valid.reshape(valid.shape + (1,) * (matrix.dim() - valid.dim()))
+        valid = valid[:, None, None] if matrix.dim() > 2 else valid
         torch.where(valid, matrix, self.matrix, out=self.matrix)
 
     def condition_number(self) -> Tensor:
@@ -135,21 +135,15 @@ def refresh_inverses(layers: Sequence[Inverted], damping: Damping, mode: str = "
     if not systems:
         return
     factors, inverses, slices = _flat(layers)
+    matrices, failed = _invert(systems)
     # Numbers of a matrix each are entries of one array for all of them.
-    matrices, failures = _invert(systems)
+    counts = [inverse.raised.numel() for inverse in inverses]
     seen = (torch.stack([factor.weight for factor in factors]) > 0).unbind()
-    seen_by_layer = [reduce(torch.logical_and, seen[own]) for own in slices]
     counted = torch.cat(
-        [
-            layer_seen.expand(len(failure))
-            for layer_seen, own in zip(seen_by_layer, slices, strict=True)
-            for failure in failures[own]
-        ]
+        [reduce(torch.logical_and, seen[own]).expand(sum(counts[own])) for own in slices]
     )
-    counts = [len(failure) for failure in failures]
-    failed = torch.cat(failures) & counted
-    valid = (counted & ~failed).split(counts)
-    raised = torch.cat([inverse.raised.reshape(-1) for inverse in inverses])
+    failed = failed & counted
+    raised = torch.hstack([inverse.raised for inverse in inverses])
     raised = (raised + torch.where(failed, 1, -1)).clamp(0, Inverse.MOST_RAISED)
     levels = [
         level.reshape(inverse.raised.shape)
@@ -158,10 +152,11 @@ def refresh_inverses(layers: Sequence[Inverted], damping: Damping, mode: str = "
     sums = [failure.sum() for failure in failed.split(counts)]
     torch._foreach_copy_([inverse.raised for inverse in inverses], levels)
     torch._foreach_add_([inverse.failed for inverse in inverses], sums)
+    valid = (counted & ~failed).split(counts)
     for own in slices:
         taken = reduce(torch.logical_and, valid[own])
         for inverse, matrix in zip(inverses[own], matrices[own], strict=True):
-            inverse.replace(matrix, taken.reshape(inverse.raised.shape))
+            inverse.replace(matrix, taken)
 
 
 def refine_inverses(
@@ -237,7 +232,7 @@ def _systems(
     if not factors:
         return []
     covariances = means_of(factors)
-    means = [diagonal_of(covariance).mean(-1).reshape(-1) for covariance in covariances]
+    means = [diagonal_of(covariance).mean(-1) for covariance in covariances]
     shares: list[Tensor] = []
     pairs = []
     for own, number in zip(slices, of_each(damping, layers), strict=True):
@@ -246,26 +241,31 @@ def _systems(
         shares += [torch.full_like(m, math.sqrt(number) if pair else number) for m in means[own]]
     if pairs:
         inputs, gradients, roots = (
-            torch.cat([tensors[i + shift] for i in pairs])
+            torch.hstack([tensors[i + shift] for i in pairs])
             for tensors, shift in ((means, 0), (means, 1), (shares, 0))
         )
-        lengths = [len(means[i]) for i in pairs]
+        lengths = [means[i].numel() for i in pairs]
         for shift, split in enumerate(_split_damping(inputs, gradients, roots)):
             for i, share in zip(pairs, split.split(lengths), strict=True):
                 shares[i + shift] = share
-    raised = torch.cat([inverse.raised.reshape(-1) for inverse in inverses])
-    total = raised_damping(torch.cat(shares), torch.cat(means), raised)
-    dampings = total.split([len(mean) for mean in means])
+    raised, joined_shares, joined_means = (
+        torch.hstack(tensors)
+        for tensors in ([inverse.raised for inverse in inverses], shares, means)
+    )
+    total = raised_damping(joined_shares, joined_means, raised)
+    dampings = total.split([mean.numel() for mean in means])
     return [
         (covariance, own.reshape(inverse.raised.shape))
         for covariance, own, inverse in zip(covariances, dampings, inverses, strict=True)
     ]
 
 
-def _invert(systems: Sequence[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
-    """The damped inverse of every system, and which of its matrices failed."""
+def _invert(systems: Sequence[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], Tensor]:
+    """The damped inverse of every system, and which of all their matrices failed."""
     full = [system for system in systems if system[0].dim() > 1]
     inverses, info, _ = ops.damped_inverse([m for m, _ in full], [shift for _, shift in full])
+    if len(full) == len(systems):
+        return inverses, info != 0
     failures = torch.split(info != 0, [math.prod(m.shape[:-2]) for m in inverses])
     solved = iter(zip(inverses, failures, strict=True))
     found: list[tuple[Tensor, Tensor]] = []
@@ -275,4 +275,4 @@ def _invert(systems: Sequence[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], lis
         else:
             damped = covariance + shift
             found.append((1 / damped, ~(damped > 0).all()[None]))
-    return [matrix for matrix, _ in found], [failure for _, failure in found]
+    return [matrix for matrix, _ in found], torch.cat([failure for _, failure in found])
