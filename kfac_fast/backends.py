@@ -283,11 +283,28 @@ def _triton_sum(*args: Any, form: str = "conv_window_sum", **options: Any) -> No
     getattr(_kernels("conv_window_sum"), form)(call.x, tables, outputs, *target, **options)
 
 
+def _triton_features(*args: Any) -> None:
+    x, gradient, mask, _, _, *rest = args
+    _kernels("norm_gram").feature_norm_gram(x, gradient, mask, *rest)
+
+
+def _triton_channels(*args: Any) -> None:
+    _kernels("norm_gram").channel_norm_gram(*args)
+
+
+def _refuses_segments(*args: Any) -> str | None:
+    if args[3] is not None:
+        return "rows in segments are left to PyTorch's index_add_"
+    reason: str | None = _kernels("launch").refusal(args[0])
+    return reason
+
+
 def _triton_reduce(*args: Any) -> None:
     precision = torch.get_float32_matmul_precision()
     _triton_sum(*args, form="conv_reduce_gram", precision=precision)
 
 
+_TRITON_NORM = {"feature_norm_gram": _triton_features, "channel_norm_gram": _triton_channels}
 _TRITON_CONV = {
     "conv_expand_gram": _triton_expand,
     "conv_reduce_gram": _triton_reduce,
@@ -305,8 +322,13 @@ for _op in ("gram", "shared_gram"):
 for _op, _run in _TRITON_CONV.items():
     TABLE[_op, "cpu"] = (_cpp(_op), _reference(_op), _triton(_op, "cpu", _run))
     TABLE[_op, "cuda"] = (_triton(_op, "cuda", _run), _reference(_op))
-for _op in ("feature_norm_gram", "channel_norm_gram"):
-    TABLE[_op, "cpu"] = (_cpp(_op), _reference(_op))
+# On a GPU these, too, wait for a record that says that they are the fastest.
+for _op, _run in _TRITON_NORM.items():
+    _by_triton = [_triton(_op, _device, _run) for _device in ("cpu", "cuda")]
+    if _op == "feature_norm_gram":
+        _by_triton = [replace(way, refuses=_refuses_segments) for way in _by_triton]
+    TABLE[_op, "cpu"] = (_cpp(_op), _reference(_op), _by_triton[0])
+    TABLE[_op, "cuda"] += (_by_triton[1],)
 for _op in ("damped_inverse", "damped_cholesky", "precondition", "cholesky_precondition"):
     TABLE[_op, "cpu"] = (_cpp(_op), _reference(_op))
 TABLE["gram", "cuda"] = (_triton("gram", "cuda"), _cuda("gram"), _reference("gram"))
