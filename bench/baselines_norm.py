@@ -12,8 +12,11 @@ from kfac_fast import reference
 
 def _blocks(products: Tensor, sums: Tensor, out: Tensor) -> Tensor:
     """The Gram of every unit's gradients of scale and shift, ``[N, units]`` each."""
-    v = torch.stack([products, sums], -1).transpose(0, 1)
-    return torch.bmm(v.mT, v, out=out)
+    torch.sum(products * products, 0, out=out[:, 0, 0])
+    torch.sum(products * sums, 0, out=out[:, 0, 1])
+    torch.sum(sums * sums, 0, out=out[:, 1, 1])
+    out[:, 1, 0] = out[:, 0, 1]
+    return out
 
 
 def feature_norm_gram(x: Tensor, gradient: Tensor) -> Ways:
@@ -42,20 +45,29 @@ def channel_norm_gram(x: Tensor, gradient: Tensor, num_groups: int | None) -> Wa
 
     def by_backward(out: Tensor) -> Tensor:
         """With each channel of each example as a channel of its own, they are its gradients."""
+        if num_groups is None:
+            _, mean, scale = torch.native_batch_norm(x, None, None, None, None, True, 0.0, 1e-5)
+            mean, scale = (value.repeat(len(x)) for value in (mean, scale))
+        else:
+            pixels, channels = x[0, 0].numel(), x.shape[1]
+            _, mean, scale = torch.native_group_norm(
+                x, None, None, len(x), channels, pixels, num_groups, 1e-5
+            )
+            mean, scale = (
+                value.repeat_interleave(channels // num_groups, 1).flatten()
+                for value in (mean, scale)
+            )
         rows = 1, -1, x[0, 0].numel()
-        variance, mean = torch.var_mean(x, (0, 2, 3), correction=0)
-        scale = (variance + 1e-5).rsqrt()
-        scales, means = (value.repeat(len(x)) for value in (scale, mean))
         _, products, sums = torch.ops.aten.native_batch_norm_backward(
             *(gradient.reshape(rows), x.reshape(rows), None, None, None),
-            *(means, scales, True, 0.0, [False, True, True]),
+            *(mean, scale, True, 0.0, [False, True, True]),
         )
         return _blocks(products.view(x.shape[:2]), sums.view(x.shape[:2]), out)
 
     groups = -1 if num_groups is None else num_groups
     arguments = (x, gradient, None, None, groups, 1e-5, True, 1.0, 0.0)
-    ways = {
+    return {
         "norm, mul_, sums": in_place,
+        "native_batch_norm_backward": by_backward,
         **by_reference(reference.channel_norm_gram, *arguments),
     }
-    return ways if num_groups is not None else {**ways, "native_batch_norm_backward": by_backward}

@@ -95,6 +95,7 @@ CHANNEL_NORM: dict[str, tuple[int, int, int, int, int | None]] = {
     "resnet20-64-8px": (128, 64, 8, 8, None),
     "resnet50-256-56px": (8, 256, 56, 56, None),
     "resnet50-2048-7px": (32, 2048, 7, 7, None),
+    "mlp-1024": (256, 1024, 1, 1, None),
     "group-norm-64-56px": (8, 64, 56, 56, 32),
     "small-resnet8-4-8px": (4, 4, 8, 8, None),
 }

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 
 #include "row_sum.h"
 #include "tile_product.h"
@@ -20,6 +21,13 @@ template <typename T>
 struct RowMoments {
   T mean, rest, squares, products, gradients;
 };
+
+// Of a variance that is not finite there is none: it must not pass for zero.
+template <typename T>
+T inverse_deviation(T variance, T eps) {
+  return std::isfinite(variance) ? T{1} / std::sqrt(variance + eps)
+                                 : std::numeric_limits<T>::quiet_NaN();
+}
 
 #define KFAC_FAST_BODY "norm_sums_body.h"
 #include "compile_for_instruction_sets.h"

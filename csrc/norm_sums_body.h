@@ -19,9 +19,9 @@ KFAC_FAST_TARGET inline T sum_of(typename VectorOf<T>::type vector) {
   return sum_lanes<T>(reinterpret_cast<const T*>(&vector));
 }
 
-// Σ_i x_i, or of the squares of x_i - mean.
-template <typename T, typename In, bool SQUARED>
-KFAC_FAST_TARGET T sum_entries(const In* x, int64_t count, T mean) {
+// Σ_i x_i.
+template <typename In, typename T>
+KFAC_FAST_TARGET T sum_entries(const In* x, int64_t count) {
   using Vector = typename VectorOf<T>::type;
   constexpr int64_t LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
   Vector total{}, lost{};
@@ -30,17 +30,42 @@ KFAC_FAST_TARGET T sum_entries(const In* x, int64_t count, T mean) {
     const int64_t end = std::min(count, i + vectors_a_chain * LANES);
     Vector sums[2] = {};
     for (; i + 2 * LANES <= end; i += 2 * LANES) {
-      sums[0] += term<SQUARED>(load_vector<In, T>(x + i) - mean);
-      sums[1] += term<SQUARED>(load_vector<In, T>(x + i + LANES) - mean);
+      sums[0] += load_vector<In, T>(x + i);
+      sums[1] += load_vector<In, T>(x + i + LANES);
     }
-    for (; i + LANES <= end; i += LANES) {
-      sums[0] += term<SQUARED>(load_vector<In, T>(x + i) - mean);
-    }
+    for (; i + LANES <= end; i += LANES) sums[0] += load_vector<In, T>(x + i);
     add_compensated(total, lost, sums[0] + sums[1]);
   }
   T sum = sum_of<T>(total);
-  for (; i < count; ++i) sum += term<SQUARED>(static_cast<T>(x[i]) - mean);
+  for (; i < count; ++i) sum += static_cast<T>(x[i]);
   return sum;
+}
+
+// The sums of x_i - m, `rest`, and of its squares.
+template <typename In, typename T>
+KFAC_FAST_TARGET void sum_deviations(const In* x, int64_t count, T m, T& rest, T& squares) {
+  using Vector = typename VectorOf<T>::type;
+  constexpr int64_t LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
+  Vector totals[2] = {}, lost[2] = {};
+  int64_t i = 0;
+  while (i + LANES <= count) {
+    const int64_t end = std::min(count, i + vectors_a_chain * LANES);
+    Vector sum{}, square{};
+    for (; i + LANES <= end; i += LANES) {
+      const Vector centred = load_vector<In, T>(x + i) - m;
+      sum += centred;
+      square += centred * centred;
+    }
+    add_compensated(totals[0], lost[0], sum);
+    add_compensated(totals[1], lost[1], square);
+  }
+  rest = sum_of<T>(totals[0]);
+  squares = sum_of<T>(totals[1]);
+  for (; i < count; ++i) {
+    const T centred = static_cast<T>(x[i]) - m;
+    rest += centred;
+    squares += centred * centred;
+  }
 }
 
 // products += g (x - mean) / √(variance + eps) and sums += g, with the mean and variance of the row
@@ -50,19 +75,22 @@ KFAC_FAST_TARGET void add_normalized(const In* x, const In* g, int64_t count, T 
                                      T* sums) {
   using Vector = typename VectorOf<T>::type;
   constexpr int64_t LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
-  const T mean = CENTER ? sum_entries<T, In, false>(x, count, T{0}) / static_cast<T>(count) : T{0};
-  const T variance = sum_entries<T, In, true>(x, count, mean) / static_cast<T>(count);
-  const T scale = T{1} / std::sqrt(variance + eps);
+  const T shift = CENTER ? sum_entries<In, T>(x, count) / static_cast<T>(count) : T{0};
+  T rest, squares;
+  sum_deviations(x, count, shift, rest, squares);
+  // What rounding has left of the mean.
+  const T mean = CENTER ? rest / static_cast<T>(count) : T{0};
+  const T scale = inverse_deviation(squares / static_cast<T>(count) - mean * mean, eps);
   int64_t i = 0;
   for (; i + LANES <= count; i += LANES) {
     const Vector gradient = load_vector<In, T>(g + i);
-    const Vector normalized = (load_vector<In, T>(x + i) - mean) * scale;
+    const Vector normalized = (load_vector<In, T>(x + i) - shift - mean) * scale;
     *reinterpret_cast<Vector*>(products + i) += gradient * normalized;
     *reinterpret_cast<Vector*>(sums + i) += gradient;
   }
   for (; i < count; ++i) {
     const T gradient = g[i];
-    products[i] += gradient * ((static_cast<T>(x[i]) - mean) * scale);
+    products[i] += gradient * ((static_cast<T>(x[i]) - shift - mean) * scale);
     sums[i] += gradient;
   }
 }
@@ -98,8 +126,9 @@ template <typename In, typename T>
 KFAC_FAST_TARGET RowMoments<T> row_moments(const In* x, const In* g, int64_t count) {
   using Vector = typename VectorOf<T>::type;
   constexpr int64_t LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
+  if (count == 1) return {static_cast<T>(x[0]), 0, 0, 0, static_cast<T>(g[0])};
   const auto entries = static_cast<T>(std::max<int64_t>(count, 1));
-  const T mean = sum_entries<T, In, false>(x, count, T{0}) / entries;
+  const T mean = sum_entries<In, T>(x, count) / entries;
   Vector totals[4] = {}, lost[4] = {};
   int64_t i = 0;
   while (i + LANES <= count) {

@@ -31,8 +31,8 @@ class RowSum {
   }
 
   // total[c] = Σ_r row r at column first + c, of the rows [begin, end) that count. Few rows are
-  // summed plainly, in `chain`; their sums are added with what the last addition rounded off
-  // (Kahan), in `lost`.
+  // summed plainly, those of many in `chain`; their sums are added with what the last addition
+  // rounded off (Kahan), in `lost`.
   void operator()(const RowSource<In>& source, int64_t begin, int64_t end, int64_t first,
                   int64_t columns, T* total, T* chain, T* lost) const {
     std::fill_n(total, columns, T{0});

@@ -74,6 +74,8 @@ class ListCheck {
  public:
   explicit ListCheck(ScalarType type, std::optional<int32_t> gpu = {}) : type_(type), gpu_(gpu) {}
 
+  ScalarType type() const { return type_; }
+
   template <typename Tensor>
   bool reads(const Tensor& tensor) {
     return reads(tensor, type_);

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
-from torch.utils.weak import TensorWeakRef, WeakIdRef, WeakTensorKeyDictionary
+from torch.utils.weak import WeakIdRef, WeakTensorKeyDictionary
 
 from kfac_fast import compiled
 from kfac_fast.blocks import Block
@@ -30,21 +30,21 @@ class Kept:
     """
 
     def __init__(self, x: Tensor) -> None:
-        self._held: Tensor | None = x
-        self._known = TensorWeakRef(x)
+        # Apart from the graph, which would otherwise own itself where the input is written to.
+        self._x: Tensor | None = x.detach()
 
     def read(self) -> Tensor:
-        """The input, apart from the graph."""
-        x: Tensor | None = self._known()
-        if x is None:
+        """The input."""
+        if self._x is None:
             raise RuntimeError(
-                "KFAC: a layer's input must be there in each backward pass, got none"
+                "KFAC: retain_graph must be True for a graph that is passed again, got False"
             )
-        return x.detach()
+        return self._x
 
     def release(self) -> None:
-        """Keep it no longer than autograd does, which may go through a retained graph again."""
-        self._held = None
+        """Let go of it, unless the graph may be passed again."""
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            self._x = None
 
 
 class Call(NamedTuple):

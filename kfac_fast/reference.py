@@ -121,7 +121,7 @@ def feature_norm_gram(
         for tensor in (x, gradient)
     )
     normalize = F.layer_norm if center else F.rms_norm
-    products = g * normalize(x, x.shape[-1:], eps=eps)
+    products = normalize(x, x.shape[-1:], eps=eps).mul_(g)
     if mask is not None:
         counts = mask.reshape(*g.shape[:2], 1)
         products, g = torch.where(counts, products, 0), torch.where(counts, g, 0)
@@ -154,8 +154,8 @@ def channel_norm_gram(
             variance = (x - mean[:, None]).square().mean((0, 2))
         z = F.batch_norm(x, mean, variance, eps=eps)
     else:
-        z = F.group_norm(x, num_groups, eps=eps)
-    _accumulate_blocks((g * z).sum(2), g.sum(2), bias, alpha, beta, out)
+        z = torch.group_norm(x, num_groups, eps=eps)  # also of a single entry
+    _accumulate_blocks(z.mul_(g).sum(2), g.sum(2), bias, alpha, beta, out)
 
 
 # Convolutions: x, the geometry's arguments, bias, alpha, beta, out

@@ -17,7 +17,7 @@ Norm = Callable[..., Tensor]
 
 
 def wide(x: Tensor) -> np.ndarray:
-    return x.double().numpy().astype(np.longdouble)
+    return x.double().cpu().numpy().astype(np.longdouble)
 
 
 def blocks(products: np.ndarray, sums: np.ndarray, bias: bool) -> Tensor:

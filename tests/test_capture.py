@@ -99,12 +99,29 @@ def test_inputs_are_let_go_in_the_backward_pass() -> None:
     kfac.step()
 
 
+class Around(nn.Sequential):
+    """What a model may do to its layers' inputs."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__(*normalized())
+        self.way = way
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.way == "checkpoint":
+            return checkpoint(super().forward, x, use_reentrant=False)
+        if self.way == "views":
+            return self[2](self[1](self[0](x[:, None].transpose(0, 1)).transpose(0, 1)[:, 0]))
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.way == "autocast"):
+            return super().forward(x).float()
+
+
+@pytest.mark.parametrize("way", ["plain", "checkpoint", "views", "autocast"])
 @pytest.mark.parametrize("eigenvalue_correction", [False, True])
-def test_a_graph_may_be_passed_again(eigenvalue_correction: bool) -> None:
+def test_a_graph_may_be_passed_again(eigenvalue_correction: bool, way: str) -> None:
     """A second pass adds its gradients, of the terms that are counted."""
     mode = "exact" if eigenvalue_correction else "factored"
     options = {"damping_mode": mode, "eigenvalue_correction": eigenvalue_correction}
-    model, x, y = normalized(), torch.randn(5, 3), torch.randint(3, (5,))
+    model, x, y = Around(way), torch.randn(5, 3), torch.randint(3, (5,))
     results = []
     for passes in (1, 2):
         with preconditioner(model, **options) as kfac:
@@ -120,6 +137,22 @@ def test_a_graph_may_be_passed_again(eigenvalue_correction: bool) -> None:
         for name in ("0", "1", "2"):
             correction = twice[name]["correction"]["total"]
             torch.testing.assert_close(correction, 2 * once[name]["correction"]["total"])
+
+
+def test_a_forward_pass_alone_keeps_nothing_alive() -> None:
+    """An input that its layer's output is added to would own the graph that owns it."""
+    model = nn.Sequential(nn.Linear(4, 4))
+    kfac = preconditioner(model, damping_mode="exact", eigenvalue_correction=True)
+    F.cross_entropy(model(torch.randn(5, 4)), torch.randint(4, (5,))).backward()
+    kfac.step()
+    x = torch.randn(5, 4, requires_grad=True) * 1
+    known = weakref.ref(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        x += model(x)
+    del x
+    kfac.step()
+    gc.collect()
+    assert known() is None
 
 
 def test_a_layer_that_took_no_part_keeps_its_gradient() -> None:

@@ -43,7 +43,7 @@ def test_features(dtype: torch.dtype, layout: Callable[[Tensor], Tensor]) -> Non
     for shape in ((5, 3), (3, 7, 12), (2, 4, 16, 40), (1, 90, 33), (7, 1, 300)):
         x, g = (layout(torch.randn(shape).to(dtype)) for _ in range(2))
         check(ops.feature_norm_gram, x, g)
-        check(ops.feature_norm_gram, x, g.expand_as(x), center=False, bias=False, eps=0.1)
+        check(ops.feature_norm_gram, x, g[:1].expand_as(x), center=False, bias=False, eps=0.1)
         mask = spread(torch.rand(shape[:-1]) < 0.6)
         check(ops.feature_norm_gram, x, g[:, :1].expand_as(x), mask=mask)
 
@@ -57,7 +57,8 @@ def test_channels(
     for shape in ((5, 3), (4, 6, 17), (3, 12, 5, 9), (2, 3, 40, 33), (3, 6, 2, 3, 4), (1, 33, 1)):
         x, g = (layout(torch.randn(shape).to(dtype)) for _ in range(2))
         if num_groups is None and len(x) * x[0, 0].numel() == 1:
-            continue  # a variance of zero: nothing but its rounding is left
+            assert not ops.channel_norm_gram(x, g)[:, 0, 0].any()  # a single entry is the mean
+            continue
         check(ops.channel_norm_gram, x, g, num_groups=num_groups)
         check(ops.channel_norm_gram, x, g, num_groups=num_groups, bias=False, eps=0.1)
 
@@ -105,6 +106,24 @@ def test_long_sums() -> None:
     check(ops.channel_norm_gram, 100 + x, g + 1)
     check(ops.channel_norm_gram, 100 + x, g + 1, num_groups=2)
     check(ops.channel_norm_gram, *(torch.randn(2, 3000, 3, 2) + 1))
+    check(ops.channel_norm_gram, *torch.randn(2, 300, 50))
+
+
+@pytest.mark.parametrize("op", DEFINITIONS, ids=lambda op: op.__name__)
+def test_a_large_mean_is_taken_away_whole(op: Norm) -> None:
+    """Rounded to float32, a mean of a million is off by a hundredth of the deviation."""
+    x, g = torch.randn(2, 4, 6, 50)
+    shifted = (x + 1e6).double()
+    expected = DEFINITIONS[op](shifted.float(), g)
+    error = (op(shifted.float(), g) - expected).norm() / expected.norm()
+    assert error < 16 * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("op", DEFINITIONS, ids=lambda op: op.__name__)
+def test_an_overflow_shows(op: Norm) -> None:
+    """A variance beyond the largest number must not pass for a scale of zero."""
+    x, g = 1e25 * torch.randn(3, 4, 20), torch.randn(3, 4, 20)
+    assert op(x, g)[:, 0, 0].isnan().all()
 
 
 @dtypes
@@ -132,6 +151,7 @@ def test_same_bits_every_time_and_for_any_number_of_threads(
 ) -> None:
     x, g = torch.randn(2, 700, 40, 30)
     segments = torch.randint(7, (28_000,))
+    long_x, long_g = torch.randn(2, 3, 9000, 30)
     results = []
     for threads in (1, 1, 2, 3, 5):
         set_threads(threads)
@@ -140,6 +160,7 @@ def test_same_bits_every_time_and_for_any_number_of_threads(
         )
         parts = [
             ops.feature_norm_gram(x, g),
+            ops.feature_norm_gram(long_x, long_g),
             by_segment,
             ops.channel_norm_gram(x, g),
             ops.channel_norm_gram(x, g, num_groups=8),
@@ -222,3 +243,18 @@ def test_an_out_is_refused(op: Norm) -> None:
         with pytest.raises((ValueError, TypeError), match="out must be"):
             op(torch.ones(5, 4), x, out=out)
         assert torch.equal(bits(out), bits(before))
+
+
+@pytest.mark.parametrize("name", ["mean", "variance"])
+def test_an_out_in_the_statistics_is_refused(name: str) -> None:
+    memory = torch.ones(16)
+    given = {"mean": torch.zeros(4), "variance": torch.ones(4), name: memory[:4]}
+    x, out = torch.randn(5, 4), memory.view(4, 2, 2)
+    with pytest.raises(ValueError, match="out must be apart"):
+        ops.channel_norm_gram(x, x.clone(), out=out, **given)
+    assert torch.equal(memory, torch.ones(16))
+
+
+def test_minus_one_is_no_number_of_groups() -> None:
+    with pytest.raises(ValueError, match="num_groups must be positive or None, got -1"):
+        ops.channel_norm_gram(X, X.clone(), num_groups=-1)

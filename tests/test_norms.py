@@ -11,7 +11,7 @@ from oracle import assert_same
 from plain_kfac import assert_solved, example_gradients
 from torch import Tensor, nn
 
-from kfac_fast.layers import RULES, Layer
+from kfac_fast.layers import RULES, Layer, Sharing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 approximations = pytest.mark.parametrize("approx", ["expand", "reduce"])
@@ -140,3 +140,20 @@ def test_half_precision_blocks_are_formed_in_float32() -> None:
     # The normalised input is rounded to bfloat16 once.
     error = torch.linalg.matrix_norm(result.double() - exact)
     assert (error <= 4 * torch.finfo(torch.bfloat16).eps * torch.linalg.matrix_norm(exact)).all()
+
+
+def test_rows_of_a_graphs_nodes_are_its_own() -> None:
+    """Heads of nodes, as rows, are positions of the graph that the node belongs to."""
+    norm = nn.LayerNorm(6).double()
+    layer = RULES[nn.LayerNorm]("norm", norm, "reduce")
+    x, gradient = torch.randn(2, 7, 3, 6, dtype=torch.float64)
+    graphs = torch.tensor([0, 2, 0, 1, 2, 2, 0])
+    mask = torch.rand(7, 3) < 0.8
+    shared = layer.shared(Sharing(mask, graphs, 3))
+    result = shared.gradient_gram(gradient, 1.0, x)
+    alone = torch.zeros_like(result)
+    for graph in range(3):
+        own = [t[graphs == graph].flatten(0, 1)[None] for t in (x, gradient)]
+        counts = mask[graphs == graph].flatten()[None]
+        alone += layer.shared(Sharing(counts)).gradient_gram(own[1], 1.0, own[0])
+    assert_same(result, alone)

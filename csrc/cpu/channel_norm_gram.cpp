@@ -2,7 +2,6 @@
 // once, with its gradients: its moments about its own mean are enough for those about the mean that
 // the normalisation takes away, once that is known.
 
-#include <cmath>
 #include <optional>
 
 #include "checks.h"
@@ -50,7 +49,7 @@ class Pool {
 
   Statistics statistics(double eps) const {
     const double mean = sum_ / count_;
-    return {shift_ + mean, 1 / std::sqrt(squares_ / count_ - mean * mean + eps)};
+    return {shift_ + mean, inverse_deviation(squares_ / count_ - mean * mean, eps)};
   }
 
  private:
@@ -73,18 +72,7 @@ class ChannelNorm {
 
   template <typename In>
   void run() {
-    constexpr double operations_an_entry = 16;
-    constexpr int64_t rows_a_task = 8, channels_a_task = 16;
-    const auto& sums = norm_sums<In, T>(instruction_set_in_use());
-    const ContiguousRows<In> x(a_.x, 2), gradient(a_.gradient, 2);
-    for_each_part(rows_, rows_a_task, operations_an_entry * a_.x.numel(),
-                  [&](int64_t begin, int64_t end) {
-                    const auto room = make_scratch<In>(2 * positions_);
-                    for (int64_t row = begin; row < end; ++row) {
-                      const In* g = gradient.at(row, &room[positions_]);
-                      moments_[row] = sums.moments(x.at(row, room.get()), g, positions_);
-                    }
-                  });
+    read<In>();
     const double operations = operations_an_entry * static_cast<double>(rows_);
     if (a_.num_groups > 0) {
       for_each_part(a_.examples(), 1, operations, [&](int64_t n, int64_t) { pool_groups(n); });
@@ -96,6 +84,28 @@ class ChannelNorm {
   }
 
  private:
+  static constexpr double operations_an_entry = 16;
+  static constexpr int64_t channels_a_task = 16;
+
+  template <typename In>
+  void read() {
+    const auto& sums = norm_sums<In, T>(instruction_set_in_use());
+    const ContiguousRows<In> x(a_.x, 2), gradient(a_.gradient, 2);
+    const int64_t parts = divide_up(a_.channels(), channels_a_task);
+    const int64_t tasks = a_.examples() * parts;
+    const int64_t workers = worker_count(tasks, operations_an_entry * a_.x.numel());
+    const int64_t copies = x.in_place() && gradient.in_place() ? 0 : 2 * positions_;
+    const auto room = make_scratch<In>(workers * copies);
+    for_each_independent_task(tasks, workers, [&](int64_t task, int64_t worker) {
+      const int64_t example = task / parts, first = task % parts * channels_a_task;
+      In* own = &room[worker * copies];
+      for (int64_t c = first; c < std::min(first + channels_a_task, a_.channels()); ++c) {
+        moments_[example * a_.channels() + c] = sums.moments(
+            x.at(example, c, own), gradient.at(example, c, own + positions_), positions_);
+      }
+    });
+  }
+
   template <typename Run>
   static void for_each_part(int64_t count, int64_t size, double operations, const Run& run) {
     const int64_t tasks = divide_up(count, size);
@@ -126,7 +136,7 @@ class ChannelNorm {
     for (int64_t channel = begin; channel < end; ++channel) {
       if (a_.mean) {
         const double variance = at(*a_.variance, channel);
-        statistics_[channel] = {at(*a_.mean, channel), 1 / std::sqrt(variance + a_.eps)};
+        statistics_[channel] = {at(*a_.mean, channel), inverse_deviation(variance, a_.eps)};
         continue;
       }
       Pool pool(positions_);
@@ -176,13 +186,10 @@ bool channel_norm_gram(const Tensor& x, const Tensor& gradient, const std::optio
   if (!norm_inputs_pass(x, gradient, eps)) return false;
   if (num_groups != -1 && (num_groups < 1 || x.size(1) % num_groups != 0)) return false;
   if (mean.has_value() != variance.has_value() || (mean && num_groups != -1)) return false;
-  const ScalarType result = result_type(x.scalar_type());
   for (const auto* given : {&mean, &variance}) {
-    if (*given && (!is_vector(**given, x.size(1)) || (*given)->scalar_type() != result)) {
-      return false;
-    }
+    if (*given && !is_vector(**given, x.size(1))) return false;
   }
-  if (!memory_passes({&x, &gradient}, {}, {}, out) ||
+  if (!memory_passes({&x, &gradient}, {&mean, &variance}, out) ||
       !has_sizes(out, {x.size(1), 1 + bias, 1 + bias})) {
     return false;
   }

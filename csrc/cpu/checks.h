@@ -38,19 +38,35 @@ inline ScalarType result_type(ScalarType type) {
   return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+inline bool inputs_pass(ListCheck& check, std::initializer_list<const Tensor*> inputs) {
+  if (!is_floating(check.type())) return false;
+  for (const Tensor* input : inputs) {
+    if (!check.reads(*input)) return false;
+  }
+  return true;
+}
+
 // The dtypes, alike in all inputs, and that the result shares memory with nothing.
 inline bool memory_passes(std::initializer_list<const Tensor*> inputs,
                           const std::optional<Tensor>& mask, const std::optional<Tensor>& segments,
                           const Tensor& out) {
-  const ScalarType type = (*inputs.begin())->scalar_type();
-  if (!is_floating(type)) return false;
-  ListCheck check(type);
-  for (const Tensor* input : inputs) {
-    if (!check.reads(*input)) return false;
-  }
-  return (!mask || check.reads(*mask, ScalarType::Bool)) &&
+  ListCheck check((*inputs.begin())->scalar_type());
+  return inputs_pass(check, inputs) && (!mask || check.reads(*mask, ScalarType::Bool)) &&
          (!segments || check.reads(*segments, ScalarType::Long)) &&
-         check.writes(out, result_type(type)) && check.apart();
+         check.writes(out, result_type(check.type())) && check.apart();
+}
+
+// The same of inputs and of others, in the dtype of the result, that may be there.
+inline bool memory_passes(std::initializer_list<const Tensor*> inputs,
+                          std::initializer_list<const std::optional<Tensor>*> others,
+                          const Tensor& out) {
+  ListCheck check((*inputs.begin())->scalar_type());
+  if (!inputs_pass(check, inputs)) return false;
+  const ScalarType result = result_type(check.type());
+  for (const auto* other : others) {
+    if (*other && !check.reads(**other, result)) return false;
+  }
+  return check.writes(out, result) && check.apart();
 }
 
 // x [*, D] whose features are split into groups, and a mask [*].

@@ -20,15 +20,24 @@ class ContiguousRows {
     }
   }
 
+  bool in_place() const { return in_place_; }
+
   // Copied to `room` if need be.
-  const In* at(int64_t row, In* room) const {
-    const In* first = entry_of<In>(x_, leading_, row);
+  const In* at(int64_t row, In* room) const { return from(entry_of<In>(x_, leading_, row), room); }
+
+  // Of two leading dimensions.
+  const In* at(int64_t i, int64_t j, In* room) const {
+    const In* data = static_cast<const In*>(x_.const_data_ptr());
+    return from(data + i * x_.stride(0) + j * x_.stride(1), room);
+  }
+
+ private:
+  const In* from(const In* first, In* room) const {
     if (in_place_) return first;
     copy(first, leading_, room);
     return room;
   }
 
- private:
   In* copy(const In* from, int64_t d, In* to) const {
     const int64_t size = x_.size(d), stride = x_.stride(d);
     if (d == x_.dim() - 1) {

@@ -5,6 +5,7 @@
 
 #include "checks.h"
 #include "contiguous_rows.h"
+#include "gram_layout.h"
 #include "norm_sums.h"
 #include "operators.h"
 #include "parallel.h"
@@ -44,30 +45,17 @@ class ExampleSums {
     for (int64_t d = 1; d < a_.x.dim() - 1; ++d) positions_ *= a_.x.size(d);
   }
 
-  int64_t room() const { return 9 * a_.units(); }
-  int64_t copies() const { return 2 * a_.units(); }
-
-  // total = the outer products of the gradients of some examples, part by part.
-  void add(int64_t begin, int64_t end, T* total, T* room, In* copies) const {
-    const int64_t units = a_.units();
-    T *lost = room, *sums = room + 3 * units;
-    std::fill_n(total, 3 * units, T{0});
-    std::fill_n(lost, 3 * units, T{0});
-    for (int64_t example = begin; example < end; ++example) {
-      sum_example(example, sums, copies);
-      functions_.add_outer_products[a_.bias](sums, sums + units, units, total, lost);
-    }
-  }
-
- private:
-  // Of scales and of shifts. The rows after the first few are summed apart, a few at a time.
-  void sum_example(int64_t example, T* sums, In* copies) const {
+  // Of scales and of shifts, of one of so many parts of an example's rows. `room` is for four
+  // numbers a unit, `copies` for two.
+  void sum(int64_t example, int64_t part, int64_t parts, T* sums, T* room, In* copies) const {
+    // The rows after the first few are summed apart, a few at a time.
     constexpr int64_t rows_a_chain = 16;
     const int64_t units = a_.units();
-    T *lost = sums + 2 * units, *chain = lost + 2 * units;
-    std::fill_n(sums, 6 * units, T{0});
+    T *lost = room, *chain = room + 2 * units;
+    std::fill_n(sums, 2 * units, T{0});
+    std::fill_n(room, 4 * units, T{0});
     int64_t rows = 0;
-    for_each_row(example, [&](int64_t row) {
+    for_each_row(example, part, parts, [&](int64_t row) {
       if (!a_.counts(row)) return;
       if (rows > 0 && rows % rows_a_chain == 0) {
         functions_.end_chain(chain, 2 * units, sums, lost);
@@ -80,14 +68,26 @@ class ExampleSums {
     if (rows > rows_a_chain) functions_.end_chain(chain, 2 * units, sums, lost);
   }
 
+  // total += the outer products of an example's sums, part by part.
+  void multiply(const T* sums, T* total, T* lost) const {
+    const int64_t units = a_.units();
+    functions_.add_outer_products[a_.bias](sums, sums + units, units, total, lost);
+  }
+
+  // sums += more, more <- 0
+  void add(T* more, T* sums, T* lost) const {
+    functions_.end_chain(more, 2 * a_.units(), sums, lost);
+  }
+
+ private:
   template <typename Visit>
-  void for_each_row(int64_t example, const Visit& visit) const {
-    if (!segments_) {
-      for (int64_t i = 0; i < positions_; ++i) visit(example * positions_ + i);
-      return;
+  void for_each_row(int64_t example, int64_t part, int64_t parts, const Visit& visit) const {
+    const int64_t first = segments_ ? segments_->begin[example] : example * positions_;
+    const int64_t count = segments_ ? segments_->begin[example + 1] - first : positions_;
+    const int64_t end = first + count * (part + 1) / parts;
+    for (int64_t i = first + count * part / parts; i < end; ++i) {
+      visit(segments_ ? segments_->rows[i] : i);
     }
-    const auto& begin = segments_->begin;
-    for (int64_t i = begin[example]; i < begin[example + 1]; ++i) visit(segments_->rows[i]);
   }
 
   const Arguments& a_;
@@ -99,21 +99,50 @@ class ExampleSums {
 
 template <typename In, typename T>
 void feature_norm_gram_of(const Arguments& a, double alpha, double beta, T* out) {
-  // The chunks depend on the shape alone, and so does the order in which they are added.
+  // Chunks of examples, or parts of few long ones: they depend on the shape alone, and so does the
+  // order in which they are added.
   constexpr int64_t entries_a_chunk = 1 << 14, most_chunks = 32;
   constexpr double operations_an_entry = 16;
   const ExampleSums<In, T> sums(a);
-  const int64_t most = std::clamp<int64_t>(a.examples(), 1, most_chunks);
-  const int64_t chunks = std::clamp<int64_t>(a.x.numel() / entries_a_chunk, 1, most);
-  const int64_t workers = worker_count(chunks, operations_an_entry * a.x.numel());
-  const int64_t set_size = 3 * a.units();
+  const int64_t units = a.units(), examples = a.examples(), set_size = 3 * units;
+  const int64_t wanted = std::clamp<int64_t>(a.x.numel() / entries_a_chunk, 1, most_chunks);
+  const int64_t parts = divide_up(wanted, std::max<int64_t>(examples, 1));
+  const int64_t chunks = parts > 1 ? 1 : std::clamp<int64_t>(examples, 1, wanted);
+  const int64_t tasks = parts > 1 ? examples * parts : chunks;
+  const int64_t workers = worker_count(tasks, operations_an_entry * a.x.numel());
   const auto sets = make_scratch<T>(chunks * set_size);
-  const auto room = make_scratch<T>(workers * sums.room());
-  const auto copies = make_scratch<In>(workers * sums.copies());
-  for_each_task(chunks, workers, [&](int64_t chunk, int64_t worker) {
-    sums.add(chunk * a.examples() / chunks, (chunk + 1) * a.examples() / chunks,
-             &sets[chunk * set_size], &room[worker * sums.room()], &copies[worker * sums.copies()]);
-  });
+  const auto room = make_scratch<T>(workers * 9 * units);
+  const auto copies = make_scratch<In>(workers * 2 * units);
+  if (parts == 1) {
+    for_each_task(tasks, workers, [&](int64_t chunk, int64_t worker) {
+      T *total = &sets[chunk * set_size], *lost = &room[worker * 9 * units];
+      T *own = lost + 3 * units, *rest = own + 2 * units;
+      std::fill_n(total, 3 * units, T{0});
+      std::fill_n(lost, 3 * units, T{0});
+      const int64_t end = (chunk + 1) * examples / chunks;
+      for (int64_t example = chunk * examples / chunks; example < end; ++example) {
+        sums.sum(example, 0, 1, own, rest, &copies[worker * 2 * units]);
+        sums.multiply(own, total, lost);
+      }
+    });
+  } else {
+    const auto all = make_scratch<T>(tasks * 2 * units);
+    for_each_task(tasks, workers, [&](int64_t task, int64_t worker) {
+      sums.sum(task / parts, task % parts, parts, &all[task * 2 * units], &room[worker * 9 * units],
+               &copies[worker * 2 * units]);
+    });
+    T *total = sets.get(), *lost = room.get(), *lost_sums = lost + 3 * units;
+    std::fill_n(total, 3 * units, T{0});
+    std::fill_n(lost, 3 * units, T{0});
+    for (int64_t example = 0; example < examples; ++example) {
+      T* own = &all[example * parts * 2 * units];
+      std::fill_n(lost_sums, 2 * units, T{0});
+      for (int64_t part = 1; part < parts; ++part) {
+        sums.add(own + part * 2 * units, own, lost_sums);
+      }
+      sums.multiply(own, total, lost);
+    }
+  }
   const SymmetricStore<T> store{static_cast<T>(alpha), static_cast<T>(beta), 1 + a.bias};
   for (int64_t unit = 0; unit < a.units(); ++unit) {
     T* matrix = out + unit * store.edge * store.edge;

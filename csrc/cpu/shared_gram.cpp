@@ -56,7 +56,8 @@ class SharedSums {
     const int64_t parts = std::min(wanted, widest);
     const int64_t columns = divide_up(a_.columns(), parts);
     const int64_t tasks = a_.examples() * parts;
-    const int64_t workers = worker_count(tasks, 8.0 * a_.x.numel());
+    constexpr double operations_an_entry = 8;  // that it takes to read one
+    const int64_t workers = worker_count(tasks, operations_an_entry * a_.x.numel());
     const auto scratch = make_scratch<T>(workers * 3 * columns);
     for_each_independent_task(tasks, workers, [&](int64_t task, int64_t worker) {
       const int64_t example = task / parts, first = task % parts * columns;

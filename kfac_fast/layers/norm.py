@@ -62,9 +62,11 @@ class NormLayer(Layer):
         self, x: Tensor, gradient: Tensor, right: Tensor, left: Tensor, scale: float
     ) -> Tensor:
         """As for other layers; they are on the diagonal of the rotated blocks."""
-        blocks = self.gradient_gram(gradient, scale, x).to(right.dtype)
-        squares = (right.mT @ blocks @ right).diagonal(dim1=-2, dim2=-1)
-        return squares.clamp(min=0)[:, None]  # rounding may leave less than nothing
+        # Small ones beside large ones come out of a difference.
+        blocks = self._gram(x.double(), gradient.double(), scale)
+        basis = right.double()
+        squares = (basis.mT @ blocks @ basis).diagonal(dim1=-2, dim2=-1)
+        return squares.clamp(min=0).to(right.dtype)[:, None]
 
     def weight_matrix(self, weight: Tensor) -> Tensor:
         """``[units, 1, 1]``."""
@@ -100,9 +102,20 @@ class FeatureNormLayer(NormLayer):
         center, eps = isinstance(self.module, nn.LayerNorm), self.module.eps
         if eps is None:
             eps = torch.finfo(result_dtype(x.dtype)).eps
-        kinds = self.sharing._asdict()
+        mask, segments, examples = self.sharing
+        if segments is not None and rows[0].dim() > 2:  # each of the rows' own rows is one
+            segments = segments.repeat_interleave(rows[0].shape[1:-1].numel())
+            rows = [tensor.flatten(0, -2) for tensor in rows]
+            mask = None if mask is None else mask.flatten()
         return ops.feature_norm_gram(
-            *rows, eps=eps, center=center, bias=self.has_bias, alpha=scale, **kinds
+            *rows,
+            eps=eps,
+            center=center,
+            bias=self.has_bias,
+            mask=mask,
+            segments=segments,
+            num_segments=examples,
+            alpha=scale,
         )
 
 
@@ -117,7 +130,8 @@ class ChannelNormLayer(NormLayer):
 
     def _gram(self, x: Tensor, gradient: Tensor, scale: float) -> Tensor:
         """Of inputs that are read again."""
-        module, options = self.module, dict[str, Any]()
+        module = self.module
+        options: dict[str, Any] = {}
         if isinstance(module, nn.GroupNorm):
             options["num_groups"] = module.num_groups
         elif not module.training and module.running_mean is not None:

@@ -36,7 +36,8 @@ def feature_norm_gram(
     Equivalent to::
 
         z = F.layer_norm(x, x.shape[-1:], eps=eps)
-        v = torch.stack([gradient * z, gradient], -1).flatten(1, -3).sum(1)
+        v = torch.stack([gradient * z, gradient], -1)
+        v = v.reshape(len(x), -1, x.shape[-1], 2).sum(1)
         return torch.einsum("nji,njk->jik", v, v)
 
     Args:
@@ -63,7 +64,7 @@ def feature_norm_gram(
         TypeError: If a dtype is refused.
         RuntimeError: On the CPU, if a segment is none of ``num_segments``.
 
-    Source: Osawa et al. (2019), section 4.2: the Fisher blocks of scales and shifts, unit by unit.
+    Source: Osawa et al. (2020), whose unit-wise Fisher of batch normalisations this is.
     """
     op = "feature_norm_gram"
     schema.check_types(op, x=x, gradient=gradient, eps=eps, center=center, bias=bias, mask=mask)
@@ -100,7 +101,8 @@ def channel_norm_gram(
     Equivalent to::
 
         z = F.batch_norm(x, None, None, training=True, eps=eps)
-        v = torch.stack([gradient * z, gradient], -1).flatten(2, -2).sum(2)
+        v = torch.stack([gradient * z, gradient], -1)
+        v = v.reshape(len(x), x.shape[1], -1, 2).sum(2)
         return torch.einsum("nci,nck->cik", v, v)
 
     Args:
@@ -124,10 +126,12 @@ def channel_norm_gram(
         ValueError: If a shape, an option, a device or the memory of ``out`` is refused.
         TypeError: If a dtype is refused.
 
-    Source: Osawa et al. (2019), section 4.2: the Fisher blocks of scales and shifts, unit by unit.
+    Source: Osawa et al. (2020), whose unit-wise Fisher of batch normalisations this is.
     """
     op = "channel_norm_gram"
     schema.check_types(op, x=x, gradient=gradient, eps=eps, bias=bias, num_groups=num_groups)
     schema.check_types(op, mean=mean, variance=variance)
+    if num_groups is not None and num_groups < 1:
+        raise ValueError(f"{op}: num_groups must be positive or None, got {num_groups}")
     groups = -1 if num_groups is None else num_groups
     return accumulate(op, (x, gradient, mean, variance, groups, eps, bias), alpha, beta, out)
