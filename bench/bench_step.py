@@ -35,7 +35,7 @@ TIMES_SECONDS = 6
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 100
 REFERENCE_EVERY = 4
 PASSES = 30
-PEAKS = 8  # of which the least scattered by some MB
+PEAKS = 8  # of which the least scatters by some MB
 
 
 class Training:
@@ -165,14 +165,9 @@ def at_intervals(kinds: dict[str, float]) -> float:
 
 
 def _add_peaks(sgd: Training, ours: Training, info: dict[str, Any]) -> None:
-    """Add to a record what the dearest kind of step takes above SGD, in MB.
-
-    It is the least of some steps: where a step's many blocks find no place among freed ones, by
-    chance, its peak is too high by a tenth.
-    """
+    """Add to a record what the dearest kind of step takes above SGD, in MB."""
     steps = [partial(arm.step, "refresh") for arm in (sgd, ours)]
-    peaks = [[memory.peak_growth(step) for step in steps] for _ in range(PEAKS)]
-    least_sgd, least_ours = map(min, zip(*peaks, strict=True))
+    least_sgd, least_ours = (memory.least_peak_growth(step, PEAKS) for step in steps)
     info["peak_mb"] = max(least_ours - least_sgd, 0) / 1e6
 
 

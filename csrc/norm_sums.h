@@ -42,16 +42,18 @@ struct NormSums {
   void (*end_chain)(T* chain, int64_t count, T* total, T* lost);
   // By whether there are biases.
   void (*add_outer_products[2])(const T* weight, const T* bias, int64_t units, T* total, T* lost);
+  void (*add_deviations)(const In* x, const T* mean, int64_t count, T* total, T* lost);
+  void (*weigh)(const In* x, const In* g, const T* mean, const T* rest, const T* scale,
+                int64_t count, T* weight, T* bias);
 };
 
-#define KFAC_FAST_SUMS(set)                                                                       \
-  {                                                                                               \
-    set::row_moments<In, T>,                                                                      \
-        {set::add_normalized<In, T, false>, set::add_normalized<In, T, true>}, set::end_chain<T>, \
-    {                                                                                             \
-      set::add_outer_products<T, false>, set::add_outer_products<T, true>                         \
-    }                                                                                             \
-  }
+#define KFAC_FAST_SUMS(set)                                               \
+  {set::row_moments<In, T>,                                               \
+   {set::add_normalized<In, T, false>, set::add_normalized<In, T, true>}, \
+   set::end_chain<T>,                                                     \
+   {set::add_outer_products<T, false>, set::add_outer_products<T, true>}, \
+   set::add_deviations<In, T>,                                            \
+   set::weigh<In, T>}
 
 template <typename In, typename T>
 const NormSums<In, T>& norm_sums(InstructionSet set) {

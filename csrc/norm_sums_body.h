@@ -158,3 +158,43 @@ KFAC_FAST_TARGET RowMoments<T> row_moments(const In* x, const In* g, int64_t cou
   }
   return sums;
 }
+
+// total += x - mean and its squares, each of `count` columns.
+template <typename In, typename T>
+KFAC_FAST_TARGET void add_deviations(const In* x, const T* mean, int64_t count, T* total, T* lost) {
+  using Vector = typename VectorOf<T>::type;
+  constexpr int64_t LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES) {
+    const Vector centred = load_vector<In, T>(x + i) - load_vector<T, T>(mean + i);
+    add_compensated(*reinterpret_cast<Vector*>(total + i), *reinterpret_cast<Vector*>(lost + i),
+                    centred);
+    add_compensated(*reinterpret_cast<Vector*>(total + count + i),
+                    *reinterpret_cast<Vector*>(lost + count + i), centred * centred);
+  }
+  for (; i < count; ++i) {
+    const T centred = static_cast<T>(x[i]) - mean[i];
+    add_compensated(total[i], lost[i], centred);
+    add_compensated(total[count + i], lost[count + i], centred * centred);
+  }
+}
+
+// weight = g (x - mean - rest) scale and bias = g, column by column.
+template <typename In, typename T>
+KFAC_FAST_TARGET void weigh(const In* x, const In* g, const T* mean, const T* rest, const T* scale,
+                            int64_t count, T* weight, T* bias) {
+  using Vector = typename VectorOf<T>::type;
+  constexpr int64_t LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES) {
+    const Vector centred = load_vector<In, T>(x + i) - load_vector<T, T>(mean + i);
+    const Vector gradient = load_vector<In, T>(g + i);
+    *reinterpret_cast<Vector*>(weight + i) =
+        gradient * ((centred - load_vector<T, T>(rest + i)) * load_vector<T, T>(scale + i));
+    *reinterpret_cast<Vector*>(bias + i) = gradient;
+  }
+  for (; i < count; ++i) {
+    bias[i] = g[i];
+    weight[i] = bias[i] * ((static_cast<T>(x[i]) - mean[i] - rest[i]) * scale[i]);
+  }
+}

@@ -72,6 +72,8 @@ class ChannelNorm {
 
   template <typename In>
   void run() {
+    const bool adjacent = a_.x.stride(1) == 1 && a_.gradient.stride(1) == 1;
+    if (positions_ == 1 && adjacent && a_.num_groups < 0) return run_columns<In>();
     read<In>();
     const double operations = operations_an_entry * static_cast<double>(rows_);
     if (a_.num_groups > 0) {
@@ -86,6 +88,7 @@ class ChannelNorm {
  private:
   static constexpr double operations_an_entry = 16;
   static constexpr int64_t channels_a_task = 16;
+  static constexpr int64_t width = 64;  // of vectors of channels
 
   template <typename In>
   void read() {
@@ -104,6 +107,64 @@ class ChannelNorm {
             x.at(example, c, own), gradient.at(example, c, own + positions_), positions_);
       }
     });
+  }
+
+  // Channels side by side, with a single entry in each example: by vectors of channels.
+  template <typename In>
+  void run_columns() {
+    const auto& sums = norm_sums<In, T>(instruction_set_in_use());
+    const auto count = static_cast<T>(a_.examples());
+    const double operations = operations_an_entry * a_.x.numel();
+    for_each_part(a_.channels(), width, operations, [&](int64_t begin, int64_t end) {
+      const int64_t channels = end - begin;
+      const auto row = [&](const Tensor& x, int64_t n) {
+        return static_cast<const In*>(x.const_data_ptr()) + n * x.stride(0) + begin;
+      };
+      const auto room = make_scratch<T>(11 * width);
+      std::fill_n(room.get(), 11 * width, T{0});
+      T *mean = room.get(), *rest = mean + width, *scale = rest + width;
+      T *weight = scale + width, *bias = weight + width;
+      T *total = bias + width, *lost = total + 3 * width;
+      if (a_.mean) {
+        find_statistics(begin, end);
+        for (int64_t c = 0; c < channels; ++c) {
+          mean[c] = static_cast<T>(statistics_[begin + c].mean);
+          scale[c] = static_cast<T>(statistics_[begin + c].scale);
+        }
+      } else if (a_.examples() > 0) {
+        std::copy_n(row(a_.x, 0), channels, mean);
+        for (int pass = 0; pass < 2; ++pass) {  // about the first row, and then about the mean
+          std::fill_n(total, 2 * channels, T{0});
+          std::fill_n(lost, 2 * channels, T{0});
+          for (int64_t n = 0; n < a_.examples(); ++n) {
+            sums.add_deviations(row(a_.x, n), mean, channels, total, lost);
+          }
+          for (int64_t c = 0; c < channels && pass == 0; ++c) mean[c] += total[c] / count;
+        }
+        for (int64_t c = 0; c < channels; ++c) {
+          rest[c] = total[c] / count;
+          const T variance = total[channels + c] / count - rest[c] * rest[c];
+          scale[c] = inverse_deviation(variance, static_cast<T>(a_.eps));
+        }
+      }
+      std::fill_n(total, 3 * channels, T{0});
+      std::fill_n(lost, 3 * channels, T{0});
+      for (int64_t n = 0; n < a_.examples(); ++n) {
+        sums.weigh(row(a_.x, n), row(a_.gradient, n), mean, rest, scale, channels, weight, bias);
+        sums.add_outer_products[a_.bias](weight, bias, channels, total, lost);
+      }
+      for (int64_t c = 0; c < channels; ++c) {
+        store(begin + c, total[c], total[channels + c], total[2 * channels + c]);
+      }
+    });
+  }
+
+  void store(int64_t channel, T weights, T products, T biases) const {
+    T* matrix = out_ + channel * store_.edge * store_.edge;
+    store_({&weights, 1, 1, 0}, 1, 1, true, matrix, 0, 0);
+    if (!a_.bias) return;
+    store_({&products, 1, 1, 0}, 1, 1, false, matrix, 1, 0);
+    store_({&biases, 1, 1, 0}, 1, 1, true, matrix, 1, 1);
   }
 
   template <typename Run>
@@ -161,12 +222,7 @@ class ChannelNorm {
       sums[1] += weight * bias;
       sums[2] += bias * bias;
     }
-    T* matrix = out_ + channel * store_.edge * store_.edge;
-    const T rounded[] = {static_cast<T>(sums[0]), static_cast<T>(sums[1]), static_cast<T>(sums[2])};
-    store_({&rounded[0], 1, 1, 0}, 1, 1, true, matrix, 0, 0);
-    if (!a_.bias) return;
-    store_({&rounded[1], 1, 1, 0}, 1, 1, false, matrix, 1, 0);
-    store_({&rounded[2], 1, 1, 0}, 1, 1, true, matrix, 1, 1);
+    store(channel, static_cast<T>(sums[0]), static_cast<T>(sums[1]), static_cast<T>(sums[2]));
   }
 
   const Arguments& a_;
