@@ -20,10 +20,18 @@ STEPS_PER_SUM = tl.constexpr(launch.STEPS_PER_SUM)
 # Entries and rows of a tile of rows at most, and entries of a step along a channel.
 ENTRIES = 4096
 MOST_ROWS = 16
+MOST_FEATURES = 4096
 LONGEST_STEP = 1024
 # Rows of moments or of gradients that are read at once, and units of a program.
 ROWS = 64
 UNITS = 32
+
+
+@triton.jit
+def _inverse_deviation(variance, eps):
+    """One that is not finite must not pass for zero."""
+    scale = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
+    return tl.where(variance < float("inf"), scale, float("nan"))
 
 
 @triton.jit
@@ -81,9 +89,11 @@ def example_sums_kernel(
         if CENTER:
             mean = tl.sum(value, 1) / units
             value = tl.where(exists, value - mean[:, None], 0.0)
+            rest = tl.sum(value, 1) / units  # what rounding has left of the mean
+            value = tl.where(exists, value - rest[:, None], 0.0)
         variance = tl.sum(value * value, 1) / units
         # Of rows that do not count, nothing is divided by zero.
-        scale = tl.div_rn(1.0, tl.sqrt_rn(tl.where(counts, variance + eps, 1.0)))
+        scale = _inverse_deviation(tl.where(counts, variance, 1.0), eps)
         slope = tl.load(gradient + row[:, None] * g_row, mask=exists, other=0.0).to(tl.float32)
         product_chain += slope * (value * scale[:, None])
         shift_chain += slope
@@ -206,7 +216,7 @@ def statistics_kernel(
     variance = tl.sum(squares, 0) / count
     tl.store(statistics + pool, first)
     tl.store(statistics + pools + pool, mean)
-    tl.store(statistics + 2 * pools + pool, tl.div_rn(1.0, tl.sqrt_rn(variance + eps)))
+    tl.store(statistics + 2 * pools + pool, _inverse_deviation(variance, eps))
 
 
 @triton.jit(do_not_specialize=["examples", "channels", "pools", "of_example", "of_channel"])

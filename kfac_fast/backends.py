@@ -292,9 +292,9 @@ def _triton_channels(*args: Any) -> None:
     _kernels("norm_gram").channel_norm_gram(*args)
 
 
-def _refuses_segments(*args: Any) -> str | None:
-    if args[3] is not None:
-        return "rows in segments are left to PyTorch's index_add_"
+def _refuses_rows(*args: Any) -> str | None:
+    if args[3] is not None or args[0].shape[-1] > _kernels("norm_gram").MOST_FEATURES:
+        return "rows in segments, and the longest ones, are left to PyTorch"
     reason: str | None = _kernels("launch").refusal(args[0])
     return reason
 
@@ -326,7 +326,7 @@ for _op, _run in _TRITON_CONV.items():
 for _op, _run in _TRITON_NORM.items():
     _by_triton = [_triton(_op, _device, _run) for _device in ("cpu", "cuda")]
     if _op == "feature_norm_gram":
-        _by_triton = [replace(way, refuses=_refuses_segments) for way in _by_triton]
+        _by_triton = [replace(way, refuses=_refuses_rows) for way in _by_triton]
     TABLE[_op, "cpu"] = (_cpp(_op), _reference(_op), _by_triton[0])
     TABLE[_op, "cuda"] += (_by_triton[1],)
 for _op in ("damped_inverse", "damped_cholesky", "precondition", "cholesky_precondition"):

@@ -27,24 +27,19 @@ class Kept:
 
     Autograd's graph owns the hook that waits for them until the whole backward pass is over. The
     inputs would stay with it, long after autograd has let go of its own.
+
+    Attributes:
+        x: The input, apart from the graph, which would otherwise own itself where an input is
+            written to; None after :meth:`release`.
     """
 
     def __init__(self, x: Tensor) -> None:
-        # Apart from the graph, which would otherwise own itself where the input is written to.
-        self._x: Tensor | None = x.detach()
-
-    def read(self) -> Tensor:
-        """The input."""
-        if self._x is None:
-            raise RuntimeError(
-                "KFAC: retain_graph must be True for a graph that is passed again, got False"
-            )
-        return self._x
+        self.x: Tensor | None = x.detach()
 
     def release(self) -> None:
         """Let go of it, unless the graph may be passed again."""
         if not torch._C._autograd._get_current_graph_task_keep_graph():
-            self._x = None
+            self.x = None
 
 
 class Call(NamedTuple):
@@ -58,7 +53,7 @@ class Call(NamedTuple):
 
     def sums(self, gradient: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
         """Outer products of output gradients, and squared gradients in the eigenbases, if asked."""
-        x = None if self.x is None else self.x.read()
+        x = None if self.x is None else self.x.x
         gram = self.layer.gradient_gram(gradient, scale, x)
         if x is None:
             return gram, None
@@ -437,6 +432,8 @@ class Capture:
         """Add a call's outer products under the training loss."""
         if torch.is_grad_enabled():
             return  # a backward pass that is differentiated again is not that of the training loss
+        if call.x is not None and call.x.x is None:
+            return  # what comes in two parts of a backward pass counts once
         if self._scale is None:
             self._scale = self._loss_scale()
         terms = self._terms.get(forward_pass, examples * self._terms_per_example)

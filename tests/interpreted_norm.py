@@ -116,6 +116,18 @@ def test_sums_of_many_positions() -> None:
     _check(ops.feature_norm_gram, *(torch.randn(2, 1, 4096 // 8 * launch.STEPS_PER_SUM, 8) + 1))
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy sees the overflow
+@pytest.mark.parametrize("op", DEFINITIONS, ids=lambda op: op.__name__)
+def test_large_means_and_overflows(op: Norm) -> None:
+    x, gradient = torch.randn(2, 4, 6, 50)
+    expected = DEFINITIONS[op](x + 1e6, gradient)
+    with kfac_fast.use("triton"):
+        result = op(x + 1e6, gradient)
+        assert op(1e25 * x, gradient)[:, 0, 0].isnan().all()
+    error = (result - expected).norm() / expected.norm()
+    assert error < 16 * torch.finfo(torch.float32).eps
+
+
 def test_segments_are_left_to_pytorch() -> None:
     x, options = torch.ones(4, 3), {"segments": torch.zeros(4).long(), "num_segments": 1}
     with kfac_fast.use("triton"), pytest.raises(RuntimeError, match="segments"):

@@ -139,6 +139,22 @@ def test_a_graph_may_be_passed_again(eigenvalue_correction: bool, way: str) -> N
             torch.testing.assert_close(correction, 2 * once[name]["correction"]["total"])
 
 
+def test_a_backward_pass_in_two_parts_counts_once() -> None:
+    model, x, y = normalized(), torch.randn(5, 3), torch.randint(3, (5,))
+    results = []
+    for split in (False, True):
+        with preconditioner(model) as kfac:
+            hidden = model[1](model[0](x))
+            loss = F.cross_entropy(model[2](hidden), y)
+            if split:
+                hidden.backward(*torch.autograd.grad(loss, hidden))
+            else:
+                loss.backward()
+            kfac.step()
+            results.append(kfac.state_dict()["layers"]["1"]["joint"]["total"])
+    assert torch.equal(*results)
+
+
 def test_a_forward_pass_alone_keeps_nothing_alive() -> None:
     """An input that its layer's output is added to would own the graph that owns it."""
     model = nn.Sequential(nn.Linear(4, 4))

@@ -54,7 +54,15 @@ def test_features(dtype: torch.dtype, layout: Callable[[Tensor], Tensor]) -> Non
 def test_channels(
     dtype: torch.dtype, layout: Callable[[Tensor], Tensor], num_groups: int | None
 ) -> None:
-    for shape in ((5, 3), (4, 6, 17), (3, 12, 5, 9), (2, 3, 40, 33), (3, 6, 2, 3, 4), (1, 33, 1)):
+    for shape in (
+        (5, 3),
+        (40, 132),
+        (4, 6, 17),
+        (3, 12, 5, 9),
+        (2, 3, 40, 33),
+        (3, 6, 2, 3, 4),
+        (1, 33, 1),
+    ):
         x, g = (layout(torch.randn(shape).to(dtype)) for _ in range(2))
         if num_groups is None and len(x) * x[0, 0].numel() == 1:
             assert not ops.channel_norm_gram(x, g)[:, 0, 0].any()  # a single entry is the mean
@@ -171,7 +179,7 @@ def test_same_bits_every_time_and_for_any_number_of_threads(
 
 @dtypes
 def test_reads_nothing_beyond_the_end(dtype: torch.dtype) -> None:
-    for shape in ((2, 5, 16), (3, 4, 7), (2, 9, 100), (2, 4, 3)):
+    for shape in ((2, 5, 16), (3, 4, 7), (2, 9, 100), (2, 4, 3), (3, 70, 1)):
         values = torch.randn(2, *shape).to(dtype)
         with before_a_guard_page(values[0]) as x, before_a_guard_page(values[1]) as g:
             for op in DEFINITIONS:

@@ -1,6 +1,7 @@
-// The factor of a normalisation of channels on the CPU. Every channel of every example is read
-// once, with its gradients: its moments about its own mean are enough for those about the mean that
-// the normalisation takes away, once that is known.
+// The factor of a normalisation of channels on the CPU. Every channel of every example is read from
+// memory once, with its gradients: its moments about its own mean are enough for those about the
+// mean that the normalisation takes away, once that is known. Single entries have no such moments:
+// they are read for the statistics, and again.
 
 #include <optional>
 
@@ -66,7 +67,6 @@ class ChannelNorm {
         out_(out),
         rows_(a_.examples() * a_.channels()),
         positions_(a_.x.numel() / std::max<int64_t>(rows_, 1)),
-        moments_(make_scratch<RowMoments<T>>(rows_)),
         statistics_(
             make_scratch<Statistics>(std::max(a_.examples() * a_.num_groups, a_.channels()))) {}
 
@@ -88,7 +88,7 @@ class ChannelNorm {
  private:
   static constexpr double operations_an_entry = 16;
   static constexpr int64_t channels_a_task = 16;
-  static constexpr int64_t width = 64;  // of vectors of channels
+  static constexpr int64_t channels_together = 64;
 
   template <typename In>
   void read() {
@@ -99,6 +99,7 @@ class ChannelNorm {
     const int64_t workers = worker_count(tasks, operations_an_entry * a_.x.numel());
     const int64_t copies = x.in_place() && gradient.in_place() ? 0 : 2 * positions_;
     const auto room = make_scratch<In>(workers * copies);
+    moments_ = make_scratch<RowMoments<T>>(rows_);
     for_each_independent_task(tasks, workers, [&](int64_t task, int64_t worker) {
       const int64_t example = task / parts, first = task % parts * channels_a_task;
       In* own = &room[worker * copies];
@@ -115,16 +116,16 @@ class ChannelNorm {
     const auto& sums = norm_sums<In, T>(instruction_set_in_use());
     const auto count = static_cast<T>(a_.examples());
     const double operations = operations_an_entry * a_.x.numel();
-    for_each_part(a_.channels(), width, operations, [&](int64_t begin, int64_t end) {
+    for_each_part(a_.channels(), channels_together, operations, [&](int64_t begin, int64_t end) {
       const int64_t channels = end - begin;
       const auto row = [&](const Tensor& x, int64_t n) {
         return static_cast<const In*>(x.const_data_ptr()) + n * x.stride(0) + begin;
       };
-      const auto room = make_scratch<T>(11 * width);
-      std::fill_n(room.get(), 11 * width, T{0});
-      T *mean = room.get(), *rest = mean + width, *scale = rest + width;
-      T *weight = scale + width, *bias = weight + width;
-      T *total = bias + width, *lost = total + 3 * width;
+      const auto room = make_scratch<T>(11 * channels_together);
+      std::fill_n(room.get(), 11 * channels_together, T{0});
+      T *mean = room.get(), *rest = mean + channels, *scale = rest + channels;
+      T *weight = scale + channels, *bias = weight + channels;
+      T *total = bias + channels, *lost = total + 3 * channels;
       if (a_.mean) {
         find_statistics(begin, end);
         for (int64_t c = 0; c < channels; ++c) {
@@ -183,9 +184,7 @@ class ChannelNorm {
     const int64_t size = a_.channels() / a_.num_groups;
     for (int64_t group = 0; group < a_.num_groups; ++group) {
       Pool pool(positions_);
-      for (int64_t i = 0; i < size; ++i) {
-        pool.add(moments(example, group * size + i));
-      }
+      for (int64_t i = 0; i < size; ++i) pool.add(moments(example, group * size + i));
       statistics_[example * a_.num_groups + group] = pool.statistics(a_.eps);
     }
   }
@@ -230,7 +229,7 @@ class ChannelNorm {
   T* const out_;
   const int64_t rows_;
   const int64_t positions_;
-  const Scratch<RowMoments<T>> moments_;
+  Scratch<RowMoments<T>> moments_;
   const Scratch<Statistics> statistics_;  // of every channel, or of every example's groups
 };
 

@@ -62,9 +62,10 @@ class NormLayer(Layer):
         self, x: Tensor, gradient: Tensor, right: Tensor, left: Tensor, scale: float
     ) -> Tensor:
         """As for other layers; they are on the diagonal of the rotated blocks."""
-        # Small ones beside large ones come out of a difference.
-        blocks = self._gram(x.double(), gradient.double(), scale)
-        basis = right.double()
+        # Small ones beside large ones come out of a difference; mps has nothing more precise.
+        dtype = torch.float32 if x.device.type == "mps" else torch.float64
+        blocks = self._gram(x.to(dtype), gradient.to(dtype), scale)
+        basis = right.to(dtype)
         squares = (basis.mT @ blocks @ basis).diagonal(dim1=-2, dim2=-1)
         return squares.clamp(min=0).to(right.dtype)[:, None]
 
@@ -101,7 +102,7 @@ class FeatureNormLayer(NormLayer):
         ]
         center, eps = isinstance(self.module, nn.LayerNorm), self.module.eps
         if eps is None:
-            eps = torch.finfo(result_dtype(x.dtype)).eps
+            eps = torch.finfo(result_dtype(self.module.weight.dtype)).eps
         mask, segments, examples = self.sharing
         if segments is not None and rows[0].dim() > 2:  # each of the rows' own rows is one
             segments = segments.repeat_interleave(rows[0].shape[1:-1].numel())
