@@ -150,7 +150,7 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch, op: str) -> None:
     (implementation,) = (i for i in backends.TABLE[op, "cuda"] if i.name == "triton")
 
     def refusal(dtype: torch.dtype) -> str | None:
-        return implementation.refuses(torch.zeros(2, 3, 4, dtype=dtype))
+        return implementation.refuses(torch.zeros(2, 3, 4, dtype=dtype), None, None, None)
 
     assert refusal(torch.bfloat16) is None
     assert "float64" in refusal(torch.float64)
