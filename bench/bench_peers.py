@@ -33,7 +33,7 @@ import kfac_fast
 # A call is a pass of a network or more: more time is needed than for an operator.
 TIMES_SECONDS = 8
 FEWEST_ROUNDS, MOST_ROUNDS = 3, 25
-PEAKS = 3
+PEAKS = 3  # of calls, of which the least is recorded
 MODULES = {"laplace-torch": "laplace"}
 
 

@@ -8,6 +8,7 @@
 #include <limits>
 
 #include "row_sum.h"
+#include "symmetric_store.h"
 #include "tile_product.h"
 
 namespace kfac_fast {
@@ -68,5 +69,17 @@ const NormSums<In, T>& norm_sums(InstructionSet set) {
 }
 
 #undef KFAC_FAST_SUMS
+
+// A unit's block, with or without a bias, from the sums of weight with weight, weight with bias and
+// bias with bias, `distance` apart.
+template <typename T>
+void store_unit(const SymmetricStore<T>& store, const TileSums<T>& sums, int64_t distance,
+                int64_t unit, T* out) {
+  T* matrix = out + unit * store.edge * store.edge;
+  store(sums, 1, 1, true, matrix, 0, 0);
+  if (store.edge == 1) return;
+  store(sums.at(distance, 0), 1, 1, false, matrix, 1, 0);
+  store(sums.at(2 * distance, 0), 1, 1, true, matrix, 1, 1);
+}
 
 }  // namespace kfac_fast

@@ -218,8 +218,13 @@ def _kernels(name: str) -> Any:
     return importlib.import_module(f"kfac_fast.kernels.{name}")
 
 
-def _triton(op: str, device: str, run: Callable[..., None] | None = None) -> Implementation:
-    """The Triton kernel; on CPU tensors it runs only under Triton's interpreter."""
+def _triton(
+    op: str,
+    device: str,
+    run: Callable[..., None] | None = None,
+    more: Callable[..., str | None] | None = None,
+) -> Implementation:
+    """The Triton kernel; CPU tensors need Triton's interpreter. ``more`` may refuse, too."""
 
     def run_itself(*args: Any) -> None:
         getattr(_kernels(op), op)(*args, precision=torch.get_float32_matmul_precision())
@@ -233,7 +238,7 @@ def _triton(op: str, device: str, run: Callable[..., None] | None = None) -> Imp
         if reason is None and is_list and first.is_cuda:
             if torch.cuda.is_current_stream_capturing():
                 reason = "a captured graph would read its table of layers from memory of the host"
-        return reason
+        return more(*args) if reason is None and more is not None else reason
 
     missing = None
     if importlib.util.find_spec("triton") is None:
@@ -288,15 +293,10 @@ def _triton_features(*args: Any) -> None:
     _kernels("norm_gram").feature_norm_gram(x, gradient, mask, *rest)
 
 
-def _triton_channels(*args: Any) -> None:
-    _kernels("norm_gram").channel_norm_gram(*args)
-
-
 def _refuses_rows(*args: Any) -> str | None:
     if args[3] is not None or args[0].shape[-1] > _kernels("norm_gram").MOST_FEATURES:
         return "rows in segments, and the longest ones, are left to PyTorch"
-    reason: str | None = _kernels("launch").refusal(args[0])
-    return reason
+    return None
 
 
 def _triton_reduce(*args: Any) -> None:
@@ -304,7 +304,10 @@ def _triton_reduce(*args: Any) -> None:
     _triton_sum(*args, form="conv_reduce_gram", precision=precision)
 
 
-_TRITON_NORM = {"feature_norm_gram": _triton_features, "channel_norm_gram": _triton_channels}
+_TRITON_NORM = {
+    "feature_norm_gram": (_triton_features, _refuses_rows),
+    "channel_norm_gram": (lambda *args: _kernels("norm_gram").channel_norm_gram(*args), None),
+}
 _TRITON_CONV = {
     "conv_expand_gram": _triton_expand,
     "conv_reduce_gram": _triton_reduce,
@@ -323,12 +326,9 @@ for _op, _run in _TRITON_CONV.items():
     TABLE[_op, "cpu"] = (_cpp(_op), _reference(_op), _triton(_op, "cpu", _run))
     TABLE[_op, "cuda"] = (_triton(_op, "cuda", _run), _reference(_op))
 # On a GPU these, too, wait for a record that says that they are the fastest.
-for _op, _run in _TRITON_NORM.items():
-    _by_triton = [_triton(_op, _device, _run) for _device in ("cpu", "cuda")]
-    if _op == "feature_norm_gram":
-        _by_triton = [replace(way, refuses=_refuses_rows) for way in _by_triton]
-    TABLE[_op, "cpu"] = (_cpp(_op), _reference(_op), _by_triton[0])
-    TABLE[_op, "cuda"] += (_by_triton[1],)
+for _op, _ways in _TRITON_NORM.items():
+    TABLE[_op, "cpu"] = (_cpp(_op), _reference(_op), _triton(_op, "cpu", *_ways))
+    TABLE[_op, "cuda"] += (_triton(_op, "cuda", *_ways),)
 for _op in ("damped_inverse", "damped_cholesky", "precondition", "cholesky_precondition"):
     TABLE[_op, "cpu"] = (_cpp(_op), _reference(_op))
 TABLE["gram", "cuda"] = (_triton("gram", "cuda"), _cuda("gram"), _reference("gram"))

@@ -47,13 +47,13 @@ class Call(NamedTuple):
 
     block: Block
     layer: Layer
-    x: Kept | None
+    kept: Kept | None
     output: GradientEdge | None
     inputs: Sum | None
 
     def sums(self, gradient: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
         """Outer products of output gradients, and squared gradients in the eigenbases, if asked."""
-        x = None if self.x is None else self.x.x
+        x = None if self.kept is None else self.kept.x
         gram = self.layer.gradient_gram(gradient, scale, x)
         if x is None:
             return gram, None
@@ -432,7 +432,7 @@ class Capture:
         """Add a call's outer products under the training loss."""
         if torch.is_grad_enabled():
             return  # a backward pass that is differentiated again is not that of the training loss
-        if call.x is not None and call.x.x is None:
+        if call.kept is not None and call.kept.x is None:
             return  # what comes in two parts of a backward pass counts once
         if self._scale is None:
             self._scale = self._loss_scale()
@@ -450,5 +450,5 @@ class Capture:
         else:
             gram, squares = call.sums(gradient, (scale * divisor) ** 2)
         block.add(call.inputs, (gram, terms if first_call else 0), squares)
-        if call.x is not None:
-            call.x.release()
+        if call.kept is not None:
+            call.kept.release()

@@ -12,7 +12,6 @@
 #include "operators.h"
 #include "parallel.h"
 #include "scratch.h"
-#include "symmetric_store.h"
 
 namespace kfac_fast {
 namespace {
@@ -89,6 +88,7 @@ class ChannelNorm {
   static constexpr double operations_an_entry = 16;
   static constexpr int64_t channels_a_task = 16;
   static constexpr int64_t channels_together = 64;
+  static constexpr int64_t room_a_channel = 11;  // five numbers, three sums and what they have lost
 
   template <typename In>
   void read() {
@@ -121,8 +121,8 @@ class ChannelNorm {
       const auto row = [&](const Tensor& x, int64_t n) {
         return static_cast<const In*>(x.const_data_ptr()) + n * x.stride(0) + begin;
       };
-      const auto room = make_scratch<T>(11 * channels_together);
-      std::fill_n(room.get(), 11 * channels_together, T{0});
+      const auto room = make_scratch<T>(room_a_channel * channels_together);
+      std::fill_n(room.get(), room_a_channel * channels_together, T{0});
       T *mean = room.get(), *rest = mean + channels, *scale = rest + channels;
       T *weight = scale + channels, *bias = weight + channels;
       T *total = bias + channels, *lost = total + 3 * channels;
@@ -155,17 +155,9 @@ class ChannelNorm {
         sums.add_outer_products[a_.bias](weight, bias, channels, total, lost);
       }
       for (int64_t c = 0; c < channels; ++c) {
-        store(begin + c, total[c], total[channels + c], total[2 * channels + c]);
+        store_unit(store_, TileSums<T>{total + c, 1, 1, 0}, channels, begin + c, out_);
       }
     });
-  }
-
-  void store(int64_t channel, T weights, T products, T biases) const {
-    T* matrix = out_ + channel * store_.edge * store_.edge;
-    store_({&weights, 1, 1, 0}, 1, 1, true, matrix, 0, 0);
-    if (!a_.bias) return;
-    store_({&products, 1, 1, 0}, 1, 1, false, matrix, 1, 0);
-    store_({&biases, 1, 1, 0}, 1, 1, true, matrix, 1, 1);
   }
 
   template <typename Run>
@@ -221,7 +213,8 @@ class ChannelNorm {
       sums[1] += weight * bias;
       sums[2] += bias * bias;
     }
-    store(channel, static_cast<T>(sums[0]), static_cast<T>(sums[1]), static_cast<T>(sums[2]));
+    const T rounded[] = {static_cast<T>(sums[0]), static_cast<T>(sums[1]), static_cast<T>(sums[2])};
+    store_unit(store_, TileSums<T>{rounded, 1, 1, 0}, 1, channel, out_);
   }
 
   const Arguments& a_;

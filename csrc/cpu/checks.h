@@ -69,6 +69,13 @@ inline bool memory_passes(std::initializer_list<const Tensor*> inputs,
   return check.writes(out, result) && check.apart();
 }
 
+// The segment of every row of x [R, D] and their number, or -1 without them.
+inline bool segments_pass(const Tensor& x, const std::optional<Tensor>& segments,
+                          int64_t num_segments) {
+  if (!segments) return num_segments == -1;
+  return x.dim() == 2 && is_vector(*segments, x.size(0)) && num_segments >= 0;
+}
+
 // x [*, D] whose features are split into groups, and a mask [*].
 inline bool rows_pass(const Tensor& x, const std::optional<Tensor>& mask, int64_t groups) {
   const int64_t last = x.dim() - 1;

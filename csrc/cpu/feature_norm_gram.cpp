@@ -11,7 +11,6 @@
 #include "parallel.h"
 #include "scratch.h"
 #include "segments.h"
-#include "symmetric_store.h"
 
 namespace kfac_fast {
 namespace {
@@ -103,6 +102,7 @@ void feature_norm_gram_of(const Arguments& a, double alpha, double beta, T* out)
   // order in which they are added.
   constexpr int64_t entries_a_chunk = 1 << 14, most_chunks = 32;
   constexpr double operations_an_entry = 16;
+  constexpr int64_t room_a_unit = 9;  // what three sums have lost, two sums and their room
   const ExampleSums<In, T> sums(a);
   const int64_t units = a.units(), examples = a.examples(), set_size = 3 * units;
   const int64_t wanted = std::clamp<int64_t>(a.x.numel() / entries_a_chunk, 1, most_chunks);
@@ -111,11 +111,11 @@ void feature_norm_gram_of(const Arguments& a, double alpha, double beta, T* out)
   const int64_t tasks = parts > 1 ? examples * parts : chunks;
   const int64_t workers = worker_count(tasks, operations_an_entry * a.x.numel());
   const auto sets = make_scratch<T>(chunks * set_size);
-  const auto room = make_scratch<T>(workers * 9 * units);
+  const auto room = make_scratch<T>(workers * room_a_unit * units);
   const auto copies = make_scratch<In>(workers * 2 * units);
   if (parts == 1) {
     for_each_task(tasks, workers, [&](int64_t chunk, int64_t worker) {
-      T *total = &sets[chunk * set_size], *lost = &room[worker * 9 * units];
+      T *total = &sets[chunk * set_size], *lost = &room[worker * room_a_unit * units];
       T *own = lost + 3 * units, *rest = own + 2 * units;
       std::fill_n(total, 3 * units, T{0});
       std::fill_n(lost, 3 * units, T{0});
@@ -128,8 +128,8 @@ void feature_norm_gram_of(const Arguments& a, double alpha, double beta, T* out)
   } else {
     const auto all = make_scratch<T>(tasks * 2 * units);
     for_each_task(tasks, workers, [&](int64_t task, int64_t worker) {
-      sums.sum(task / parts, task % parts, parts, &all[task * 2 * units], &room[worker * 9 * units],
-               &copies[worker * 2 * units]);
+      sums.sum(task / parts, task % parts, parts, &all[task * 2 * units],
+               &room[worker * room_a_unit * units], &copies[worker * 2 * units]);
     });
     T *total = sets.get(), *lost = room.get(), *lost_sums = lost + 3 * units;
     std::fill_n(total, 3 * units, T{0});
@@ -144,13 +144,8 @@ void feature_norm_gram_of(const Arguments& a, double alpha, double beta, T* out)
     }
   }
   const SymmetricStore<T> store{static_cast<T>(alpha), static_cast<T>(beta), 1 + a.bias};
-  for (int64_t unit = 0; unit < a.units(); ++unit) {
-    T* matrix = out + unit * store.edge * store.edge;
-    const TileSums<T> weight{&sets[unit], 1, chunks, set_size};
-    store(weight, 1, 1, true, matrix, 0, 0);
-    if (!a.bias) continue;
-    store(weight.at(a.units(), 0), 1, 1, false, matrix, 1, 0);
-    store(weight.at(2 * a.units(), 0), 1, 1, true, matrix, 1, 1);
+  for (int64_t unit = 0; unit < units; ++unit) {
+    store_unit(store, TileSums<T>{&sets[unit], 1, chunks, set_size}, units, unit, out);
   }
 }
 
@@ -161,10 +156,7 @@ bool feature_norm_gram(const Tensor& x, const Tensor& gradient, const std::optio
                        bool center, bool bias, double alpha, double beta, const Tensor& out) {
   if (!norm_inputs_pass(x, gradient, eps)) return false;
   if (mask && !same_shape(*mask, x, x.dim() - 1)) return false;
-  if (segments ? x.dim() != 2 || !is_vector(*segments, x.size(0)) || num_segments < 0
-               : num_segments != -1) {
-    return false;
-  }
+  if (!segments_pass(x, segments, num_segments)) return false;
   const Arguments a{x, gradient, mask, segments, num_segments, eps, center, bias};
   if (!memory_passes({&x, &gradient}, mask, segments, out) ||
       !has_sizes(out, {a.units(), 1 + bias, 1 + bias})) {

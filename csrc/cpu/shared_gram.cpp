@@ -144,11 +144,7 @@ bool shared_gram(const Tensor& x, const std::optional<Tensor>& mask,
                  const std::string& reduction, int64_t groups, bool bias, double alpha, double beta,
                  const Tensor& out) {
   if (x.dim() < 2 || (reduction != "mean" && reduction != "sum")) return false;
-  if (segments ? x.dim() != 2 || !is_vector(*segments, x.size(0)) || num_segments < 0
-               : num_segments != -1) {
-    return false;
-  }
-  if (!rows_pass(x, mask, groups)) return false;
+  if (!segments_pass(x, segments, num_segments) || !rows_pass(x, mask, groups)) return false;
   const Arguments a{x, mask, segments, num_segments, reduction == "mean", groups, bias};
   if (!memory_passes({&x}, mask, segments, out) || !is_stack_of_squares(out, groups, a.width())) {
     return false;
