@@ -131,13 +131,14 @@ class ListCheck {
   std::vector<Span> spans_;
 };
 
-// The check of damped_inverse, of a list that is not empty.
+// The check of damped_inverse.
 template <typename Tensor>
 bool damped_lists_pass(const std::vector<Tensor>& matrices, const std::vector<Tensor>& damping,
                        const std::vector<Tensor>& out, const Tensor& info,
                        const std::optional<Tensor>& logdet, std::optional<int32_t> gpu = {}) {
   const size_t count = matrices.size();
-  if (out.size() != count || (damping.size() != 1 && damping.size() != count)) return false;
+  if (count == 0 || out.size() != count || (damping.size() != 1 && damping.size() != count))
+    return false;
   const ScalarType type = matrices[0].scalar_type();
   if (type != ScalarType::Float && type != ScalarType::Double) return false;
   ListCheck check(type, gpu);
@@ -145,6 +146,7 @@ bool damped_lists_pass(const std::vector<Tensor>& matrices, const std::vector<Te
   for (size_t i = 0; i < count; ++i) {
     const int64_t dims = matrices[i].dim();
     if (dims < 2 || matrices[i].size(dims - 1) != matrices[i].size(dims - 2)) return false;
+    if (matrices[i].size(dims - 1) == 0) return false;
     if (!check.reads(matrices[i]) || !check.writes(out[i])) return false;
     if (!same_shape(matrices[i], out[i], dims)) return false;
     const Tensor& shift = damping[damping.size() == 1 ? 0 : i];

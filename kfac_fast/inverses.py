@@ -6,7 +6,7 @@ Whether a matrix could be inverted is decided on the device, so the host never w
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import reduce
 from itertools import accumulate
 
@@ -263,11 +263,13 @@ def _systems(
 def _invert(systems: Sequence[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], Tensor]:
     """The damped inverse of every system, and which of all their matrices failed."""
     full = [system for system in systems if system[0].dim() > 1]
-    inverses, info, _ = ops.damped_inverse([m for m, _ in full], [shift for _, shift in full])
-    if len(full) == len(systems):
-        return inverses, info != 0
-    failures = torch.split(info != 0, [math.prod(m.shape[:-2]) for m in inverses])
-    solved = iter(zip(inverses, failures, strict=True))
+    solved: Iterator[tuple[Tensor, Tensor]] = iter(())
+    if full:
+        inverses, info, _ = ops.damped_inverse([m for m, _ in full], [shift for _, shift in full])
+        if len(full) == len(systems):
+            return inverses, info != 0
+        failures = torch.split(info != 0, [math.prod(m.shape[:-2]) for m in inverses])
+        solved = iter(zip(inverses, failures, strict=True))
     found: list[tuple[Tensor, Tensor]] = []
     for covariance, shift in systems:
         if covariance.dim() > 1:

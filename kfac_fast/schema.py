@@ -341,11 +341,13 @@ def _check_damped(
         _check_length(op, "damping", damping, len(matrices))
     _check_length(op, "out", out, len(matrices))
     if not matrices:
-        return
+        raise refused(op, "matrices", "at least one matrix", "an empty list")
     like = matrices[0]
     _check_squares(op, "matrices", matrices, like)
     for i, (matrix, shift) in enumerate(zip(matrices, of_each(damping, matrices), strict=True)):
         batch = tuple(matrix.shape[:-2])
+        if matrix.shape[-1] == 0:
+            raise refused(op, f"matrices[{i}]", "of at least one row", tuple(matrix.shape))
         if shift.dim() != 0 and tuple(shift.shape) != batch:
             raise refused(op, f"damping[{i}]", f"a scalar or of shape {batch}", tuple(shift.shape))
         if shift.dtype != matrix.dtype:

@@ -145,4 +145,4 @@ GRAM_OPTIONS: dict[str, dict[str, Any]] = {
     "masked-groups": {"groups": 3, "mask": 0.5, "bias": True},
 }
 
-MATRIX_SIZES = (0, 1, 2, 3, 8, 17, 33)
+MATRIX_SIZES = (1, 2, 3, 8, 17, 33)

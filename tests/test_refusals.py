@@ -173,8 +173,16 @@ DAMPED_REFUSALS: list[tuple[tuple[Any, ...], type[Exception], str]] = [
         ValueError,
         "matrices[1] must be on cpu like the other tensors, got meta",
     ),
-    (([SQUARE], -0.5), ValueError, "damping must not be negative, got -0.5"),
-    (([SQUARE], float("nan")), ValueError, "damping must not be negative, got nan"),
+    (([SQUARE], -0.5), ValueError, "damping must be positive, got -0.5"),
+    (([SQUARE], 0), ValueError, "damping must be positive, got 0"),
+    (([SQUARE], [float("nan")]), ValueError, "damping must be positive, got nan"),
+    (([], 1.0), ValueError, "matrices must be at least one matrix, got an empty list"),
+    (([], []), ValueError, "matrices must be at least one matrix, got an empty list"),
+    (
+        ([SQUARE, SQUARE.new_empty(2, 0, 0)], 1.0),
+        ValueError,
+        "matrices[1] must be of at least one row, got (2, 0, 0)",
+    ),
     (([SQUARE], [1.0, 2.0]), ValueError, "damping must be one value or 1, got 2"),
     (
         ([SQUARE.expand(2, 3, 3)], [torch.ones(3)]),
@@ -275,10 +283,10 @@ def test_beta_needs_out() -> None:
             op(*arguments, beta=0.5)
 
 
-def test_no_matrices_take_no_outputs() -> None:
+def test_each_matrix_takes_one_output() -> None:
     for op in (ops.damped_inverse, ops.damped_cholesky):
-        with pytest.raises(ValueError, match="out must be 0 tensors, got 1"):
-            op([], 1.0, out=[SQUARE])
+        with pytest.raises(ValueError, match="out must be 1 tensors, got 0"):
+            op([SQUARE], 1.0, out=[])
 
 
 # Memory
@@ -355,7 +363,7 @@ def test_neighbours_in_one_buffer_are_accepted() -> None:
 
 def test_inputs_may_share_their_memory() -> None:
     square = positive_definite(3, 3)
-    result = ops.damped_inverse([square, square], 0.0)
+    result = ops.damped_inverse([square, square], 0.5)
     for inverse in result.matrices:
-        assert_same(inverse, torch.linalg.inv(square))
+        assert_same(inverse, torch.linalg.inv(square + 0.5 * torch.eye(3)))
     assert ops.precondition([square], [square], [square]).grads[0].shape == (3, 3)

@@ -64,11 +64,6 @@ class DampedSweep {
 
   template <typename Share>
   void operator()(const Matrix<T>& m, T* scratch, const Share& share) const {
-    if (m.size == 0) {
-      *m.info = 0;
-      if (m.logdet) *m.logdet = 0;
-      return;
-    }
     load(m, scratch);
     double logdet = 0;
     const int64_t done = sweep_(scratch, scratch + size_ * stride_, logdet, share);
@@ -152,7 +147,6 @@ void sweep_all(Sweep sweep, const std::vector<Matrix<T>>& matrices) {
 bool damped(Sweep sweep, const std::vector<Tensor>& matrices, const std::vector<Tensor>& damping,
             const std::vector<Tensor>& out, const Tensor& info,
             const std::optional<Tensor>& logdet) {
-  if (matrices.empty()) return out.empty();
   if (!damped_lists_pass(matrices, damping, out, info, logdet)) return false;
   if (matrices[0].scalar_type() == ScalarType::Double) {
     sweep_all(sweep, matrices_of<double>(matrices, damping, out, info, logdet));

@@ -55,20 +55,24 @@ void for_each_job(const std::vector<Job>& jobs, const Run& run) {
   double left = 0;
   for (const Job& job : jobs) left += job.work;
   const auto threads = static_cast<size_t>(torch::stable::get_num_threads());
-  size_t first = 0;
-  for (; first < order.size() && threads > 1; ++first) {
-    const Job& job = jobs[order[first]];
+  size_t shared = 0;
+  int64_t scratch_to_share = 0;
+  for (; shared < order.size() && threads > 1; ++shared) {
+    const Job& job = jobs[order[shared]];
     if (job.work < work_to_share) break;
     const double mean = left / static_cast<double>(threads);
-    if (busiest_thread(jobs, order, first, threads) <= balanced * mean) break;
+    if (busiest_thread(jobs, order, shared, threads) <= balanced * mean) break;
     left -= job.work;
-    const auto scratch = make_scratch<T>(job.scratch_to_share);
-    run(order[first], scratch.get(), InParallel{});
+    scratch_to_share = std::max(scratch_to_share, job.scratch_to_share);
   }
-  std::vector<size_t> begin{first};
+  if (shared > 0) {  // new memory for each of them would be new pages each time
+    const auto scratch = make_scratch<T>(scratch_to_share);
+    for (size_t i = 0; i < shared; ++i) run(order[i], scratch.get(), InParallel{});
+  }
+  std::vector<size_t> begin{shared};
   int64_t scratch_size = 0;
   double gathered = 0;
-  for (size_t i = first; i < order.size(); ++i) {
+  for (size_t i = shared; i < order.size(); ++i) {
     scratch_size = std::max(scratch_size, jobs[order[i]].scratch);
     gathered += jobs[order[i]].work;
     if (gathered >= work_a_task || i + 1 == order.size()) {

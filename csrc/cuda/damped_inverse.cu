@@ -49,7 +49,7 @@ void run(const std::vector<Tensor>& matrices, const std::vector<Tensor>& damping
 bool damped_inverse(std::vector<Tensor> matrices, std::vector<Tensor> damping,
                     std::vector<Tensor> out, const Tensor& info,
                     const std::optional<Tensor>& logdet) {
-  if (matrices.empty()) return out.empty();
+  if (matrices.empty()) return false;
   const int32_t device = matrices[0].get_device_index();
   if (!damped_lists_pass(matrices, damping, out, info, logdet, device)) return false;
   if (info.numel() == 0) return true;

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
@@ -196,7 +197,7 @@ class KFACInverseLinearOperator(curvlinops.KFACInverseLinearOperator):  # type: 
             for matrix, damping in zip(pair, self._compute_damping(*pair), strict=True):
                 if matrix is not None:
                     matrices.append(matrix)
-                    dampings.append(damping)
+                    dampings.append(torch.as_tensor(damping, dtype=matrix.dtype))  # may be 0
         inverses, info, _ = ops.damped_inverse(matrices, dampings)
         solved = iter(zip(inverses, info.tolist(), strict=True))
         for name in operator._mapping:

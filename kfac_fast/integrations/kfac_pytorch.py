@@ -28,6 +28,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -119,7 +120,8 @@ class _Inverses:
     def _invert_all(self, damping: float) -> None:
         sides = [s for s in self._sides if getattr(s[0], f"{s[1]}_factor") is not None]
         factors = [getattr(layer, f"{side}_factor") for layer, side in sides]
-        inverses, info, _ = ops.damped_inverse([factor.float() for factor in factors], damping)
+        shift = torch.tensor(damping)  # may be 0
+        inverses, info, _ = ops.damped_inverse([factor.float() for factor in factors], shift)
         for (layer, side), factor, inverse, failed in zip(
             sides, factors, inverses, info.tolist(), strict=True
         ):

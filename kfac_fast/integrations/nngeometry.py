@@ -142,11 +142,12 @@ def inverse(matrix: Any, regul: float = 1e-8, use_pi: bool = True) -> Any:
         A ``PMatKFAC``.
     """
     factors: list[Tensor] = []
-    dampings: list[Any] = []
+    dampings: list[Tensor] = []
     for a, g in matrix.data.values():
         pi = (torch.trace(a) / torch.trace(g) * len(g) / len(a)) ** 0.5 if use_pi else 1.0
         factors += [a, g]
-        dampings += [regul**0.5 * pi, regul**0.5 / pi]
+        shares = regul**0.5 * pi, regul**0.5 / pi
+        dampings += [torch.as_tensor(share, dtype=a.dtype) for share in shares]  # may be 0
     inverses, info, _ = ops.damped_inverse(factors, dampings)
     if torch.any(info != 0):
         return _inverse(matrix, regul, use_pi)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kfac_fast import schema
 from kfac_fast.backends import call, public, quick
+from kfac_fast.checks import refused
 
 
 def _all_detached(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -38,6 +39,8 @@ Damping = float | Tensor | Sequence[float | Tensor]
 
 def _damping_tensors(op: str, damping: Damping, matrices: Sequence[Tensor]) -> list[Tensor]:
     """One damping tensor for all or for each entry of ``matrices``; only numbers are checked."""
+    # Tensors are results, maybe of a device that the host does not wait for: what one that is not
+    # positive does is its matrix' own affair.
     many = isinstance(damping, Sequence) or (isinstance(damping, Tensor) and damping.dim() > 0)
     values: list[Any] = list(damping) if many else [damping]  # type: ignore[arg-type]
     if many and len(values) != len(matrices):
@@ -45,9 +48,9 @@ def _damping_tensors(op: str, damping: Damping, matrices: Sequence[Tensor]) -> l
     for value in values:
         if not isinstance(value, int | float | Tensor):
             raise TypeError(f"{op}: damping must be numbers or tensors, got {value!r}")
-        if isinstance(value, int | float) and not value >= 0:
-            raise ValueError(f"{op}: damping must not be negative, got {value}")
-    like = matrices[0] if matrices else torch.empty(0)
+        if isinstance(value, int | float) and not value > 0:
+            raise refused(op, "damping", "positive", value)
+    like = matrices[0]
     if any(isinstance(value, Tensor) for value in values):
         return [_alone(value, like) for value in values]
     if values and values.count(values[0]) == len(values):
@@ -75,8 +78,10 @@ def _damped(
     out: Sequence[Tensor] | None,
 ) -> DampedInverses:
     matrices = list(matrices)  # the kernels' views live as long as this list holds the tensors
+    if not matrices:
+        raise refused(op, "matrices", "at least one matrix", "an empty list")
     results = _contiguous_like(matrices) if out is None else list(out)
-    like = matrices[0] if matrices else torch.empty(0)
+    like = matrices[0]
     total = schema.number_of_matrices(matrices)
     info = torch.empty(total, dtype=torch.int32, device=like.device)
     logdets = torch.empty(total, dtype=like.dtype, device=like.device) if logdet else None
@@ -109,8 +114,8 @@ def damped_inverse(
     Args:
         matrices: Matrices ``[n, n]`` or stacked batches ``[*, n, n]`` of any mix of sizes, all
             float32 or all float64; only lower triangles are read.
-        damping: One number or scalar tensor for all, or a sequence with one for each entry of
-            ``matrices``; an entry for a stacked batch may be a tensor of its batch shape.
+        damping: One positive number or scalar tensor for all, or a sequence with one for each entry
+            of ``matrices``; an entry for a stacked batch may be a tensor of its batch shape.
         logdet: Also return the log-determinants of the damped matrices.
         out: Contiguous results, one like each entry of ``matrices``.
 
@@ -118,8 +123,8 @@ def damped_inverse(
         The symmetric inverses, ``info`` and, if asked for, the log-determinants.
 
     Raises:
-        ValueError: If a shape, a length, a device, a negative damping or the memory of ``out`` is
-            refused.
+        ValueError: If the list is empty, or a shape, a length, a device, a number for the damping
+            that is not positive or the memory of ``out`` is refused.
         TypeError: If a dtype is refused.
 
     Source: Martens & Grosse (2015), section 6.3.
@@ -153,8 +158,8 @@ def damped_cholesky(
         The factors with zeros above the diagonal, ``info`` and, if asked for, the log-determinants.
 
     Raises:
-        ValueError: If a shape, a length, a device, a negative damping or the memory of ``out`` is
-            refused.
+        ValueError: If the list is empty, or a shape, a length, a device, a number for the damping
+            that is not positive or the memory of ``out`` is refused.
         TypeError: If a dtype is refused.
 
     Source: Martens & Grosse (2015), section 6.3.
