@@ -14,25 +14,13 @@ from torch import Tensor
 
 from kfac_fast.kernels import launch
 from kfac_fast.kernels.product import PRODUCTS, product
+from kfac_fast.kernels.table import row_of
 
 # Columns of the table. A matrix has its address, and its strides from stack entry to entry, from
 # row to row and from column to column.
 FIRST_TILE, TILES, HEIGHT, WIDTH, DEPTH_OF_SUM, LEFT, RIGHT, OUT, GRAD, COLUMNS = (
     tl.constexpr(column) for column in (0, 1, 2, 3, 4, 5, 9, 13, 17, 21)
 )
-
-
-@triton.jit
-def _row_of(table, tile, rows, halvings):
-    """The row whose tiles ``tile`` is one of."""
-    begin = 0
-    end = rows
-    for _ in range(halvings):
-        middle = (begin + end) // 2
-        before = tl.load(table + middle * COLUMNS + FIRST_TILE) <= tile
-        begin = tl.where(before, middle, begin)
-        end = tl.where(before, end, middle)
-    return table + begin * COLUMNS
 
 
 @triton.jit
@@ -59,7 +47,7 @@ def product_kernel(
     ``inner_products`` is float64, one for each tile.
     """
     tile = tl.program_id(0)
-    row = _row_of(table, tile, rows, halvings)
+    row = table + row_of(table, tile, rows, halvings, FIRST_TILE, COLUMNS) * COLUMNS
     within = tile - tl.load(row + FIRST_TILE).to(tl.int32)
     tiles = tl.load(row + TILES).to(tl.int32)
     entry = within // tiles

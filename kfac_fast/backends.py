@@ -288,6 +288,10 @@ def _triton_sum(*args: Any, form: str = "conv_window_sum", **options: Any) -> No
     getattr(_kernels("conv_window_sum"), form)(call.x, tables, outputs, *target, **options)
 
 
+def _triton_inverse(*args: Any) -> None:
+    _kernels("damped_inverse").damped_inverse(*args)
+
+
 def _triton_features(*args: Any) -> None:
     x, gradient, mask, _, _, *rest = args
     _kernels("norm_gram").feature_norm_gram(x, gradient, mask, *rest)
@@ -334,13 +338,11 @@ for _op in ("damped_inverse", "damped_cholesky", "precondition", "cholesky_preco
 TABLE["gram", "cuda"] = (_triton("gram", "cuda"), _cuda("gram"), _reference("gram"))
 TABLE["shared_gram", "cuda"] = (_triton("shared_gram", "cuda"), _reference("shared_gram"))
 TABLE["damped_inverse", "cuda"] = (_cuda_list("damped_inverse"), _reference("damped_inverse"))
-# The Triton kernel waits for a record from a GPU on which it is the fastest.
-TABLE["precondition", "cpu"] += (_triton("precondition", "cpu"),)
-TABLE["precondition", "cuda"] = (
-    replace(_cuda_list("precondition"), refuses=_left_to_matmuls),
-    _reference("precondition"),
-    _triton("precondition", "cuda"),
-)
+_own_precondition = replace(_cuda_list("precondition"), refuses=_left_to_matmuls)
+TABLE["precondition", "cuda"] = (_own_precondition, _reference("precondition"))
+for _device in ("cpu", "cuda"):  # these Triton kernels, too
+    TABLE["damped_inverse", _device] += (_triton("damped_inverse", _device, _triton_inverse),)
+    TABLE["precondition", _device] += (_triton("precondition", _device),)
 TABLE["conv_window_sum", "cuda"] = (
     replace(_cuda("conv_window_sum"), run=_cuda_window_sum),
     *TABLE["conv_window_sum", "cuda"],
