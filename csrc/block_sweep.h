@@ -45,7 +45,7 @@ namespace kfac_fast {
 #include "compile_for_instruction_sets.h"
 
 template <typename T>
-using SquareInverse = int64_t (*)(T* square, int64_t stride, T* turned);
+using SquareInverse = int64_t (*)(T* square, int64_t stride, T* turned, int64_t pivots);
 
 template <typename T>
 SquareInverse<T> square_inverse(InstructionSet set) {
@@ -58,7 +58,7 @@ SquareInverse<T> square_inverse(InstructionSet set) {
 
 template <typename T>
 using SquareSolve = void (*)(const T* turned, T* u, T* v, int64_t stride, int64_t columns,
-                             bool both);
+                             int64_t pivots, bool both);
 
 template <typename T>
 SquareSolve<T> square_solve(InstructionSet set) {
@@ -71,11 +71,11 @@ SquareSolve<T> square_solve(InstructionSet set) {
 
 enum class Sweep { inverse, cholesky };
 
-// For matrices of `size` rows, which must be a multiple of a vector's lanes.
+// For matrices of `rows` rows, which go on as a negated identity up to whole vectors.
 template <typename T>
 class BlockSweep {
  public:
-  BlockSweep(InstructionSet set, Sweep sweep, int64_t size)
+  BlockSweep(InstructionSet set, Sweep sweep, int64_t rows)
       : product_(tile_product<T>(set)),
         invert_square_(square_inverse<T>(set)),
         solve_square_(square_solve<T>(set)),
@@ -83,14 +83,17 @@ class BlockSweep {
         lanes_(product_.lanes),
         width_(product_.panel_width()),
         inverts_(sweep == Sweep::inverse),
-        size_(size),
+        rows_(rows),
+        size_(round_up(rows, lanes_)),
         // Blocks that are small beside the matrix cost little on top of the n^3 / 2 multiply-adds
         // of its updates; larger ones leave tiles longer in registers.
-        block_(std::max(lanes_, size <= 128    ? lanes_
-                                : size <= 640  ? int64_t{32}
-                                : size <= 1536 ? int64_t{64}
-                                               : int64_t{128})),
+        block_(std::max(lanes_, size_ <= 128    ? lanes_
+                                : size_ <= 640  ? int64_t{32}
+                                : size_ <= 1536 ? int64_t{64}
+                                                : int64_t{128})),
         panel_size_(block_ * width_ + lanes_) {}
+
+  int64_t size() const { return size_; }  // in whole vectors
 
   // Rows of a matrix lie this far apart: an odd number of vectors, so that those under each other
   // do not displace each other from the caches.
@@ -104,9 +107,10 @@ class BlockSweep {
 
   // a <- A^-1, or A's Cholesky factor, where a = -A, in and below the diagonal. Returns the first
   // pivot that is not positive and finite, or `size`; adds the logarithms of those before to
-  // `logdet`. `share` runs loops whose passes may go to several threads; see InOrder.
+  // `logdet`, unless it is null. `share` runs loops whose passes may go to several threads; see
+  // InOrder.
   template <typename Share>
-  int64_t operator()(T* a, T* scratch, double& logdet, const Share& share) const {
+  int64_t operator()(T* a, T* scratch, double* logdet, const Share& share) const {
     const int64_t stride = row_stride(), block_stride = row_stride(block_);
     T* y = scratch;
     T* y_turned = y + block_ * block_stride;
@@ -115,12 +119,13 @@ class BlockSweep {
     T* rest = v + divide_up(size_, width_) * panel_size_;
     for (int64_t first = 0; first < size_; first += block_) {
       const int64_t count = std::min(block_, size_ - first);
+      const int64_t pivots = std::min(count, rows_ - first);
       T* corner = a + first * stride + first;
       for (int64_t r = 0; r < count; ++r) {
         std::copy_n(corner + r * stride, count, y + r * block_stride);
       }
-      const int64_t done =
-          invert_factor(y, block_stride, count, rest, logdet, inverts_ ? nullptr : corner, stride);
+      const int64_t done = invert_factor(y, block_stride, count, pivots, rest, logdet,
+                                         inverts_ ? nullptr : corner, stride);
       if (done < count) return first + done;
       if (inverts_) {
         const Panels<T> factor{y, count, block_stride, width_, width_};
@@ -138,15 +143,15 @@ class BlockSweep {
         T* v_panel = v + panel * panel_size_;
         read_panel(a, stride, first, count, column, columns, u_panel);
         if (count == lanes_) {
-          solve_square_(factor_turned(rest), u_panel, v_panel, width_, columns, inverts_);
+          solve_square_(factor_turned(rest), u_panel, v_panel, width_, columns, pivots, inverts_);
         } else {
           multiply_upper(y_turned, block_stride, count, u_panel, columns, v_panel);
           if (inverts_) multiply_lower(y, block_stride, count, v_panel, columns, u_panel);
         }
         write_panel(inverts_ ? u_panel : v_panel, first, count, column, columns, a, stride);
       });
-      update(a + begin * stride + begin, stride, left, {v, count, width_, width_, panel_size_},
-             share);
+      update(a + begin * stride + begin, stride, rows_ - begin,
+             {v, pivots, width_, width_, panel_size_}, share);
     }
     return size_;
   }
@@ -157,19 +162,20 @@ class BlockSweep {
   // Where invert_factor() leaves the last square's L^T in its scratch memory.
   T* factor_turned(T* scratch) const { return scratch + lanes_ * lanes_; }
 
-  // y <- -L^-1 where y = -L L^T in and below the diagonal, above which it becomes zero; `factor` <-
-  // L, unless it is null. Returns as operator().
-  int64_t invert_factor(T* y, int64_t stride, int64_t size, T* scratch, double& logdet, T* factor,
-                        int64_t factor_stride) const {
+  // y <- -L^-1 where y = -L L^T in and below the diagonal, above which it becomes zero, with a
+  // negated identity after `pivots` rows; `factor` <- L, unless it is null. Returns as operator().
+  int64_t invert_factor(T* y, int64_t stride, int64_t size, int64_t pivots, T* scratch,
+                        double* logdet, T* factor, int64_t factor_stride) const {
     T* square_turned = scratch;
     T* factor_turned = this->factor_turned(scratch);
     T* u = factor_turned + lanes_ * lanes_;
     T* v = u + divide_up(size, width_) * panel_size_;
     for (int64_t first = 0; first < size; first += lanes_) {
       T* square = y + first * stride + first;
-      const int64_t done = invert_square_(square, stride, factor_turned);
-      for (int64_t k = 0; k < done; ++k) {
-        logdet += 2 * std::log(static_cast<double>(factor_turned[k * lanes_ + k]));
+      const int64_t done =
+          invert_square_(square, stride, factor_turned, std::min(lanes_, pivots - first));
+      for (int64_t k = 0; logdet && k < done; ++k) {
+        *logdet += 2 * std::log(static_cast<double>(factor_turned[k * lanes_ + k]));
       }
       if (done < lanes_) return first + done;
       if (factor) {
@@ -313,7 +319,7 @@ class BlockSweep {
   const SquareStore<T> store_square_;
   const int64_t lanes_, width_;
   const bool inverts_;
-  const int64_t size_, block_;
+  const int64_t rows_, size_, block_;
   const int64_t panel_size_;  // of U, V or W
 };
 

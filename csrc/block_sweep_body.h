@@ -1,13 +1,14 @@
 // One vector's width of pivots for one instruction set; see block_sweep.h.
 
 // square <- -L^-1, zero above the diagonal, where square = -L L^T and only its lower triangle is
-// read; `turned` <- L^T, below whose diagonal anything may stand. Returns the first pivot that is
-// not positive and finite, or LANES; `turned` then has the rows before.
+// read; `turned` <- L^T, below whose diagonal anything may stand. After the first `pivots` rows the
+// square goes on as a negated identity. Returns the first pivot that is not positive and finite, or
+// LANES; `turned` then has the rows before.
 //
 // Row k is divided by the root of its pivot and then eliminates itself from the rows below, as it
 // does from the identity, whose entries take the places of those that became zero.
 template <typename T>
-KFAC_FAST_TARGET int64_t invert_square(T* square, int64_t stride, T* turned) {
+KFAC_FAST_TARGET int64_t invert_square(T* square, int64_t stride, T* turned, int64_t pivots) {
   using Vector = typename VectorOf<T>::type;
   constexpr int LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
   Vector rows[LANES];
@@ -20,11 +21,15 @@ KFAC_FAST_TARGET int64_t invert_square(T* square, int64_t stride, T* turned) {
   }
 #pragma GCC unroll 16
   for (int k = 0; k < LANES; ++k) {
+    T* line = turned + k * LANES;  // scalars of it are multiplied from memory
+    if (k >= pivots) {
+      *reinterpret_cast<Vector*>(line) = rows[k];
+      continue;
+    }
     const T pivot = rows[k][k];
     if (!(pivot > 0 && pivot <= std::numeric_limits<T>::max())) return k;
     const T root = std::sqrt(pivot);
     rows[k] *= 1 / root;
-    T* line = turned + k * LANES;  // scalars of it are multiplied from memory
     *reinterpret_cast<Vector*>(line) = rows[k];
     line[k] = root;
     rows[k][k] = 1 / root;
@@ -44,9 +49,10 @@ KFAC_FAST_TARGET int64_t invert_square(T* square, int64_t stride, T* turned) {
 
 // v <- -L^-1 u and, if `u` is to be used further, u <- -L^-T v, by substitution: for vectors of
 // columns of LANES rows that lie `stride` apart, with L^T as invert_square leaves it in `turned`.
+// Rows of `u` after the first `pivots` are zero.
 template <typename T>
 KFAC_FAST_TARGET void solve_square(const T* turned, T* u, T* v, int64_t stride, int64_t columns,
-                                   bool both) {
+                                   int64_t pivots, bool both) {
   using Vector = typename VectorOf<T>::type;
   constexpr int LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
   T inverse[LANES];
@@ -57,14 +63,20 @@ KFAC_FAST_TARGET void solve_square(const T* turned, T* u, T* v, int64_t stride, 
     for (int k = 0; k < LANES; ++k) rows[k] = -*reinterpret_cast<const Vector*>(u + c + k * stride);
 #pragma GCC unroll 16
     for (int k = 0; k < LANES; ++k) {
+      if (k >= pivots) break;
       rows[k] *= inverse[k];
       *reinterpret_cast<Vector*>(v + c + k * stride) = rows[k];
 #pragma GCC unroll 16
       for (int i = k + 1; i < LANES; ++i) rows[i] -= rows[k] * turned[k * LANES + i];
     }
-    if (!both) continue;
+    if (!both) {
+      for (int64_t k = pivots; k < LANES; ++k)
+        *reinterpret_cast<Vector*>(v + c + k * stride) = Vector{};
+      continue;
+    }
 #pragma GCC unroll 16
     for (int k = LANES - 1; k >= 0; --k) {
+      if (k >= pivots) continue;
       rows[k] *= inverse[k];
       *reinterpret_cast<Vector*>(u + c + k * stride) = -rows[k];
 #pragma GCC unroll 16

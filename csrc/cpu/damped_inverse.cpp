@@ -56,8 +56,8 @@ class DampedSweep {
   DampedSweep(InstructionSet set, Sweep sweep, int64_t size)
       : inverts_(sweep == Sweep::inverse),
         lanes_(tile_product<T>(set).lanes),
-        size_(round_up(size, lanes_)),
-        sweep_(set, sweep, size_),
+        sweep_(set, sweep, size),
+        size_(sweep_.size()),
         stride_(sweep_.row_stride()) {}
 
   int64_t scratch_size() const { return size_ * stride_ + sweep_.scratch_size(); }
@@ -66,7 +66,8 @@ class DampedSweep {
   void operator()(const Matrix<T>& m, T* scratch, const Share& share) const {
     load(m, scratch);
     double logdet = 0;
-    const int64_t done = sweep_(scratch, scratch + size_ * stride_, logdet, share);
+    const int64_t done =
+        sweep_(scratch, scratch + size_ * stride_, m.logdet ? &logdet : nullptr, share);
     const bool failed = done < size_;
     *m.info = failed ? static_cast<int32_t>(done + 1) : 0;
     constexpr T nan = std::numeric_limits<T>::quiet_NaN();
@@ -124,9 +125,9 @@ class DampedSweep {
   }
 
   const bool inverts_;
-  const int64_t lanes_, size_;
+  const int64_t lanes_;
   const BlockSweep<T> sweep_;
-  const int64_t stride_;
+  const int64_t size_, stride_;
 };
 
 template <typename T>
