@@ -105,7 +105,8 @@ class BlockSweep {
     return 2 * panels * panel_size_ + 2 * block_ * row_stride(block_) + 2 * lanes_ * lanes_;
   }
 
-  // a <- A^-1, or A's Cholesky factor, where a = -A, in and below the diagonal. Returns the first
+  // a <- A^-1, or A's Cholesky factor, where a = -A, in and below the diagonal; squares of whole
+  // vectors on the diagonal of an inverse have both of their triangles. Returns the first
   // pivot that is not positive and finite, or `size`; adds the logarithms of those before to
   // `logdet`, unless it is null. `share` runs loops whose passes may go to several threads; see
   // InOrder.

@@ -56,6 +56,7 @@ class DampedSweep {
   DampedSweep(InstructionSet set, Sweep sweep, int64_t size)
       : inverts_(sweep == Sweep::inverse),
         lanes_(tile_product<T>(set).lanes),
+        store_square_(square_store<T>(set)),
         sweep_(set, sweep, size),
         size_(sweep_.size()),
         stride_(sweep_.row_stride()) {}
@@ -76,6 +77,11 @@ class DampedSweep {
       std::fill_n(m.out, m.size * m.size, nan);
       return;
     }
+    if (inverts_ && size_ <= in_near_caches) {
+      mirror(scratch, m.size);
+      store_rows(m, 0, m.size, scratch, true);
+      return;
+    }
     const SymmetricStore<T> store{T{1}, T{0}, m.size};
     const int64_t strips = divide_up(m.size, strip);
     share(strips, static_cast<double>(m.size) * m.size, [&](int64_t i) {
@@ -84,8 +90,6 @@ class DampedSweep {
       const TileSums<T> sums{scratch + row * stride_, stride_, 1, 0};
       if (!inverts_) {
         store_rows(m, row, rows, sums.data, false);
-      } else if (size_ == lanes_) {
-        store_rows(m, row, rows, sums.data, true);  // both triangles came from the same sums
       } else {
         store.wide(sums, rows, row, false, m.out, row, 0);
         store(sums.at(0, row), rows, rows, true, m.out, row, row);
@@ -95,22 +99,36 @@ class DampedSweep {
 
  private:
   static constexpr int64_t strip = max_tile_edge;
+  // Rows of a matrix that is mirrored where it is before it is stored.
+  static constexpr int64_t in_near_caches = 256;
 
   // The lower triangle, damped and negated; the last vector is filled up with a negated identity.
+  // In the squares on the diagonal anything may stand above it.
   void load(const Matrix<T>& m, T* a) const {
     for (int64_t r = 0; r < size_; ++r, a += stride_) {
-      std::fill_n(a, size_, T{0});
-      if (r >= m.size) {
-        a[r] = -1;
-        continue;
-      }
+      const int64_t end = round_up(r + 1, lanes_);
+      const int64_t columns = r < m.size ? std::min(end, m.size) : 0;
       const T* row = m.data + r * m.row_stride;
       if (m.column_stride == 1) {
-        for (int64_t c = 0; c <= r; ++c) a[c] = -row[c];
+        for (int64_t c = 0; c < columns; ++c) a[c] = -row[c];
       } else {
-        for (int64_t c = 0; c <= r; ++c) a[c] = -row[c * m.column_stride];
+        for (int64_t c = 0; c <= std::min(r, columns - 1); ++c) a[c] = -row[c * m.column_stride];
       }
-      a[r] -= m.damping;
+      std::fill(a + columns, a + end, T{0});
+      a[r] = r < m.size ? a[r] - m.damping : T{-1};
+    }
+  }
+
+  // The upper triangle from the lower one. Whole squares on the diagonal have both, from the same
+  // sums.
+  void mirror(T* a, int64_t size) const {
+    for (int64_t r = lanes_; r < size_; r += lanes_) {
+      for (int64_t c = 0; c < r; c += lanes_) {
+        store_square_(a + r * stride_ + c, stride_, lanes_, a + c * stride_ + r, stride_);
+      }
+    }
+    for (int64_t r = size_ > size ? size_ - lanes_ : size; r < size; ++r) {
+      for (int64_t c = r + 1; c < size; ++c) a[r * stride_ + c] = a[c * stride_ + r];
     }
   }
 
@@ -126,6 +144,7 @@ class DampedSweep {
 
   const bool inverts_;
   const int64_t lanes_;
+  const SquareStore<T> store_square_;
   const BlockSweep<T> sweep_;
   const int64_t size_, stride_;
 };

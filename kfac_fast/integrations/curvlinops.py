@@ -21,13 +21,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from kfac_fast import ops
 from kfac_fast.eigenbases import eigendecompositions
 from kfac_fast.integrations.convolutions import output_positions, patches_gram
+from kfac_fast.integrations.dampings import shift_of
 from kfac_fast.integrations.versions import require
 from kfac_fast.layers import RULES
 
@@ -197,7 +197,7 @@ class KFACInverseLinearOperator(curvlinops.KFACInverseLinearOperator):  # type: 
             for matrix, damping in zip(pair, self._compute_damping(*pair), strict=True):
                 if matrix is not None:
                     matrices.append(matrix)
-                    dampings.append(torch.as_tensor(damping, dtype=matrix.dtype))  # may be 0
+                    dampings.append(shift_of(damping))
         inverses, info, _ = ops.damped_inverse(matrices, dampings)
         solved = iter(zip(inverses, info.tolist(), strict=True))
         for name in operator._mapping:

@@ -28,12 +28,12 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from kfac_fast import ops
 from kfac_fast.conv import ConvGeometry
+from kfac_fast.integrations.dampings import shift_of
 
 
 def get_a_factor(helper: Any, a: Tensor) -> Tensor:
@@ -120,8 +120,9 @@ class _Inverses:
     def _invert_all(self, damping: float) -> None:
         sides = [s for s in self._sides if getattr(s[0], f"{s[1]}_factor") is not None]
         factors = [getattr(layer, f"{side}_factor") for layer, side in sides]
-        shift = torch.tensor(damping)  # may be 0
-        inverses, info, _ = ops.damped_inverse([factor.float() for factor in factors], shift)
+        inverses, info, _ = ops.damped_inverse(
+            [factor.float() for factor in factors], shift_of(damping)
+        )
         for (layer, side), factor, inverse, failed in zip(
             sides, factors, inverses, info.tolist(), strict=True
         ):

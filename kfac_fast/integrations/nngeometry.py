@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from kfac_fast import ops
 from kfac_fast.integrations.convolutions import zero_padded_geometry
+from kfac_fast.integrations.dampings import shift_of
 from kfac_fast.integrations.versions import require
 from kfac_fast.layers import RULES
 
@@ -142,12 +143,11 @@ def inverse(matrix: Any, regul: float = 1e-8, use_pi: bool = True) -> Any:
         A ``PMatKFAC``.
     """
     factors: list[Tensor] = []
-    dampings: list[Tensor] = []
+    dampings: list[float | Tensor] = []
     for a, g in matrix.data.values():
         pi = (torch.trace(a) / torch.trace(g) * len(g) / len(a)) ** 0.5 if use_pi else 1.0
         factors += [a, g]
-        shares = regul**0.5 * pi, regul**0.5 / pi
-        dampings += [torch.as_tensor(share, dtype=a.dtype) for share in shares]  # may be 0
+        dampings += [shift_of(regul**0.5 * pi), shift_of(regul**0.5 / pi)]
     inverses, info, _ = ops.damped_inverse(factors, dampings)
     if torch.any(info != 0):
         return _inverse(matrix, regul, use_pi)
