@@ -83,25 +83,40 @@ def update_averages(averages: Sequence[RunningAverage], sums: Sequence[Sum], dec
     if not averages:
         return
     witnesses = [a.witnesses(total) for a, (total, _) in zip(averages, sums, strict=True)]
-    largest = [
-        (norm / terms).to(average.total.dtype)
-        for average, (_, terms), norm in zip(
-            averages, sums, torch._foreach_norm(witnesses, math.inf), strict=True
-        )
-    ]
-    finite = torch.stack(largest).isfinite()
+    totals = [average.total for average in averages]
+    largest = torch._foreach_norm(witnesses, math.inf)
+    means = _divided(totals, largest, [terms for _, terms in sums])
+    finite = torch.stack(means).isfinite()
+    known = known_true(finite)
     for pieces in _pieces(averages, sums, finite):
-        totals = [old for old, *_ in pieces]
-        taken = [
-            torch.where(is_finite, (new / terms).to(old.dtype), old)
-            for old, new, terms, is_finite in pieces
-        ]
-        torch._foreach_lerp_(totals, taken, 1 - decay)
+        old, new, terms, are_finite = map(list, zip(*pieces, strict=True))
+        taken = _divided(old, new, terms)
+        if not known:
+            taken = [torch.where(*each) for each in zip(are_finite, taken, old, strict=True)]
+        torch._foreach_lerp_(old, taken, 1 - decay)
     weights = [average.weight for average in averages]
     ones = torch.where(finite, 1, torch.stack(weights))
     torch._foreach_lerp_(weights, list(ones.unbind()), 1 - decay)
     skipped = (~finite).to(torch.int64).unbind()
     torch._foreach_add_([average.skipped for average in averages], list(skipped))
+
+
+def known_true(flags: Tensor) -> bool:
+    """Whether all are true, as far as the host knows without waiting for a device."""
+    return flags.is_cpu and bool(flags.all())
+
+
+def _divided(
+    like: Sequence[Tensor], sums: Sequence[Tensor], terms: Sequence[Count]
+) -> list[Tensor]:
+    """Each sum over its number of terms, in the dtype of the tensor beside it."""
+    numbers = [count for count in terms if not isinstance(count, Tensor)]
+    if len(numbers) == len(terms):
+        means = list(torch._foreach_div(list(sums), numbers))
+    else:
+        means = [total / count for total, count in zip(sums, terms, strict=True)]
+    pairs = zip(means, like, strict=True)
+    return [mean if mean.dtype == old.dtype else mean.to(old.dtype) for mean, old in pairs]
 
 
 Piece = tuple[Tensor, Tensor, Count, Tensor]
@@ -139,7 +154,7 @@ def means_of(averages: Sequence[RunningAverage]) -> list[Tensor]:
     weights = torch.stack([average.weight for average in averages])
     weights = torch.where(weights > 0, weights, 1)
     totals = [average.total for average in averages]
-    return [total / weight for total, weight in zip(totals, weights.unbind(), strict=True)]
+    return list(torch._foreach_div(totals, list(weights.unbind())))
 
 
 def of_each(damping: Damping, layers: Sequence[object]) -> Sequence[float]:

@@ -18,6 +18,7 @@ from kfac_fast.factors import (
     Damping,
     Factor,
     diagonal_of,
+    known_true,
     means_of,
     multiply_sides,
     of_each,
@@ -138,10 +139,7 @@ def refresh_inverses(layers: Sequence[Inverted], damping: Damping, mode: str = "
     matrices, failed = _invert(systems)
     # Numbers of a matrix each are entries of one array for all of them.
     counts = [inverse.raised.numel() for inverse in inverses]
-    seen = (torch.stack([factor.weight for factor in factors]) > 0).unbind()
-    counted = torch.cat(
-        [reduce(torch.logical_and, seen[own]).expand(sum(counts[own])) for own in slices]
-    )
+    counted = _counted(factors, slices, counts)
     failed = failed & counted
     raised = torch.hstack([inverse.raised for inverse in inverses])
     raised = (raised + torch.where(failed, 1, -1)).clamp(0, Inverse.MOST_RAISED)
@@ -152,7 +150,11 @@ def refresh_inverses(layers: Sequence[Inverted], damping: Damping, mode: str = "
     sums = [failure.sum() for failure in failed.split(counts)]
     torch._foreach_copy_([inverse.raised for inverse in inverses], levels)
     torch._foreach_add_([inverse.failed for inverse in inverses], sums)
-    valid = (counted & ~failed).split(counts)
+    valid = counted & ~failed
+    if known_true(valid):
+        torch._foreach_copy_([inverse.matrix for inverse in inverses], matrices)
+        return
+    valid = valid.split(counts)
     for own in slices:
         taken = reduce(torch.logical_and, valid[own])
         for inverse, matrix in zip(inverses[own], matrices[own], strict=True):
@@ -214,6 +216,17 @@ def apply_inverses(
     right = [own[0].matrix for own in inverses]
     left = [own[1].matrix if len(own) > 1 else None for own in inverses]
     return multiply_sides(grads, right, left)
+
+
+def _counted(factors: Sequence[Factor], slices: Sequence[slice], counts: Sequence[int]) -> Tensor:
+    """Of each matrix, whether all factors of its layer have seen a finite batch."""
+    seen = torch.stack([factor.weight for factor in factors]) > 0
+    if known_true(seen):
+        return seen.new_ones(sum(counts))
+    each = seen.unbind()
+    return torch.cat(
+        [reduce(torch.logical_and, each[own]).expand(sum(counts[own])) for own in slices]
+    )
 
 
 def _flat(layers: Sequence[Inverted]) -> tuple[list[Factor], list[Inverse], list[slice]]:

@@ -6,11 +6,12 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kfac_fast import backends
+from kfac_fast import backends, factors, inverses
 
 # The last two read values inside their own kernels.
 WAITING = ("_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "multinomial")
@@ -28,7 +29,18 @@ def waits_refused() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-class NeverWaits(TorchDispatchMode):
+@contextmanager
+def never_waits() -> Iterator[None]:
+    """On a CPU, as if it were a device: refuse every operator that would make the host wait."""
+    with (
+        patch.object(factors, "known_true", lambda flags: False),
+        patch.object(inverses, "known_true", lambda flags: False),
+        _NeverWaits(),
+    ):
+        yield
+
+
+class _NeverWaits(TorchDispatchMode):
     """Refuses every operator that needs a tensor's value on the host, also inside our operators."""
 
     def __torch_dispatch__(  # noqa: D105

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from host import NeverWaits
+from host import never_waits
 from nets import Net, images, preconditioner, train_step
 from oracle import bits
 from plain_kfac import Call, assert_covariances, covariances, factors, plain_covariances, record
@@ -338,7 +338,7 @@ def test_the_host_never_waits_for_the_device(fisher: str, options: dict[str, Any
         if bad:
             x[0, 0, 0, 0] = math.nan
         model.zero_grad()
-        with NeverWaits():
+        with never_waits():
             outputs = model(x)
             if fisher != "empirical":
                 kfac.update_curvature(outputs, loss="cross_entropy")
@@ -348,7 +348,7 @@ def test_the_host_never_waits_for_the_device(fisher: str, options: dict[str, Any
 
 
 def test_the_guard_against_waiting_sees_it() -> None:
-    with NeverWaits(), pytest.raises(AssertionError, match="waits"):
+    with never_waits(), pytest.raises(AssertionError, match="waits"):
         torch.ones(()).item()
 
 

@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 import torch
 import torch.nn.functional as F
-from host import NeverWaits
+from host import never_waits
 from loss_cases import LOSS_CASES, LossCase
 from nets import Net, images, preconditioner
 from oracle import assert_same
@@ -272,7 +272,7 @@ def test_a_batch_whose_labels_are_all_ignored_is_skipped(fisher: str) -> None:
     kfac = preconditioner(model, fisher=fisher)
     y, results = torch.randint(4, (5, 2)), []
     for labels in (y, torch.full_like(y, -100)):
-        with NeverWaits():
+        with never_waits():
             f = model(tokens())
             kfac.update_curvature(f, loss="cross_entropy", targets=labels)
             F.cross_entropy(f, labels).backward()
@@ -418,7 +418,7 @@ def test_the_forward_only_fisher_asks_for_nothing_but_a_forward_pass() -> None:
     with torch.no_grad():
         model(images())
     assert not any(block.pending for block in kfac._blocks)
-    with NeverWaits():
+    with never_waits():
         f = model(images())
         kfac.update_curvature(f, loss="cross_entropy")  # so that a loop serves every Fisher
         F.cross_entropy(f, torch.tensor([0, 1, 2, 0, 1])).backward()

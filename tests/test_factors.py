@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from host import NeverWaits
+from host import never_waits
 from oracle import assert_same, assert_symmetric, bits, poisoned, positive_definite
 from torch import Tensor
 
@@ -174,7 +174,7 @@ def test_sides_may_be_any_matrices_and_the_right_one_a_diagonal() -> None:
 
 
 def test_the_host_never_waits_for_a_factor() -> None:
-    with NeverWaits():
+    with never_waits():
         factor = Factor(torch.ones(2, 3, 3))
         update_averages([factor], [(torch.full((2, 3, 3), math.nan), 1)], 0.9)
         update_averages([factor], [(torch.ones(2, 3, 3), 1)], 0.9)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from host import NeverWaits
+from host import never_waits
 from oracle import bits
 from torch import nn
 
@@ -41,7 +41,7 @@ def test_the_length_of_no_gradient_is_zero() -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_bad_gradient_changes_no_bit_of_the_second_moment(value: float) -> None:
     clean, disturbed = AdamNorm(torch.zeros(3)), AdamNorm(torch.zeros(3))
-    with NeverWaits():
+    with never_waits():
         disturbed.update(torch.tensor([1.0, value, 1.0]))
     for _ in range(3):
         gradient = torch.randn(3)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from host import NeverWaits
+from host import never_waits
 from oracle import assert_same, assert_symmetric, poisoned, positive_definite
 from plain_kfac import assert_solved, averaged, damp
 from torch import Tensor
@@ -240,7 +240,7 @@ def test_an_inverse_too_far_away_is_not_refined_and_its_neighbours_are() -> None
 
 def test_the_host_never_waits_for_an_inverse() -> None:
     pairs = list(layers())
-    with NeverWaits():
+    with never_waits():
         refresh_inverses(pairs, 1e-3)
         refresh_inverses(pairs, 1e-3, "plain")
         refine_inverses(pairs, 1e-3, steps=2)

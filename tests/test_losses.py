@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from host import NeverWaits
+from host import never_waits
 from loss_cases import CLASS_WEIGHTS, LOSS_CASES, LossCase, entries
 from oracle import assert_same
 from torch import Tensor, nn
@@ -95,7 +95,7 @@ def test_the_terms_are_what_a_mean_loss_divides_by(case: LossCase, shape: tuple[
 def test_no_method_makes_the_host_wait(case: LossCase) -> None:
     f = entries(3, 4, 2)
     targets, loss = case.targets(f), ours(case)
-    with NeverWaits():
+    with never_waits():
         outputs = case.outputs(f)
         loss.terms(outputs, targets)
         loss.sample(outputs, targets, None)
@@ -205,7 +205,7 @@ def test_bad_outputs_give_bad_gradients_and_no_error(name: str, value: float, me
     f[1, 2] = value
     f.requires_grad_()
     loss = LOSSES[name]()
-    with NeverWaits():
+    with never_waits():
         outputs = named_outputs(name, f)
         scalar = (
             loss.sample(outputs, None, None)

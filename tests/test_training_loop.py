@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from host import NeverWaits
+from host import never_waits
 from nets import DAMPING, Net, images, preconditioner, train_step
 from plain_kfac import assert_solved, covariances, plain_covariances
 from torch import Tensor, nn
@@ -354,7 +354,7 @@ def test_failed_inverses_are_warned_of_once_at_the_next_refresh() -> None:
 
     def step() -> None:
         model(torch.zeros(4, 2, dtype=torch.float64)).square().sum().backward()
-        with NeverWaits():
+        with never_waits():
             kfac.step()
 
     with warnings.catch_warnings():
