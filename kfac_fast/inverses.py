@@ -143,12 +143,8 @@ def refresh_inverses(layers: Sequence[Inverted], damping: Damping, mode: str = "
     failed = failed & counted
     raised = torch.hstack([inverse.raised for inverse in inverses])
     raised = (raised + torch.where(failed, 1, -1)).clamp(0, Inverse.MOST_RAISED)
-    levels = [
-        level.reshape(inverse.raised.shape)
-        for inverse, level in zip(inverses, raised.split(counts), strict=True)
-    ]
-    sums = [failure.sum() for failure in failed.split(counts)]
-    torch._foreach_copy_([inverse.raised for inverse in inverses], levels)
+    sums = [own.sum() if own.dim() else own for own in _of_each(inverses, failed.long())]
+    torch._foreach_copy_([inverse.raised for inverse in inverses], _of_each(inverses, raised))
     torch._foreach_add_([inverse.failed for inverse in inverses], sums)
     valid = counted & ~failed
     if known_true(valid):
@@ -218,6 +214,15 @@ def apply_inverses(
     return multiply_sides(grads, right, left)
 
 
+def _of_each(inverses: Sequence[Inverse], joined: Tensor) -> list[Tensor]:
+    """The numbers of each inverse's matrices, of the batch shape, from one array for all."""
+    shapes = [inverse.raised.shape for inverse in inverses]
+    if not any(shapes):
+        return list(joined.unbind())
+    parts = joined.split([shape.numel() for shape in shapes])
+    return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
 def _counted(factors: Sequence[Factor], slices: Sequence[slice], counts: Sequence[int]) -> Tensor:
     """Of each matrix, whether all factors of its layer have seen a finite batch."""
     seen = torch.stack([factor.weight for factor in factors]) > 0
@@ -266,11 +271,7 @@ def _systems(
         for tensors in ([inverse.raised for inverse in inverses], shares, means)
     )
     total = raised_damping(joined_shares, joined_means, raised)
-    dampings = total.split([mean.numel() for mean in means])
-    return [
-        (covariance, own.reshape(inverse.raised.shape))
-        for covariance, own, inverse in zip(covariances, dampings, inverses, strict=True)
-    ]
+    return list(zip(covariances, _of_each(inverses, total), strict=True))
 
 
 def _invert(systems: Sequence[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], Tensor]:
