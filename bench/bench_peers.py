@@ -33,7 +33,9 @@ import kfac_fast
 # A call is a pass of a network or more: more time is needed than for an operator.
 TIMES_SECONDS = 8
 FEWEST_ROUNDS, MOST_ROUNDS = 3, 25
-PEAKS = 3  # of calls, of which the least is recorded
+# Of calls, of which the least is recorded: as many as take so long.
+PEAK_SECONDS = 15
+FEWEST_PEAKS, MOST_PEAKS = 3, 12
 MODULES = {"laplace-torch": "laplace"}
 
 
@@ -75,7 +77,9 @@ def beyond_bare(seconds: dict[str, list[float]]) -> float:
     return (library - bare) / (ours - bare)
 
 
-def _add_peaks(case: Case, device: str, beside: dict[str, float]) -> None:
+def _add_peaks(
+    case: Case, device: str, seconds: dict[str, float], beside: dict[str, float]
+) -> None:
     """Add the peaks in MB: what a call takes over what there was, and what ``KFAC`` keeps."""
     calls = _calls(case, device)
     if calls.kfac is not None:
@@ -86,7 +90,8 @@ def _add_peaks(case: Case, device: str, beside: dict[str, float]) -> None:
     for arm, call in _arms(calls).items():
         gc.collect()
         held = calls.held() if arm == "KFAC" else 0
-        beside[f"{prefixes[arm]}peak MB"] = (memory.least_peak_growth(call, PEAKS) + held) / 1e6
+        peaks = min(max(round(PEAK_SECONDS / seconds[arm]), FEWEST_PEAKS), MOST_PEAKS)
+        beside[f"{prefixes[arm]}peak MB"] = (memory.least_peak_growth(call, peaks) + held) / 1e6
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -128,4 +133,5 @@ def bench_peer(
     benchmark.extra_info.update(asdict(record))
     if not memory.missing(device):
         beside = benchmark.extra_info["beside"]
-        afterwards.append(partial(_add_peaks, case, device, beside))
+        medians = {arm: median(each) for arm, each in seconds.items()}
+        afterwards.append(partial(_add_peaks, case, device, medians, beside))

@@ -49,7 +49,7 @@ KFAC_FAST_TARGET int64_t invert_square(T* square, int64_t stride, T* turned, int
 
 // v <- -L^-1 u and, if `u` is to be used further, u <- -L^-T v, by substitution: for vectors of
 // columns of LANES rows that lie `stride` apart, with L^T as invert_square leaves it in `turned`.
-// Rows of `u` after the first `pivots` are zero.
+// Rows of `u` after the first `pivots` are zero, and stay so; those of `v` are not written.
 template <typename T>
 KFAC_FAST_TARGET void solve_square(const T* turned, T* u, T* v, int64_t stride, int64_t columns,
                                    int64_t pivots, bool both) {
@@ -69,11 +69,7 @@ KFAC_FAST_TARGET void solve_square(const T* turned, T* u, T* v, int64_t stride, 
 #pragma GCC unroll 16
       for (int i = k + 1; i < LANES; ++i) rows[i] -= rows[k] * turned[k * LANES + i];
     }
-    if (!both) {
-      for (int64_t k = pivots; k < LANES; ++k)
-        *reinterpret_cast<Vector*>(v + c + k * stride) = Vector{};
-      continue;
-    }
+    if (!both) continue;
 #pragma GCC unroll 16
     for (int k = LANES - 1; k >= 0; --k) {
       if (k >= pivots) continue;

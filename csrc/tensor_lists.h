@@ -131,7 +131,7 @@ class ListCheck {
   std::vector<Span> spans_;
 };
 
-// The check of damped_inverse.
+// The check of damped_inverse and damped_cholesky.
 template <typename Tensor>
 bool damped_lists_pass(const std::vector<Tensor>& matrices, const std::vector<Tensor>& damping,
                        const std::vector<Tensor>& out, const Tensor& info,

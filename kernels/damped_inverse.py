@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kfac_fast.kernels import launch
 from kfac_fast.kernels.product import PRODUCTS, product
 from kfac_fast.kernels.table import row_of
 from kfac_fast.kernels.triangle import triangle_row
@@ -29,6 +30,7 @@ from kfac_fast.kernels.triangle import triangle_row
 # Pivots of a sweep, and rows of a tile.
 BLOCK = 64
 WARPS = 4
+PANEL_WARPS = 8  # with fewer it runs out of registers
 
 # Columns of the table: addresses and strides, the place in the list, and the first of the matrix'
 # blocks of columns and of its tiles.
@@ -36,6 +38,8 @@ MATRIX, ROW_STRIDE, COLUMN_STRIDE, DAMPING, OUT, SIZE, PLACE, FIRST_BLOCK, FIRST
     tl.constexpr(column) for column in range(10)
 )
 TERMS = tl.constexpr(PRODUCTS["highest"])
+# Rows of one sum of products, see launch.py.
+DEPTH = launch.ROWS_PER_CHAIN_OF_SIX
 
 
 @triton.jit
@@ -52,7 +56,7 @@ def _lower(out, i, j, size):
 
 
 @triton.jit
-def _tile_of(table, tile, rows, halvings, BLOCK: tl.constexpr):
+def _tile_of(table, tile, rows, halvings):
     """Row of the table and the block row and column of a tile of the lower triangles."""
     row = table + row_of(table, tile, rows, halvings, FIRST_TILE, COLUMNS) * COLUMNS
     within = tile - tl.load(row + FIRST_TILE).to(tl.int32)
@@ -63,7 +67,7 @@ def _tile_of(table, tile, rows, halvings, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=["rows", "halvings"])
 def load_kernel(table, rows, halvings, BLOCK: tl.constexpr):
     """The damped matrices, into the lower triangles of the results; a program is a tile."""
-    row, i, j = _tile_of(table, tl.program_id(0), rows, halvings, BLOCK)
+    row, i, j = _tile_of(table, tl.program_id(0), rows, halvings)
     out, size = _out_of(row)
     r = (i * BLOCK + tl.arange(0, BLOCK))[:, None]
     c = (j * BLOCK + tl.arange(0, BLOCK))[None, :]
@@ -76,7 +80,7 @@ def load_kernel(table, rows, halvings, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["sweep"])
-def diagonal_kernel(table, factors, info, logdet, sweep, BLOCK: tl.constexpr, TERMS: tl.constexpr):
+def diagonal_kernel(table, factors, info, logdet, sweep, BLOCK: tl.constexpr):
     """``factors <- Y`` and ``A[P, P] <- -Y^T Y``; a program is a matrix.
 
     Beyond the end of a matrix its block goes on as the identity. A pivot that is not positive and
@@ -92,14 +96,14 @@ def diagonal_kernel(table, factors, info, logdet, sweep, BLOCK: tl.constexpr, TE
     block = tl.where(exists, tl.load(_lower(out, i, j, size), mask=exists, other=0.0), identity)
     inverse = identity
     failed = BLOCK
-    log = tl.zeros((), tl.float64)
-    for k in range(BLOCK):
+    pivots = tl.full((BLOCK,), 1.0, tl.float32)
+    for k in range(tl.minimum(BLOCK, size - sweep * BLOCK)):
         column = tl.sum(tl.where(c == k, block, 0.0), axis=1)
         pivot = tl.sum(tl.where(lane == k, column, 0.0))
         is_valid = (pivot > 0.0) & (pivot < float("inf"))
         failed = tl.where(is_valid, failed, tl.minimum(failed, k))
         pivot = tl.where(is_valid, pivot, 1.0)
-        log += tl.log(pivot.to(tl.float64))
+        pivots = tl.where(lane == k, pivot, pivots)
         scale = tl.div_rn(1.0, tl.sqrt_rn(pivot))
         rest = tl.where(lane > k, column * scale, 0.0)
         below = rest[:, None]
@@ -115,13 +119,12 @@ def diagonal_kernel(table, factors, info, logdet, sweep, BLOCK: tl.constexpr, TE
     before = tl.load(info + place)
     is_first = (before == 0) & (failed < BLOCK)
     tl.store(info + place, tl.where(is_first, sweep * BLOCK + failed + 1, before))
+    log = tl.sum(tl.log(pivots.to(tl.float64)))
     tl.store(logdet + place, tl.load(logdet + place) + log)
 
 
 @triton.jit(do_not_specialize=["sweep", "rows", "halvings"])
-def panel_kernel(
-    table, factors, panels, sweep, rows, halvings, BLOCK: tl.constexpr, TERMS: tl.constexpr
-):
+def panel_kernel(table, factors, panels, sweep, rows, halvings, BLOCK: tl.constexpr):
     """``panels <- V`` and ``A[P, :] <- W``; a program is a block of columns."""
     program = tl.program_id(0)
     index = row_of(table, program, rows, halvings, FIRST_BLOCK, COLUMNS)
@@ -132,24 +135,26 @@ def panel_kernel(
     out, size = _out_of(row)
     lane = tl.arange(0, BLOCK)
     r, c = lane[:, None], lane[None, :]
-    i, j = sweep * BLOCK + r, column * BLOCK + c
+    i, j = tl.maximum(sweep, column) * BLOCK + r, tl.minimum(sweep, column) * BLOCK + c
     exists = (i < size) & (j < size)
-    place = _lower(out, i, j, size)
-    square = r * BLOCK + c
-    inverse = tl.load(factors + index.to(tl.int64) * (BLOCK * BLOCK) + square)
+    place = out + i.to(tl.int64) * size + j
+    values = tl.load(place, mask=exists, other=0.0)
+    if column > sweep:  # what is there is the panel's transpose
+        values = tl.trans(values)
+    inverse = tl.load(factors + index.to(tl.int64) * (BLOCK * BLOCK) + r * BLOCK + c)
     zero = tl.zeros((BLOCK, BLOCK), tl.float32)
-    solved = product(inverse, tl.load(place, mask=exists, other=0.0), zero, TERMS)
-    tl.store(panels + program.to(tl.int64) * (BLOCK * BLOCK) + square, solved)
-    tl.store(place, product(tl.trans(inverse), solved, zero, TERMS), mask=exists)
+    solved = product(inverse, values, zero, TERMS)
+    tl.store(panels + program.to(tl.int64) * (BLOCK * BLOCK) + r * BLOCK + c, solved)
+    values = product(tl.trans(inverse), solved, zero, TERMS)
+    if column > sweep:
+        values = tl.trans(values)
+    tl.store(place, values, mask=exists)
 
 
 @triton.jit(do_not_specialize=["sweep", "rows", "halvings"])
-def update_kernel(
-    table, panels, sweep, rows, halvings, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
-    TERMS: tl.constexpr,
-):  # fmt: skip
+def update_kernel(table, panels, sweep, rows, halvings, BLOCK: tl.constexpr, DEPTH: tl.constexpr):
     """``A[i, j] <- A[i, j] - (V^T V)[i, j]``; a program is a tile."""
-    row, i, j = _tile_of(table, tl.program_id(0), rows, halvings, BLOCK)
+    row, i, j = _tile_of(table, tl.program_id(0), rows, halvings)
     if (i == sweep) | (j == sweep):
         return
     out, size = _out_of(row)
@@ -158,9 +163,10 @@ def update_kernel(
     panels += tl.load(row + FIRST_BLOCK) * (BLOCK * BLOCK)
     left = panels + i * (BLOCK * BLOCK) + k[None, :] * BLOCK + lane[:, None]
     right = panels + j * (BLOCK * BLOCK) + k[:, None] * BLOCK + lane[None, :]
-    total = tl.zeros((BLOCK, BLOCK), tl.float32)
+    zero = tl.zeros((BLOCK, BLOCK), tl.float32)
+    total = zero
     for _ in range(BLOCK // DEPTH):
-        total = product(tl.load(left), tl.load(right), total, TERMS)
+        total += product(tl.load(left), tl.load(right), zero, TERMS)
         left += DEPTH * BLOCK
         right += DEPTH * BLOCK
     r, c = (i * BLOCK + lane)[:, None], (j * BLOCK + lane)[None, :]
@@ -172,7 +178,7 @@ def update_kernel(
 @triton.jit(do_not_specialize=["rows", "halvings"])
 def finish_kernel(table, info, rows, halvings, BLOCK: tl.constexpr):
     """``out <- -A`` in both triangles, NaN where ``info`` is not zero; a program is a tile."""
-    row, i, j = _tile_of(table, tl.program_id(0), rows, halvings, BLOCK)
+    row, i, j = _tile_of(table, tl.program_id(0), rows, halvings)
     out, size = _out_of(row)
     lane = tl.arange(0, BLOCK)
     r, c = (i * BLOCK + lane)[:, None], (j * BLOCK + lane)[None, :]
@@ -188,32 +194,31 @@ def finish_kernel(table, info, rows, halvings, BLOCK: tl.constexpr):
 
 
 class Matrix(NamedTuple):
-    """A matrix of the list: views of its entries, of its damping and of its result."""
+    """A matrix of the list, as the table begins with it."""
 
-    matrix: Tensor
-    damping: Tensor
-    out: Tensor
+    address: int
+    row_stride: int
+    column_stride: int
+    damping: int
+    out: int
+    size: int
     place: int
-
-    def row(self, first_block: int, first_tile: int) -> list[int]:
-        """The row of the table."""
-        addresses = self.damping.data_ptr(), self.out.data_ptr(), len(self.matrix), self.place
-        return [self.matrix.data_ptr(), *self.matrix.stride(), *addresses, first_block, first_tile]
 
 
 def _matrices(
-    matrices: Sequence[Tensor], damping: Sequence[Tensor], out: Sequence[Tensor]
+    stacks: Sequence[Tensor], dampings: Sequence[Tensor], results: Sequence[Tensor]
 ) -> list[Matrix]:
-    """Every matrix of the stacked batches, the largest first."""
+    """Every matrix of stacks ``[count, n, n]`` with dampings ``[count]``, the largest first."""
     found: list[Matrix] = []
-    for i, (stack, results) in enumerate(zip(matrices, out, strict=True)):
-        size = stack.shape[-1]
-        shifts = damping[0 if len(damping) == 1 else i].expand(stack.shape[:-2]).reshape(-1)
-        entries = zip(
-            stack.reshape(-1, size, size), shifts, results.view(-1, size, size), strict=True
-        )
-        found += [Matrix(*entry, len(found) + n) for n, entry in enumerate(entries)]
-    return sorted(found, key=lambda entry: -len(entry.matrix))
+    for stack, damping, out in zip(stacks, dampings, results, strict=True):
+        steps = [4 * x.stride(0) for x in (stack, damping, out)]  # in bytes
+        first = [x.data_ptr() for x in (stack, damping, out)]
+        for n in range(len(stack)):
+            matrix, shift, result = (a + n * step for a, step in zip(first, steps, strict=True))
+            found.append(
+                Matrix(matrix, *stack.stride()[1:], shift, result, stack.shape[-1], len(found))
+            )
+    return sorted(found, key=lambda matrix: -matrix.size)
 
 
 def damped_inverse(
@@ -228,17 +233,20 @@ def damped_inverse(
     Arguments are the checked ones of the operator. Stacks that no single stride describes are
     copied first.
     """
-    entries = _matrices(matrices, damping, out)
+    each = damping if len(damping) > 1 else list(damping) * len(matrices)
+    shifts = [d.expand(m.shape[:-2]).reshape(-1) for d, m in zip(each, matrices, strict=True)]
+    stacks, results = ([x.reshape(-1, *x.shape[-2:]) for x in xs] for xs in (matrices, out))
+    entries = _matrices(stacks, shifts, results)
     if not entries:
         return
-    blocks = [-(-len(entry.matrix) // BLOCK) for entry in entries]
+    blocks = [-(-entry.size // BLOCK) for entry in entries]
     before = [(0, 0)]  # blocks of columns and tiles of the matrices before
     for count in blocks:
         columns, tiles = before[-1]
         before.append((columns + count, tiles + count * (count + 1) // 2))
-    rows = [entry.row(*first) for entry, first in zip(entries, before, strict=False)]
+    rows = [[*entry, *first] for entry, first in zip(entries, before, strict=False)]
     on_host = torch.tensor(rows, dtype=torch.int64, pin_memory=info.is_cuda)
-    like = entries[0].out
+    like = out[0]
     factors = like.new_empty(len(rows), BLOCK, BLOCK)
     panels = like.new_empty(before[-1][0], BLOCK, BLOCK)
     logs = torch.zeros(len(rows), dtype=torch.float64, device=info.device)
@@ -247,14 +255,16 @@ def damped_inverse(
         table = on_host.to(info.device, non_blocking=True)
         of_all = len(rows), len(rows).bit_length()
         options = {"BLOCK": BLOCK, "num_warps": WARPS}
+        of_panels = {"BLOCK": BLOCK, "num_warps": PANEL_WARPS}
         load_kernel[before[-1][1],](table, *of_all, **options)
         for sweep in range(blocks[0]):
             active = sum(count > sweep for count in blocks)  # they come first
             columns, tiles = before[active]
             search = active, active.bit_length()
-            diagonal_kernel[active,](table, factors, info, logs, sweep, TERMS=TERMS, **options)
-            panel_kernel[columns,](table, factors, panels, sweep, *search, TERMS=TERMS, **options)
-            update_kernel[tiles,](table, panels, sweep, *search, DEPTH=16, TERMS=TERMS, **options)
+            diagonal_kernel[active,](table, factors, info, logs, sweep, **options)
+            if blocks[0] > 1:
+                panel_kernel[columns,](table, factors, panels, sweep, *search, **of_panels)
+                update_kernel[tiles,](table, panels, sweep, *search, DEPTH=DEPTH, **options)
         finish_kernel[before[-1][1],](table, info, *of_all, **options)
     if logdet is not None:
         logdet.copy_(torch.where(info == 0, logs, torch.nan))

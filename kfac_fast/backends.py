@@ -237,7 +237,7 @@ def _triton(
         reason: str | None = _kernels("launch").refusal(first)
         if reason is None and is_list and first.is_cuda:
             if torch.cuda.is_current_stream_capturing():
-                reason = "a captured graph would read its table of layers from memory of the host"
+                reason = "a captured graph would read its table of tensors from memory of the host"
         return more(*args) if reason is None and more is not None else reason
 
     missing = None
@@ -340,7 +340,7 @@ TABLE["shared_gram", "cuda"] = (_triton("shared_gram", "cuda"), _reference("shar
 TABLE["damped_inverse", "cuda"] = (_cuda_list("damped_inverse"), _reference("damped_inverse"))
 _own_precondition = replace(_cuda_list("precondition"), refuses=_left_to_matmuls)
 TABLE["precondition", "cuda"] = (_own_precondition, _reference("precondition"))
-for _device in ("cpu", "cuda"):  # these Triton kernels, too
+for _device in ("cpu", "cuda"):  # these Triton kernels wait for a record, too
     TABLE["damped_inverse", _device] += (_triton("damped_inverse", _device, _triton_inverse),)
     TABLE["precondition", _device] += (_triton("precondition", _device),)
 TABLE["conv_window_sum", "cuda"] = (
@@ -589,8 +589,7 @@ def dispatched(args: tuple[Any, ...]) -> bool:
         if kind is list and value:
             if not _TENSORS.issuperset(map(type, value)) or value[0].is_meta:
                 return True
-            # The GPU's kernels on lists are behind the dispatcher themselves.
-            if value[0].is_cpu and any(map(_is_lazy, value)):
+            if any(map(_is_lazy, value)):
                 return True
         elif kind in _TENSORS:
             if value.is_meta or _is_lazy(value):

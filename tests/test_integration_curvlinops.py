@@ -118,6 +118,21 @@ def test_inverses_are_those_of_curvlinops(separate: bool, options: dict[str, Any
     assert_solved(found, expected, condition=1e6)
 
 
+def test_a_damping_of_0_is_taken() -> None:
+    operators = both("KFACLinearOperator", arguments("images", "mean"))
+    for operator in operators:
+        operator.compute_kronecker_factors()
+        for side in (operator._input_covariances, operator._gradient_covariances):
+            for covariance in side.values():
+                covariance.diagonal().add_(1)
+    vector = torch.randn(operators[0].shape[1], dtype=torch.float64)
+    expected, found = (
+        library.KFACInverseLinearOperator(operator, damping=0.0) @ vector
+        for library, operator in zip((curvlinops, ours), operators, strict=True)
+    )
+    assert_solved(found, expected)
+
+
 def test_a_pair_of_dampings_is_one_for_each_side() -> None:
     operators = both("KFACLinearOperator", arguments("images", "mean"))
     vector = torch.randn(operators[0].shape[1], dtype=torch.float64)

@@ -80,6 +80,19 @@ def test_factors_are_those_of_nngeometry(network: str) -> None:
 
 
 @pytest.mark.parametrize("use_pi", [True, False])
+def test_a_damping_of_0_is_taken(use_pi: bool) -> None:
+    generator, data = problem("signals")
+    matrix = PMatKFAC(generator=generator, examples=data)
+    name = next(iter(matrix.data))
+    a, g = (factor + torch.eye(len(factor)).to(factor) for factor in matrix.data[name])
+    matrix.data = {name: (a, g)}
+    with ours.enabled():
+        found = matrix.inverse(regul=0.0, use_pi=use_pi)
+    for factor, inverse in zip((a, g), found.data[name], strict=True):
+        assert_solved(inverse, torch.linalg.inv(factor))
+
+
+@pytest.mark.parametrize("use_pi", [True, False])
 @pytest.mark.parametrize("network", NETWORKS)
 def test_inverses_are_those_of_nngeometry(network: str, use_pi: bool) -> None:
     generator, data = problem(network)

@@ -141,33 +141,6 @@ def test_the_host_does_not_wait() -> None:
         _run(matrices, damping)
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_the_triton_kernels(size: int) -> None:
-    matrices = [_matrix(size, decades=4) for _ in range(8)]
-    out = [poisoned(size, size, device="cuda") for _ in matrices]
-    damping = torch.tensor(1e-5, device="cuda")
-    with waits_refused(), kfac_fast.use("triton"):
-        result = ops.damped_inverse(matrices, damping, logdet=True, out=out)
-    assert_as_accurate(result, matrices, 1e-5)
-    with kfac_fast.use("triton"):
-        again = ops.damped_inverse(matrices, damping, logdet=True)
-    for a, b in zip(again.matrices, result.matrices, strict=True):
-        assert torch.equal(bits(a), bits(b))
-
-
-def test_the_triton_kernels_on_mixed_sizes_and_a_failure() -> None:
-    matrices = [_matrix(n) for n in (7, 300, 64, 700, 129)]
-    matrices[1][200, 200] = -5.0
-    with kfac_fast.use("triton"):
-        result = ops.damped_inverse(matrices, 1e-3, logdet=True)
-    assert result.info.tolist() == [0, 201, 0, 0, 0]
-    assert result.matrices[1].isnan().all() and result.logdet[1].isnan()
-    good = [0, 2, 3, 4]
-    found = [result.matrices[i] for i in good]
-    rest = ops.DampedInverses(found, result.info[good], result.logdet[good])
-    assert_as_accurate(rest, [matrices[i] for i in good], 1e-3)
-
-
 @pytest.mark.large
 def test_more_elements_than_int32_counts() -> None:
     stack = torch.zeros(2**21 + 3, 32, 32, device="cuda")

@@ -47,7 +47,7 @@ def test_compiles_without_spills(
 
 
 def test_one_compilation_serves_all_lists() -> None:
-    lists = [[4], [64] * 2, [16, 300] * 8]
+    lists = [[65], [128] * 2, [16, 300] * 8]
     for kernel in (*MULTIPLY, "load_kernel", "finish_kernel"):
         assert len({_compile(90, sizes)[kernel].hash for sizes in lists}) == 1
 

@@ -173,9 +173,10 @@ DAMPED_REFUSALS: list[tuple[tuple[Any, ...], type[Exception], str]] = [
         ValueError,
         "matrices[1] must be on cpu like the other tensors, got meta",
     ),
-    (([SQUARE], -0.5), ValueError, "damping must be positive, got -0.5"),
-    (([SQUARE], 0), ValueError, "damping must be positive, got 0"),
-    (([SQUARE], [float("nan")]), ValueError, "damping must be positive, got nan"),
+    (([SQUARE], -0.5), ValueError, "damping must be positive and finite, got -0.5"),
+    (([SQUARE], float("inf")), ValueError, "damping must be positive and finite, got inf"),
+    (([SQUARE], 0), ValueError, "damping must be positive and finite, got 0"),
+    (([SQUARE], [float("nan")]), ValueError, "damping must be positive and finite, got nan"),
     (([], 1.0), ValueError, "matrices must be at least one matrix, got an empty list"),
     (([], []), ValueError, "matrices must be at least one matrix, got an empty list"),
     (

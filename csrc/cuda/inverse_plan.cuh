@@ -101,7 +101,7 @@ class InversePlan {
 
   // Rows of the kernel that serves the run, 0 for the blocked ones.
   static int side(const InverseRun<T>& run) {
-    return run.size > kInverseSmall ? 0 : std::max(1, (run.size + 31) / 32) * 32;
+    return run.size > kInverseSmall ? 0 : (run.size + 31) / 32 * 32;
   }
 
   static int64_t workspace_of(const InverseRun<T>& run) {

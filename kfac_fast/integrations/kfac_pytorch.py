@@ -119,6 +119,8 @@ class _Inverses:
 
     def _invert_all(self, damping: float) -> None:
         sides = [s for s in self._sides if getattr(s[0], f"{s[1]}_factor") is not None]
+        if not sides:
+            return
         factors = [getattr(layer, f"{side}_factor") for layer, side in sides]
         inverses, info, _ = ops.damped_inverse(
             [factor.float() for factor in factors], shift_of(damping)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -39,8 +40,8 @@ Damping = float | Tensor | Sequence[float | Tensor]
 
 def _damping_tensors(op: str, damping: Damping, matrices: Sequence[Tensor]) -> list[Tensor]:
     """One damping tensor for all or for each entry of ``matrices``; only numbers are checked."""
-    # Tensors are results, maybe of a device that the host does not wait for: what one that is not
-    # positive does is its matrix' own affair.
+    # A tensor's value may still be on its way on the device. If it is not positive, at most its own
+    # matrix fails.
     many = isinstance(damping, Sequence) or (isinstance(damping, Tensor) and damping.dim() > 0)
     values: list[Any] = list(damping) if many else [damping]  # type: ignore[arg-type]
     if many and len(values) != len(matrices):
@@ -48,12 +49,12 @@ def _damping_tensors(op: str, damping: Damping, matrices: Sequence[Tensor]) -> l
     for value in values:
         if not isinstance(value, int | float | Tensor):
             raise TypeError(f"{op}: damping must be numbers or tensors, got {value!r}")
-        if isinstance(value, int | float) and not value > 0:
-            raise refused(op, "damping", "positive", value)
+        if isinstance(value, int | float) and not 0 < value < math.inf:
+            raise refused(op, "damping", "positive and finite", value)
     like = matrices[0]
     if any(isinstance(value, Tensor) for value in values):
         return [_alone(value, like) for value in values]
-    if values and values.count(values[0]) == len(values):
+    if values.count(values[0]) == len(values):
         return [like.new_full((), values[0])]  # one for all is read faster than many
     return list(torch.tensor(values, dtype=like.dtype, device=like.device).unbind())
 
@@ -115,7 +116,8 @@ def damped_inverse(
         matrices: Matrices ``[n, n]`` or stacked batches ``[*, n, n]`` of any mix of sizes, all
             float32 or all float64; only lower triangles are read.
         damping: One positive number or scalar tensor for all, or a sequence with one for each entry
-            of ``matrices``; an entry for a stacked batch may be a tensor of its batch shape.
+            of ``matrices``; an entry for a stacked batch may be a tensor of its batch shape. The
+            values of tensors, which may be 0, are not checked.
         logdet: Also return the log-determinants of the damped matrices.
         out: Contiguous results, one like each entry of ``matrices``.
 
