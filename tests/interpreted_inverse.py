@@ -30,7 +30,7 @@ def _run(matrices: Sequence[Tensor], damping: Sequence[Tensor]) -> ops.DampedInv
 
 
 def test_errors_of_large_condition_numbers() -> None:
-    sizes = [1, 2, 33, 64, 65, 150] * 4
+    sizes = [2, 33, 64, 65, 150] * 3
     matrices = [covariance(size, decades=6) for size in sizes]
     assert_as_accurate(_run(matrices, [torch.tensor(1e-7)]), matrices, 1e-7)
 
