@@ -20,7 +20,7 @@ import pytest
 import torch
 from bench_step import time_in_turn
 from errors import check_ways, relative_error
-from measure import served, times
+from measure import rounds_in, served, times
 from peer_calls import MAKERS, Call, Calls
 from peer_cases import CASES, Case
 from peer_networks import problem
@@ -90,7 +90,7 @@ def _add_peaks(
     for arm, call in _arms(calls).items():
         gc.collect()
         held = calls.held() if arm == "KFAC" else 0
-        peaks = min(max(round(PEAK_SECONDS / seconds[arm]), FEWEST_PEAKS), MOST_PEAKS)
+        peaks = rounds_in(PEAK_SECONDS, seconds[arm], FEWEST_PEAKS, MOST_PEAKS)
         beside[f"{prefixes[arm]}peak MB"] = (memory.least_peak_growth(call, peaks) + held) / 1e6
 
 
@@ -109,8 +109,8 @@ def bench_peer(
     check_ways({str(case): error})
     timer = _timer(device)
     took = sum(timer(call) for call in arms.values())  # warms up, too
-    rounds = round(TIMES_SECONDS * pytestconfig.getoption("seconds") / took)
-    rounds = min(max(rounds, FEWEST_ROUNDS), MOST_ROUNDS)
+    given = TIMES_SECONDS * pytestconfig.getoption("seconds")
+    rounds = rounds_in(given, took, FEWEST_ROUNDS, MOST_ROUNDS)
     seconds = time_in_turn(benchmark, arms, {}, timer, rounds)
     gradient = torch.empty(1, 1, device=device)
     implementation, _ = served(kfac_fast.explain("gram", gradient)) or ("none", None)

@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from errors import check_ways, relative_error
-from measure import served
+from measure import rounds_in, served
 from networks import NETWORKS
 from pytest_benchmark.fixture import BenchmarkFixture
 from record import StepRecord
@@ -197,8 +197,8 @@ def bench_step(
         calls |= {f"{side} {kind}": partial(arm.step, kind) for kind in SHARES}
     every = {name: REFERENCE_EVERY for name in calls if name.startswith("reference")}
     took = sum(timer(call) / every.get(name, 1) for name, call in calls.items())
-    rounds = round(TIMES_SECONDS * pytestconfig.getoption("seconds") / took)
-    rounds = min(max(rounds, FEWEST_ROUNDS), MOST_ROUNDS)
+    given = TIMES_SECONDS * pytestconfig.getoption("seconds")
+    rounds = rounds_in(given, took, FEWEST_ROUNDS, MOST_ROUNDS)
     seconds = time_in_turn(benchmark, calls, every, timer, rounds)
     our_ratios, reference_ratios = (ratios(seconds, side, every) for side in ("ours", "reference"))
     sgd_ms = 1e3 * median(seconds["sgd"])

@@ -120,16 +120,18 @@ def _quantiles(seconds: list[float]) -> list[float]:
     return (1e3 * torch.tensor(seconds, dtype=torch.float64).quantile(points)).tolist()
 
 
-def _rounds(took: float, seconds: float) -> int:
+def rounds_in(
+    seconds: float, took: float, fewest: int = FEWEST_ROUNDS, most: int = MOST_ROUNDS
+) -> int:
     """How many rounds that take ``took`` each fit into ``seconds``, within the bounds."""
-    return min(max(round(seconds / took), FEWEST_ROUNDS), MOST_ROUNDS)
+    return min(max(round(seconds / took), fewest), most)
 
 
 def turns(calls: dict[str, Call], timer: Timer, rounds: int, seconds: float) -> dict[str, int]:
     """In every how many rounds to time each call, so that all take about ``seconds`` together."""
     share = seconds / max(len(calls), 1)
     best = {name: _best(call, timer, share / 10) for name, call in calls.items()}
-    return {name: max(rounds // _rounds(took, share), 1) for name, took in best.items()}
+    return {name: max(rounds // rounds_in(share, took), 1) for name, took in best.items()}
 
 
 def _time_in_turn(
@@ -258,7 +260,7 @@ def measure(
     limit = 2 * min(took for _, took in first.values()) + 0.01
     likely = {name: way for name, way in ways.items() if first[name][1] < limit}
     baseline, best = _fastest(likely, timer, seconds / 2)
-    rounds = _rounds(best + _best(ours, timer, seconds / 10), seconds)
+    rounds = rounds_in(seconds, best + _best(ours, timer, seconds / 10))
     beside = case.bound(case.beside)
     others = {baseline: ways[baseline]} | beside
     every = turns(beside, timer, rounds, seconds) | {baseline: 1}

@@ -175,8 +175,10 @@ class BlockSweep {
       T* square = y + first * stride + first;
       const int64_t done =
           invert_square_(square, stride, factor_turned, std::min(lanes_, pivots - first));
-      for (int64_t k = 0; k < (logdet ? done : 0); ++k) {
-        *logdet += 2 * std::log(static_cast<double>(factor_turned[k * lanes_ + k]));
+      if (logdet) {
+        for (int64_t k = 0; k < done; ++k) {
+          *logdet += 2 * std::log(static_cast<double>(factor_turned[k * lanes_ + k]));
+        }
       }
       if (done < lanes_) return first + done;
       if (factor) {

@@ -137,8 +137,8 @@ bool damped_lists_pass(const std::vector<Tensor>& matrices, const std::vector<Te
                        const std::vector<Tensor>& out, const Tensor& info,
                        const std::optional<Tensor>& logdet, std::optional<int32_t> gpu = {}) {
   const size_t count = matrices.size();
-  if (count == 0 || out.size() != count || (damping.size() != 1 && damping.size() != count))
-    return false;
+  if (count == 0 || out.size() != count) return false;
+  if (damping.size() != 1 && damping.size() != count) return false;
   const ScalarType type = matrices[0].scalar_type();
   if (type != ScalarType::Float && type != ScalarType::Double) return false;
   ListCheck check(type, gpu);

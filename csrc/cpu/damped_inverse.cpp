@@ -127,7 +127,7 @@ class DampedSweep {
         store_square_(a + r * stride_ + c, stride_, lanes_, a + c * stride_ + r, stride_);
       }
     }
-    for (int64_t r = size_ > size ? size_ - lanes_ : size; r < size; ++r) {
+    for (int64_t r = size / lanes_ * lanes_; r < size; ++r) {
       for (int64_t c = r + 1; c < size; ++c) a[r * stride_ + c] = a[c * stride_ + r];
     }
   }

@@ -51,10 +51,10 @@ def _damping_tensors(op: str, damping: Damping, matrices: Sequence[Tensor]) -> l
             raise TypeError(f"{op}: damping must be numbers or tensors, got {value!r}")
         if isinstance(value, int | float) and not 0 < value < math.inf:
             raise refused(op, "damping", "positive and finite", value)
-    like = matrices[0]
+    like = matrices[0] if matrices else torch.empty(0)
     if any(isinstance(value, Tensor) for value in values):
         return [_alone(value, like) for value in values]
-    if values.count(values[0]) == len(values):
+    if len(set(values)) == 1:
         return [like.new_full((), values[0])]  # one for all is read faster than many
     return list(torch.tensor(values, dtype=like.dtype, device=like.device).unbind())
 
@@ -79,10 +79,8 @@ def _damped(
     out: Sequence[Tensor] | None,
 ) -> DampedInverses:
     matrices = list(matrices)  # the kernels' views live as long as this list holds the tensors
-    if not matrices:
-        raise refused(op, "matrices", "at least one matrix", "an empty list")
     results = _contiguous_like(matrices) if out is None else list(out)
-    like = matrices[0]
+    like = matrices[0] if matrices else torch.empty(0)
     total = schema.number_of_matrices(matrices)
     info = torch.empty(total, dtype=torch.int32, device=like.device)
     logdets = torch.empty(total, dtype=like.dtype, device=like.device) if logdet else None
@@ -126,7 +124,7 @@ def damped_inverse(
 
     Raises:
         ValueError: If the list is empty, or a shape, a length, a device, a number for the damping
-            that is not positive or the memory of ``out`` is refused.
+            that is not positive and finite or the memory of ``out`` is refused.
         TypeError: If a dtype is refused.
 
     Source: Martens & Grosse (2015), section 6.3.
@@ -161,7 +159,7 @@ def damped_cholesky(
 
     Raises:
         ValueError: If the list is empty, or a shape, a length, a device, a number for the damping
-            that is not positive or the memory of ``out`` is refused.
+            that is not positive and finite or the memory of ``out`` is refused.
         TypeError: If a dtype is refused.
 
     Source: Martens & Grosse (2015), section 6.3.
