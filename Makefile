@@ -41,8 +41,10 @@ bench-peers: $(PACKAGE) $(EXTENSION) $(PEERS)/installed.stamp ## time other libr
 gpu: ## on a machine with a GPU: build, test, sanitize, benchmark, plot (GPU_ARGS="DIR STAGE ..." go to bench/gpu.sh)
 	PYTHON=$(PYTHON) bench/gpu.sh $(GPU_ARGS)
 
-test: $(PACKAGE) $(EXTENSION) $(PEERS)/installed.stamp ## run the tests (TEST_ARGS go to pytest)
-	PYTHONPATH=$(CURDIR)/$(PEERS) $(BIN)/python -m pytest $(TEST_ARGS)
+# A thread that waits for another sleeps: it would spin where another test wants to run.
+test: $(PACKAGE) $(EXTENSION) $(PEERS)/installed.stamp ## run the tests, some at once (TEST_ARGS go to pytest)
+	OMP_WAIT_POLICY=passive PYTHONPATH=$(CURDIR)/$(PEERS) \
+	  $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal $(TEST_ARGS)
 
 example: $(PACKAGE) $(EXTENSION) ## train an example (EXAMPLE=train_mlp picks it, EXAMPLE_ARGS go to it)
 	$(BIN)/python examples/$(EXAMPLE).py $(EXAMPLE_ARGS)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache" / "compiled"
@@ -108,13 +109,14 @@ def cached(name: str, command: list[str], sources: list[Path]) -> Path:
         state.update(source.read_bytes())
     folder = CACHE / state.hexdigest()[:16]
     result = folder / name
-    if not result.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f"unfinished-{name}"
-        done = subprocess.run(
-            [part.format(out=temporary) for part in command], capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-        (folder / "log.txt").write_text(done.stderr)
-        temporary.rename(result)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock"):  # of the processes that run tests
+        if not result.exists():
+            temporary = folder / f"unfinished-{name}"
+            done = subprocess.run(
+                [part.format(out=temporary) for part in command], capture_output=True, text=True
+            )
+            assert done.returncode == 0, done.stderr
+            (folder / "log.txt").write_text(done.stderr)
+            temporary.rename(result)
     return result

@@ -4,6 +4,7 @@ Those marked ``large`` too are skipped where its memory is too small.
 """
 
 import importlib
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +15,8 @@ from kfac_fast import backends, ops
 
 NATIVE = importlib.import_module("kfac_fast._C") if backends.EXTENSION_BUILT else None
 
+# Benchmarks that a test runs are not spread over processes, though the tests are.
+os.environ.pop("PYTEST_XDIST_WORKER", None)
 
 LARGE_BYTES = 40e9
 

@@ -240,7 +240,9 @@ class Subclass(nn.MSELoss):
     """It may compute anything."""
 
 
-@pytest.mark.parametrize("loss", ["nll", nn.L1Loss(), F.mse_loss, None, Subclass()], ids=str)
+@pytest.mark.parametrize(
+    "loss", ["nll", nn.L1Loss(), F.mse_loss, None, Subclass()], ids=lambda loss: type(loss).__name__
+)
 def test_an_unknown_loss_is_refused(loss: Any) -> None:
     with pytest.raises(ValueError, match=r"loss must be one of .*'mse'.*'MSELoss'.*Loss, got "):
         find_loss(loss, "mean")
