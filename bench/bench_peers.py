@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
-from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from statistics import median
@@ -33,9 +33,7 @@ import kfac_fast
 # A call is a pass of a network or more: more time is needed than for an operator.
 TIMES_SECONDS = 8
 FEWEST_ROUNDS, MOST_ROUNDS = 3, 25
-# Of calls, of which the least is recorded: as many as take so long.
-PEAK_SECONDS = 8
-FEWEST_PEAKS, MOST_PEAKS = 3, 12
+PEAKS = 3  # of calls, of which the least is recorded
 MODULES = {"laplace-torch": "laplace"}
 
 
@@ -77,21 +75,20 @@ def beyond_bare(seconds: dict[str, list[float]]) -> float:
     return (library - bare) / (ours - bare)
 
 
-def _add_peaks(
-    case: Case, device: str, seconds: dict[str, float], beside: dict[str, float]
-) -> None:
-    """Add the peaks in MB: what a call takes over what there was, and what ``KFAC`` keeps."""
-    calls = _calls(case, device)
-    if calls.kfac is not None:
-        calls.kfac()  # makes what is kept
-    if calls.made:
-        beside["result MB"] = sum(tensor.nbytes for tensor in calls.ours()) / 1e6
-    prefixes = {"ours": "", "library": "library ", "KFAC": "KFAC ", "bare": "bare "}
-    for arm, call in _arms(calls).items():
-        gc.collect()
-        held = calls.held() if arm == "KFAC" else 0
-        peaks = rounds_in(PEAK_SECONDS, seconds[arm], FEWEST_PEAKS, MOST_PEAKS)
-        beside[f"{prefixes[arm]}peak MB"] = (memory.least_peak_growth(call, peaks) + held) / 1e6
+def peaks(case: Case, implementation: str | None) -> dict[str, float]:
+    """The peaks in MB: what a call takes over what there was, and what ``KFAC`` keeps."""
+    with kfac_fast.use(implementation) if implementation else nullcontext():
+        calls = _calls(case, "cpu")
+        found = {}
+        if calls.made:
+            found["result MB"] = sum(tensor.nbytes for tensor in calls.ours()) / 1e6
+        prefixes = {"ours": "", "library": "library ", "KFAC": "KFAC ", "bare": "bare "}
+        for arm, call in _arms(calls).items():
+            call()  # makes what is kept
+            gc.collect()
+            held = calls.held() if arm == "KFAC" else 0
+            found[f"{prefixes[arm]}peak MB"] = (memory.least_peak_growth(call, PEAKS) + held) / 1e6
+    return found
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -100,7 +97,6 @@ def bench_peer(
     benchmark: BenchmarkFixture,
     pytestconfig: pytest.Config,
     device: str,
-    afterwards: list[Callable[[], None]],
 ) -> None:
     if find_spec(MODULES.get(case.library, case.library)) is None:
         pytest.skip(f"{case.library} is not installed: make bench-peers installs it")
@@ -117,6 +113,8 @@ def bench_peer(
     beside = {f"{arm} ms": 1e3 * median(seconds[arm]) for arm in ("KFAC", "bare") if arm in arms}
     if "bare" in arms:
         beside["beyond bare x"] = beyond_bare(seconds)
+    if not memory.missing(device):
+        beside |= memory.in_new_process(peaks, case, pytestconfig.getoption("impl"))
     record = PeerRecord(
         op="peer",
         library=case.library,
@@ -131,7 +129,3 @@ def bench_peer(
         beside=beside,
     )
     benchmark.extra_info.update(asdict(record))
-    if not memory.missing(device):
-        beside = benchmark.extra_info["beside"]
-        medians = {arm: median(each) for arm, each in seconds.items()}
-        afterwards.append(partial(_add_peaks, case, device, medians, beside))

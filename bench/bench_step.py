@@ -10,7 +10,7 @@ from dataclasses import asdict
 from functools import partial
 from itertools import count
 from statistics import median
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import machine
 import memory
@@ -35,7 +35,7 @@ TIMES_SECONDS = 6
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 100
 REFERENCE_EVERY = 4
 PASSES = 30
-PEAKS = 24  # of steps, of which the least is recorded: blocks settle where they fit
+PEAKS = 3  # of steps, of which the least is recorded
 
 
 class Training:
@@ -164,11 +164,16 @@ def at_intervals(kinds: dict[str, float]) -> float:
     return sum(share * kinds[kind] for kind, share in SHARES.items())
 
 
-def _add_peaks(sgd: Training, ours: Training, info: dict[str, Any]) -> None:
-    """Add to a record what the dearest kind of step takes above SGD, in MB."""
-    steps = [partial(arm.step, "refresh") for arm in (sgd, ours)]
-    least_sgd, least_ours = (memory.least_peak_growth(step, PEAKS) for step in steps)
-    info["peak_mb"] = max(least_ours - least_sgd, 0) / 1e6
+def peak_above_sgd(shape: str, approx: str, implementation: str | None) -> int:
+    """Bytes by which the peak of the dearest kind of step is above that of SGD's."""
+    make, batch = NETWORKS[shape]
+    model, inputs = make(), torch.randn(batch)
+    arms = Training(model, inputs), Training(model, inputs, approx, implementation)
+    steps = [partial(arm.step, "refresh") for arm in arms]
+    for step in steps:
+        step()  # makes what is kept
+    sgd, ours = (memory.least_peak_growth(step, PEAKS) for step in steps)
+    return max(ours - sgd, 0)
 
 
 @pytest.mark.parametrize("approx", get_args(kfac_fast.layers.Approximation))
@@ -179,7 +184,6 @@ def bench_step(
     benchmark: BenchmarkFixture,
     pytestconfig: pytest.Config,
     device: str,
-    afterwards: list[Callable[[], None]],
 ) -> None:
     make, batch = NETWORKS[shape]
     model, inputs = make().to(device), torch.randn(batch, device=device)
@@ -205,6 +209,10 @@ def bench_step(
     gradient = torch.empty(1, 1, device=device)
     implementation, _ = served(kfac_fast.explain("gram", gradient)) or ("none", None)
     sizes = ours.kfac.memory()
+    peak_mb = None
+    if not memory.missing(device):
+        named = shape, approx, pytestconfig.getoption("impl")
+        peak_mb = memory.in_new_process(peak_above_sgd, *named) / 1e6
     record = StepRecord(
         op="step",
         shape=shape,
@@ -220,10 +228,8 @@ def bench_step(
         reference_refresh_ratio=reference_ratios["refresh"],
         state_mb=(sizes["factors"] + sizes["inverses"]) / 1e6,
         activations_mb=activation_bytes(sgd) / 1e6,
-        peak_mb=None,
+        peak_mb=peak_mb,
         error=error,
         **machine.facts(device),
     )
     benchmark.extra_info.update(asdict(record))
-    if not memory.missing(device):
-        afterwards.append(partial(_add_peaks, sgd, ours, benchmark.extra_info))
