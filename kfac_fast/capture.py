@@ -131,7 +131,7 @@ def _numbered(
     return numbered
 
 
-def _last_reached(edges: Mapping[int, GradientEdge]) -> list[int]:
+def last_reached(edges: Mapping[int, GradientEdge]) -> list[int]:
     """Keys of the edges behind which a backward pass reaches none of the others."""
     nodes = {edge.node for edge in edges.values()}
     reaches: dict[Node, bool] = {}  # whether one of the nodes lies behind
@@ -262,7 +262,7 @@ class Capture:
         # the operators that record them.
         weights = [block.layer.parameters()[0] for block, _ in self._tapped] if self._traced else []
         edges = {i: c.output for i, c in enumerate(self.calls) if c.output is not None}
-        last = _last_reached(edges)
+        last = last_reached(edges)
         sums: dict[Hashable, tuple[Call, Tensor, Tensor | None]] = {}
 
         def add(key: Hashable, call: Call, gradient: Tensor | None) -> None:

@@ -94,6 +94,23 @@ def test_factors_are_those_of_curvlinops(
     assert all(parameter.grad is None for parameter in given[2])
 
 
+@pytest.mark.parametrize("fisher", ["type-2", "mc", "empirical"])
+def test_a_backward_pass_keeps_the_gradient_of_one_output_only(
+    fisher: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[int] = []
+
+    def watched(*args: Any, **options: Any) -> Any:
+        found = torch.autograd.grad(*args, **options)
+        kept.append(len(found))
+        return found
+
+    monkeypatch.setattr("curvlinops.kfac.grad", watched)
+    _, mine = both("KFACLinearOperator", arguments("images", "mean"), fisher_type=fisher)
+    mine.compute_kronecker_factors()
+    assert set(kept) == {1}
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("loss", ["mse", "bce"])
 def test_other_losses_keep_curvlinops_scales(loss: str, reduction: str) -> None:

@@ -9,8 +9,8 @@ everything that uses curvlinops, such as laplace-torch, use them for a while::
 Results are those of curvlinops to rounding, with its scales, and its treatment of grouped
 convolutions: inputs are averaged over the groups, though each group has a block of its own in the
 Fisher. Other is how they are computed: patches are never written out, one triangle of a factor is
-enough, gradients of the weights are not computed on the way, all inverses are one call, and
-per-example gradients are formed for a few examples at a time.
+enough, gradients of the weights are not computed on the way, those of outputs are not kept, all
+inverses are one call, and per-example gradients are formed for a few examples at a time.
 
 Tested with curvlinops-for-pytorch 3.0.1.
 """
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from kfac_fast import ops
+from kfac_fast.capture import last_reached
 from kfac_fast.eigenbases import eigendecompositions
 from kfac_fast.integrations.convolutions import output_positions, patches_gram
 from kfac_fast.integrations.dampings import shift_of
@@ -94,7 +95,7 @@ class KFACLinearOperator(curvlinops.KFACLinearOperator):  # type: ignore[misc]
 
     @property
     def _edges(self) -> list[GradientEdge]:
-        """Outputs of the layers in the present pass; their gradients are all that is needed."""
+        """Outputs of the layers in the present pass."""
         edges: list[GradientEdge] = self.__dict__.setdefault("_outputs", [])
         return edges
 
@@ -104,7 +105,8 @@ class KFACLinearOperator(curvlinops.KFACLinearOperator):  # type: ignore[misc]
             super()._compute_loss_and_backward(output, y)
             return
         weights: Any = self._params
-        self._params: Any = list(self._edges)
+        # Hooks use the gradients of the other outputs as they pass.
+        self._params: Any = [self._edges[i] for i in last_reached(dict(enumerate(self._edges)))]
         self._edges.clear()
         try:
             super()._compute_loss_and_backward(output, y)
