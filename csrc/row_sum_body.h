@@ -32,12 +32,48 @@ KFAC_FAST_TARGET inline void add_row(const In* row, int64_t distance, int64_t co
   }
 }
 
+// What add_rows computes of VECTORS vectors of columns, whose totals stay in registers.
+template <typename In, typename T, bool SQUARED, int VECTORS>
+KFAC_FAST_TARGET inline void add_block(const In* rows, int64_t row_stride, int64_t count,
+                                       T* total) {
+  using Vector = typename VectorOf<T>::type;
+  constexpr int64_t LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
+  Vector sums[VECTORS];
+  for (int v = 0; v < VECTORS; ++v) sums[v] = load_vector<T, T>(total + v * LANES);
+  const int64_t quarter = count / 4, distance = quarter * row_stride;
+  for (int64_t r = 0; r < quarter; ++r, rows += row_stride) {
+    for (int v = 0; v < VECTORS; ++v) {
+      const In* row = rows + v * LANES;
+      sums[v] += (term<SQUARED>(load_vector<In, T>(row)) +
+                  term<SQUARED>(load_vector<In, T>(row + distance))) +
+                 (term<SQUARED>(load_vector<In, T>(row + 2 * distance)) +
+                  term<SQUARED>(load_vector<In, T>(row + 3 * distance)));
+    }
+  }
+  rows += 3 * distance;
+  for (int64_t r = 4 * quarter; r < count; ++r, rows += row_stride) {
+    for (int v = 0; v < VECTORS; ++v) {
+      sums[v] += term<SQUARED>(load_vector<In, T>(rows + v * LANES));
+    }
+  }
+  for (int v = 0; v < VECTORS; ++v) *reinterpret_cast<Vector*>(total + v * LANES) = sums[v];
+}
+
 // total[c] += Σ_r rows[r][c], or the squares, columns side by side. Four rows at a time share the
 // loads and stores of the totals; they are a quarter of all rows apart, so that memory is read in
-// four long streams: four rows side by side were slower than one.
+// four long streams: four rows side by side were slower than one. Totals of narrow rows are loaded
+// and stored once.
 template <typename In, typename T, bool SQUARED>
 KFAC_FAST_TARGET void add_rows(const In* rows, int64_t row_stride, int64_t count, int64_t columns,
                                T* total) {
+  constexpr int64_t LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
+  const int64_t vectors = columns / LANES;
+  if (vectors == 1) add_block<In, T, SQUARED, 1>(rows, row_stride, count, total);
+  if (vectors == 2) add_block<In, T, SQUARED, 2>(rows, row_stride, count, total);
+  if (vectors == 3) add_block<In, T, SQUARED, 3>(rows, row_stride, count, total);
+  if (vectors == 4) add_block<In, T, SQUARED, 4>(rows, row_stride, count, total);
+  if (vectors <= 4) rows += vectors * LANES, total += vectors * LANES, columns -= vectors * LANES;
+  if (columns == 0) return;
   const int64_t quarter = count / 4;
   for (int64_t r = 0; r < quarter; ++r, rows += row_stride) {
     add_row<In, T, SQUARED, true>(rows, quarter * row_stride, columns, total);

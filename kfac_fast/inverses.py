@@ -142,14 +142,14 @@ def refresh_inverses(layers: Sequence[Inverted], damping: Damping, mode: str = "
     counted = _counted(factors, slices, counts)
     failed = failed & counted
     raised = torch.hstack([inverse.raised for inverse in inverses])
+    valid = counted & ~failed
+    if known_true(valid & (raised == 0)):  # as mostly: there is nothing to count
+        torch._foreach_copy_([inverse.matrix for inverse in inverses], matrices)
+        return
     raised = (raised + torch.where(failed, 1, -1)).clamp(0, Inverse.MOST_RAISED)
     sums = [own.sum() if own.dim() else own for own in _of_each(inverses, failed.long())]
     torch._foreach_copy_([inverse.raised for inverse in inverses], _of_each(inverses, raised))
     torch._foreach_add_([inverse.failed for inverse in inverses], sums)
-    valid = counted & ~failed
-    if known_true(valid):
-        torch._foreach_copy_([inverse.matrix for inverse in inverses], matrices)
-        return
     valid = valid.split(counts)
     for own in slices:
         taken = reduce(torch.logical_and, valid[own])
@@ -251,21 +251,24 @@ def _systems(
         return []
     covariances = means_of(factors)
     means = [diagonal_of(covariance).mean(-1) for covariance in covariances]
-    shares: list[Tensor] = []
-    pairs = []
+    shares = list(means)  # of the same shapes; each is replaced
+    pairs, numbers = [], []
     for own, number in zip(slices, of_each(damping, layers), strict=True):
-        pair = mode == "factored" and own.stop - own.start == 2
-        pairs += [own.start] if pair else []
-        shares += [torch.full_like(m, math.sqrt(number) if pair else number) for m in means[own]]
+        if mode == "factored" and own.stop - own.start == 2:
+            pairs.append(own.start)
+            numbers.append(number)
+        else:
+            shares[own] = [torch.full_like(mean, number) for mean in means[own]]
     if pairs:
-        inputs, gradients, roots = (
-            torch.hstack([tensors[i + shift] for i in pairs])
-            for tensors, shift in ((means, 0), (means, 1), (shares, 0))
-        )
+        inputs, gradients = (torch.hstack([means[i + side] for i in pairs]) for side in (0, 1))
         lengths = [means[i].numel() for i in pairs]
-        for shift, split in enumerate(_split_damping(inputs, gradients, roots)):
+        roots: float | Tensor = math.sqrt(numbers[0])
+        if len(set(numbers)) > 1:
+            each = zip(pairs, map(math.sqrt, numbers), strict=True)
+            roots = torch.hstack([torch.full_like(means[i], root) for i, root in each])
+        for side, split in enumerate(_split_damping(inputs, gradients, roots)):
             for i, share in zip(pairs, split.split(lengths), strict=True):
-                shares[i + shift] = share
+                shares[i + side] = share
     raised, joined_shares, joined_means = (
         torch.hstack(tensors)
         for tensors in ([inverse.raised for inverse in inverses], shares, means)

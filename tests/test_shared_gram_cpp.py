@@ -160,6 +160,17 @@ def test_same_bits_every_time_and_for_any_number_of_threads(
 
 
 @dtypes
+def test_many_short_examples(dtype: torch.dtype, set_threads: Callable[[int], None]) -> None:
+    """Several are a task of a thread; their number is no multiple of that."""
+    x, mask = torch.randn(1009, 7, 40).to(dtype), torch.rand(1009, 7) < 0.8
+    for options in ({"bias": True, "groups": 2}, {"mask": mask}):
+        check(x, reduction="mean", **options)
+        alone = run(x, **options)
+        set_threads(3)
+        assert torch.equal(run(x, **options), alone)
+
+
+@dtypes
 def test_reads_nothing_beyond_the_end(dtype: torch.dtype) -> None:
     for shape in ((2, 5, 16), (3, 4, 7), (2, 9, 100), (2, 40, 3)):
         with before_a_guard_page(whole_numbers(*shape, dtype=dtype)) as x:

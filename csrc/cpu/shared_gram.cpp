@@ -41,6 +41,7 @@ class SharedSums {
       : a_(arguments),
         data_(static_cast<const In*>(a_.x.const_data_ptr())),
         rows_(rows_of<In>(a_.x, a_.mask)),
+        positions_(rows_.rows() / std::max<int64_t>(a_.x.size(0), 1)),
         sum_(instruction_set_in_use(), a_.column_stride()),
         out_(out) {}
 
@@ -55,17 +56,26 @@ class SharedSums {
     const int64_t widest = std::max<int64_t>(1, divide_up(a_.columns(), narrowest));
     const int64_t parts = std::min(wanted, widest);
     const int64_t columns = divide_up(a_.columns(), parts);
-    const int64_t tasks = a_.examples() * parts;
-    constexpr double operations_an_entry = 8;  // that it takes to read one
+    // Many short ones are a task together.
+    constexpr int64_t entries_a_task = 1 << 13;
+    const int64_t examples = a_.examples();
+    const int64_t together =
+        std::clamp<int64_t>(entries_a_task * examples / std::max<int64_t>(a_.x.numel(), 1), 1,
+                            std::max<int64_t>(examples, 1));
+    const int64_t tasks = divide_up(examples, together) * parts;
+    constexpr double operations_an_entry = 16;  // that it takes to read one
     const int64_t workers = worker_count(tasks, operations_an_entry * a_.x.numel());
     const auto scratch = make_scratch<T>(workers * 3 * columns);
     for_each_independent_task(tasks, workers, [&](int64_t task, int64_t worker) {
-      const int64_t example = task / parts, first = task % parts * columns;
+      const int64_t begin = task / parts * together, first = task % parts * columns;
+      const int64_t end = std::min(begin + together, examples);
       const int64_t count = std::min(columns, a_.columns() - first);
       T* total = &scratch[worker * 3 * columns];
-      const int64_t terms = segments ? add_segment(*segments, example, first, count, total)
-                                     : add_example(example, first, count, columns, total);
-      store(example, first, count, total, terms);
+      for (int64_t example = begin; example < end; ++example) {
+        const int64_t terms = segments ? add_segment(*segments, example, first, count, total)
+                                       : add_example(example, first, count, columns, total);
+        store(example, first, count, total, terms);
+      }
     });
   }
 
@@ -73,8 +83,7 @@ class SharedSums {
   // Each returns the number of rows that count.
   int64_t add_example(int64_t example, int64_t first, int64_t columns, int64_t room,
                       T* total) const {
-    const int64_t positions = rows_.rows() / a_.x.size(0);
-    const int64_t begin = example * positions, end = begin + positions;
+    const int64_t begin = example * positions_, end = begin + positions_;
     sum_(rows_, begin, end, first, columns, total, total + room, total + 2 * room);
     return rows_.counted(begin, end);
   }
@@ -106,7 +115,7 @@ class SharedSums {
     const int64_t features = a_.columns() / a_.groups;
     T* row = out_ + example * a_.groups * a_.width();
     for (int64_t c = 0; c < columns;) {
-      const int64_t group = (first + c) / features;
+      const int64_t group = a_.groups == 1 ? 0 : (first + c) / features;
       T* target = row + first + group * a_.bias;
       for (const int64_t end = std::min(columns, (group + 1) * features - first); c < end; ++c) {
         target[c] = scale * total[c];
@@ -122,6 +131,7 @@ class SharedSums {
   const Arguments& a_;
   const In* const data_;
   const RowSource<In> rows_;
+  const int64_t positions_;  // of an example
   const RowSum<In, T> sum_;
   T* const out_;
 };

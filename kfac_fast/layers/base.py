@@ -234,7 +234,7 @@ class Layer(ABC):
         for tensor, part in zip(tensors, entries, strict=True):
             if tensor is not None:
                 own = self.own(tensor)
-                yield own, part.reshape(own.shape)
+                yield own, part if part.shape == own.shape else part.reshape(own.shape)
 
 
 class RowLayer(Layer):
