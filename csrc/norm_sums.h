@@ -15,6 +15,8 @@ namespace kfac_fast {
 
 // So many vectors are summed plainly; their sums are added up with what rounding has taken.
 constexpr int64_t vectors_a_chain = 32;
+// Rows whose statistics are found together.
+constexpr int64_t most_rows_at_once = 8;
 
 // Of a row x with gradients g: Σ (x - m), Σ (x - m)², Σ g (x - m) and Σ g, where m is the mean but
 // for its rounding.
@@ -38,7 +40,8 @@ template <typename In, typename T>
 struct NormSums {
   RowMoments<T> (*moments)(const In* x, const In* g, int64_t count);
   // By whether the mean is taken away.
-  void (*add_normalized[2])(const In* x, const In* g, int64_t count, T eps, T* products, T* sums);
+  void (*add_normalized[2])(const In* const* x, const In* const* g, int64_t rows, int64_t count,
+                            T eps, T* products, T* sums);
   // total += chain, chain <- 0
   void (*end_chain)(T* chain, int64_t count, T* total, T* lost);
   // By whether there are biases.

@@ -68,30 +68,43 @@ KFAC_FAST_TARGET void sum_deviations(const In* x, int64_t count, T m, T& rest, T
   }
 }
 
-// products += g (x - mean) / √(variance + eps) and sums += g, with the mean and variance of the row
-// x itself; without CENTER the mean is left out of both.
+// products += Σ_r g_r (x_r - mean) / √(variance + eps) and sums += Σ_r g_r, with the mean and
+// variance of each row x_r itself; without CENTER the mean is left out of both. Of all rows
+// together first the means, then the variances: a row's own one after the other would keep the
+// processor waiting.
 template <typename In, typename T, bool CENTER>
-KFAC_FAST_TARGET void add_normalized(const In* x, const In* g, int64_t count, T eps, T* products,
-                                     T* sums) {
+KFAC_FAST_TARGET void add_normalized(const In* const* x, const In* const* g, int64_t rows,
+                                     int64_t count, T eps, T* products, T* sums) {
   using Vector = typename VectorOf<T>::type;
   constexpr int64_t LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
-  const T shift = CENTER ? sum_entries<In, T>(x, count) / static_cast<T>(count) : T{0};
-  T rest, squares;
-  sum_deviations(x, count, shift, rest, squares);
-  // What rounding has left of the mean.
-  const T mean = CENTER ? rest / static_cast<T>(count) : T{0};
-  const T scale = inverse_deviation(squares / static_cast<T>(count) - mean * mean, eps);
+  const T entries = static_cast<T>(count);
+  T shift[most_rows_at_once] = {}, mean[most_rows_at_once] = {}, scale[most_rows_at_once];
+  if constexpr (CENTER) {
+    for (int64_t r = 0; r < rows; ++r) shift[r] = sum_entries<In, T>(x[r], count) / entries;
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    T rest, squares;
+    sum_deviations(x[r], count, shift[r], rest, squares);
+    if constexpr (CENTER) mean[r] = rest / entries;  // what rounding has left of it
+    scale[r] = inverse_deviation(squares / entries - mean[r] * mean[r], eps);
+  }
   int64_t i = 0;
   for (; i + LANES <= count; i += LANES) {
-    const Vector gradient = load_vector<In, T>(g + i);
-    const Vector normalized = (load_vector<In, T>(x + i) - shift - mean) * scale;
-    *reinterpret_cast<Vector*>(products + i) += gradient * normalized;
-    *reinterpret_cast<Vector*>(sums + i) += gradient;
+    Vector product = load_vector<T, T>(products + i), sum = load_vector<T, T>(sums + i);
+    for (int64_t r = 0; r < rows; ++r) {
+      const Vector gradient = load_vector<In, T>(g[r] + i);
+      product += gradient * ((load_vector<In, T>(x[r] + i) - shift[r] - mean[r]) * scale[r]);
+      sum += gradient;
+    }
+    *reinterpret_cast<Vector*>(products + i) = product;
+    *reinterpret_cast<Vector*>(sums + i) = sum;
   }
   for (; i < count; ++i) {
-    const T gradient = g[i];
-    products[i] += gradient * ((static_cast<T>(x[i]) - shift - mean) * scale);
-    sums[i] += gradient;
+    for (int64_t r = 0; r < rows; ++r) {
+      const T gradient = g[r][i];
+      products[i] += gradient * ((static_cast<T>(x[r][i]) - shift[r] - mean[r]) * scale[r]);
+      sums[i] += gradient;
+    }
   }
 }
 

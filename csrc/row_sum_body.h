@@ -72,8 +72,11 @@ KFAC_FAST_TARGET void add_rows(const In* rows, int64_t row_stride, int64_t count
   if (vectors == 2) add_block<In, T, SQUARED, 2>(rows, row_stride, count, total);
   if (vectors == 3) add_block<In, T, SQUARED, 3>(rows, row_stride, count, total);
   if (vectors == 4) add_block<In, T, SQUARED, 4>(rows, row_stride, count, total);
-  if (vectors <= 4) rows += vectors * LANES, total += vectors * LANES, columns -= vectors * LANES;
-  if (columns == 0) return;
+  if (vectors <= 4) {
+    const int64_t done = vectors * LANES;
+    if (done == columns) return;
+    rows += done, total += done, columns -= done;
+  }
   const int64_t quarter = count / 4;
   for (int64_t r = 0; r < quarter; ++r, rows += row_stride) {
     add_row<In, T, SQUARED, true>(rows, quarter * row_stride, columns, total);

@@ -18,12 +18,22 @@ class ContiguousRows {
       in_place_ = in_place_ && (x.size(d) == 1 || x.stride(d) == step);
       step *= x.size(d);
     }
+    int64_t rows = 1;
+    for (int64_t d = leading - 1; d >= 0; --d) {
+      if (x.size(d) == 1) continue;
+      if (rows == 1) row_stride_ = x.stride(d);
+      evenly_spaced_ = evenly_spaced_ && x.stride(d) == rows * row_stride_;
+      rows *= x.size(d);
+    }
   }
 
   bool in_place() const { return in_place_; }
 
   // Copied to `room` if need be.
-  const In* at(int64_t row, In* room) const { return from(entry_of<In>(x_, leading_, row), room); }
+  const In* at(int64_t row, In* room) const {
+    const In* data = static_cast<const In*>(x_.const_data_ptr());
+    return from(evenly_spaced_ ? data + row * row_stride_ : entry_of<In>(x_, leading_, row), room);
+  }
 
   // Of two leading dimensions.
   const In* at(int64_t i, int64_t j, In* room) const {
@@ -50,7 +60,8 @@ class ContiguousRows {
 
   const Tensor& x_;
   const int64_t leading_;
-  bool in_place_ = true;
+  bool in_place_ = true, evenly_spaced_ = true;
+  int64_t row_stride_ = 0;
 };
 
 }  // namespace kfac_fast

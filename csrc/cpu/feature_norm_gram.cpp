@@ -45,27 +45,39 @@ class ExampleSums {
   }
 
   // Of scales and of shifts, of one of so many parts of an example's rows. `room` is for four
-  // numbers a unit, `copies` for two.
+  // numbers a unit, `copies` for two of each row at once.
   void sum(int64_t example, int64_t part, int64_t parts, T* sums, T* room, In* copies) const {
     // The rows after the first few are summed apart, a few at a time.
-    constexpr int64_t rows_a_chain = 16;
-    const int64_t units = a_.units();
+    constexpr int64_t rows_a_chain = 2 * most_rows_at_once;
+    const int64_t units = a_.units(), at_once = rows_at_once();
     T *lost = room, *chain = room + 2 * units;
     std::fill_n(sums, 2 * units, T{0});
     std::fill_n(room, 4 * units, T{0});
-    int64_t rows = 0;
-    for_each_row(example, part, parts, [&](int64_t row) {
-      if (!a_.counts(row)) return;
+    const In *x[most_rows_at_once], *g[most_rows_at_once];
+    int64_t rows = 0, waiting = 0;
+    const auto add_waiting = [&] {
       if (rows > 0 && rows % rows_a_chain == 0) {
         functions_.end_chain(chain, 2 * units, sums, lost);
       }
-      T* into = rows++ < rows_a_chain ? sums : chain;
-      const In* x = x_.at(row, copies);
-      const In* g = gradient_.at(row, copies + units);
-      functions_.add_normalized[a_.center](x, g, units, static_cast<T>(a_.eps), into, into + units);
+      T* into = rows < rows_a_chain ? sums : chain;
+      functions_.add_normalized[a_.center](x, g, waiting, units, static_cast<T>(a_.eps), into,
+                                           into + units);
+      rows += waiting;
+      waiting = 0;
+    };
+    for_each_row(example, part, parts, [&](int64_t row) {
+      if (!a_.counts(row)) return;
+      In* own = copies + waiting * 2 * units;
+      x[waiting] = x_.at(row, own);
+      g[waiting] = gradient_.at(row, own + units);
+      if (++waiting == at_once) add_waiting();
     });
+    if (waiting > 0) add_waiting();
     if (rows > rows_a_chain) functions_.end_chain(chain, 2 * units, sums, lost);
   }
+
+  // What the nearest cache holds of short rows; a divisor of those of a chain.
+  int64_t rows_at_once() const { return a_.units() <= 512 ? most_rows_at_once : 1; }
 
   // total += the outer products of an example's sums, part by part.
   void multiply(const T* sums, T* total, T* lost) const {
@@ -112,7 +124,8 @@ void feature_norm_gram_of(const Arguments& a, double alpha, double beta, T* out)
   const int64_t workers = worker_count(tasks, operations_an_entry * a.x.numel());
   const auto sets = make_scratch<T>(chunks * set_size);
   const auto room = make_scratch<T>(workers * room_a_unit * units);
-  const auto copies = make_scratch<In>(workers * 2 * units);
+  const int64_t copies_size = 2 * units * sums.rows_at_once();
+  const auto copies = make_scratch<In>(workers * copies_size);
   if (parts == 1) {
     for_each_task(tasks, workers, [&](int64_t chunk, int64_t worker) {
       T *total = &sets[chunk * set_size], *lost = &room[worker * room_a_unit * units];
@@ -121,7 +134,7 @@ void feature_norm_gram_of(const Arguments& a, double alpha, double beta, T* out)
       std::fill_n(lost, 3 * units, T{0});
       const int64_t end = (chunk + 1) * examples / chunks;
       for (int64_t example = chunk * examples / chunks; example < end; ++example) {
-        sums.sum(example, 0, 1, own, rest, &copies[worker * 2 * units]);
+        sums.sum(example, 0, 1, own, rest, &copies[worker * copies_size]);
         sums.multiply(own, total, lost);
       }
     });
@@ -129,7 +142,7 @@ void feature_norm_gram_of(const Arguments& a, double alpha, double beta, T* out)
     const auto all = make_scratch<T>(tasks * 2 * units);
     for_each_task(tasks, workers, [&](int64_t task, int64_t worker) {
       sums.sum(task / parts, task % parts, parts, &all[task * 2 * units],
-               &room[worker * room_a_unit * units], &copies[worker * 2 * units]);
+               &room[worker * room_a_unit * units], &copies[worker * copies_size]);
     });
     T *total = sets.get(), *lost = room.get(), *lost_sums = lost + 3 * units;
     std::fill_n(total, 3 * units, T{0});

@@ -56,12 +56,11 @@ class SharedSums {
     const int64_t widest = std::max<int64_t>(1, divide_up(a_.columns(), narrowest));
     const int64_t parts = std::min(wanted, widest);
     const int64_t columns = divide_up(a_.columns(), parts);
-    // Many short ones are a task together.
+    // Many short examples are a task together; segments may be of any length.
     constexpr int64_t entries_a_task = 1 << 13;
     const int64_t examples = a_.examples();
-    const int64_t together =
-        std::clamp<int64_t>(entries_a_task * examples / std::max<int64_t>(a_.x.numel(), 1), 1,
-                            std::max<int64_t>(examples, 1));
+    const int64_t size = std::max<int64_t>(a_.x.numel() / std::max<int64_t>(examples, 1), 1);
+    const int64_t together = segments ? 1 : std::max<int64_t>(entries_a_task / size, 1);
     const int64_t tasks = divide_up(examples, together) * parts;
     constexpr double operations_an_entry = 16;  // that it takes to read one
     const int64_t workers = worker_count(tasks, operations_an_entry * a_.x.numel());
