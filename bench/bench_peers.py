@@ -85,7 +85,6 @@ def peaks(case: Case, implementation: str | None) -> dict[str, float]:
         prefixes = {"ours": "", "library": "library ", "KFAC": "KFAC ", "bare": "bare "}
         for arm, call in _arms(calls).items():
             call()  # makes what is kept
-            gc.collect()
             held = calls.held() if arm == "KFAC" else 0
             found[f"{prefixes[arm]}peak MB"] = (memory.least_peak_growth(call, PEAKS) + held) / 1e6
     return found

@@ -7,6 +7,7 @@ kernel allocates itself.
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import platform
 from collections.abc import Callable
@@ -61,6 +62,7 @@ def peak_growth(call: Callable[[], Any]) -> int:
     earlier call left for later ones, such as a library's buffers, is not counted. From then on the
     process maps its large blocks anew for every call, which takes time: time first.
     """
+    gc.collect()
     _map_large_blocks()
     ctypes.CDLL(None).malloc_trim(0)
     CLEAR.write_text(RESET_HIGH_WATER_MARK)
@@ -78,8 +80,7 @@ def in_new_process(call: Callable[..., Result], *args: Any) -> Result:
     """What a module's function returns in a process that maps its large blocks from the start.
 
     In one that did not, calls of many blocks find room for some of them in what was freed before,
-    and what lies between stays resident with them: their peak is up to half as much again, and
-    another one each time.
+    and what lies between stays resident with them: their peak is higher, and differs each time.
     """
     spawned = get_context("spawn")
     with ProcessPoolExecutor(1, spawned, initializer=_map_large_blocks) as executor:

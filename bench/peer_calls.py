@@ -56,7 +56,10 @@ def _both(make: Callable[[Enabled], Call], enabled: Enabled) -> dict[str, Call]:
 
 
 def bare_passes(problem: Problem, fisher: Kind) -> Call:
-    """A forward pass and gradients of the outputs of all layers, once or for every class."""
+    """A forward pass and gradients of the outputs of all layers, once or for every class.
+
+    That of the first layer's output comes last, and is all that is kept.
+    """
 
     def call() -> None:
         outputs: list[Tensor] = []
@@ -68,10 +71,10 @@ def bare_passes(problem: Problem, fisher: Kind) -> Call:
         for hook in hooks:
             hook.remove()
         if fisher == "mc":
-            torch.autograd.grad(F.cross_entropy(logits, problem.y), outputs)
+            torch.autograd.grad(F.cross_entropy(logits, problem.y), outputs[0])
             return
         for scalar in logits.sum(0):
-            torch.autograd.grad(scalar, outputs, retain_graph=True)
+            torch.autograd.grad(scalar, outputs[0], retain_graph=True)
 
     return call
 

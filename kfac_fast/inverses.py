@@ -143,7 +143,7 @@ def refresh_inverses(layers: Sequence[Inverted], damping: Damping, mode: str = "
     failed = failed & counted
     raised = torch.hstack([inverse.raised for inverse in inverses])
     valid = counted & ~failed
-    if known_true(valid & (raised == 0)):  # as mostly: there is nothing to count
+    if known_true(valid) and known_true(raised == 0):  # as mostly: there is nothing to count
         torch._foreach_copy_([inverse.matrix for inverse in inverses], matrices)
         return
     raised = (raised + torch.where(failed, 1, -1)).clamp(0, Inverse.MOST_RAISED)

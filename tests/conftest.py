@@ -15,7 +15,7 @@ from kfac_fast import backends, ops
 
 NATIVE = importlib.import_module("kfac_fast._C") if backends.EXTENSION_BUILT else None
 
-# Benchmarks that a test runs are not spread over processes, though the tests are.
+# pytest-benchmark times nothing in a process that inherits this.
 os.environ.pop("PYTEST_XDIST_WORKER", None)
 
 LARGE_BYTES = 40e9

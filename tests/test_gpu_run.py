@@ -111,7 +111,7 @@ def test_what_is_stopped_leaves_nothing_behind(gpu: Any, monkeypatch: Any, tmp_p
     monkeypatch.setattr(gpu, "LAST_SECONDS", 0.2)
     stubborn = 'trap "" INT; sleep 60 & echo $!; wait'
     with open(tmp_path / "output", "wb") as output:
-        assert gpu.run(["sh", "-c", stubborn], 0.5, output) is None
+        assert gpu.run(["sh", "-c", stubborn], 2.0, output) is None
     child = int((tmp_path / "output").read_text())
     state = Path(f"/proc/{child}/status")
     deadline = time.monotonic() + 10

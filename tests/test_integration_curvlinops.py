@@ -111,6 +111,39 @@ def test_a_backward_pass_keeps_the_gradient_of_one_output_only(
     assert set(kept) == {1}
 
 
+class Branches(nn.Module):
+    """Two ways from one layer to the next, which is called twice; and perhaps one to nowhere."""
+
+    def __init__(self, unused: bool) -> None:
+        super().__init__()
+        self.first, self.left, self.right, self.last = (nn.Linear(3, 3) for _ in range(4))
+        self.unused = nn.Linear(3, 3) if unused else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).tanh()
+        if self.unused is not None:
+            self.unused(x)
+        return self.last(self.last(self.left(x) + self.right(x)).tanh())
+
+
+def branched(unused: bool) -> list[Any]:
+    model = Branches(unused).double()
+    data = [(torch.randn(5, 3, dtype=torch.float64), torch.randint(3, (5,)))]
+    return [model, nn.CrossEntropyLoss(), list(model.parameters()), data]
+
+
+def test_branches_and_layers_that_are_called_twice() -> None:
+    theirs, mine = both("KFACLinearOperator", branched(unused=False), fisher_type="type-2")
+    vector = torch.randn(theirs.shape[1], dtype=torch.float64)
+    assert_solved(mine @ vector, theirs @ vector)
+
+
+def test_an_output_that_the_loss_does_not_depend_on_is_refused() -> None:
+    for operator in both("KFACLinearOperator", branched(unused=True), fisher_type="type-2"):
+        with pytest.raises(RuntimeError, match="not have been used in the graph"):
+            operator.compute_kronecker_factors()
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("loss", ["mse", "bce"])
 def test_other_losses_keep_curvlinops_scales(loss: str, reduction: str) -> None:

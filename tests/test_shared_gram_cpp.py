@@ -164,6 +164,7 @@ def test_many_short_examples(dtype: torch.dtype, set_threads: Callable[[int], No
     """Several are a task of a thread; their number is no multiple of that."""
     x, mask = torch.randn(1009, 7, 40).to(dtype), torch.rand(1009, 7) < 0.8
     for options in ({"bias": True, "groups": 2}, {"mask": mask}):
+        set_threads(1)
         check(x, reduction="mean", **options)
         alone = run(x, **options)
         set_threads(3)

@@ -9,8 +9,8 @@ everything that uses curvlinops, such as laplace-torch, use them for a while::
 Results are those of curvlinops to rounding, with its scales, and its treatment of grouped
 convolutions: inputs are averaged over the groups, though each group has a block of its own in the
 Fisher. Other is how they are computed: patches are never written out, one triangle of a factor is
-enough, gradients of the weights are not computed on the way, those of outputs are not kept, all
-inverses are one call, and per-example gradients are formed for a few examples at a time.
+enough, gradients of the weights are not computed on the way, those of outputs are used as they
+pass, all inverses are one call, and per-example gradients are formed for a few examples at a time.
 
 Tested with curvlinops-for-pytorch 3.0.1.
 """
@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from kfac_fast import ops
 from kfac_fast.capture import last_reached
@@ -105,8 +105,7 @@ class KFACLinearOperator(curvlinops.KFACLinearOperator):  # type: ignore[misc]
             super()._compute_loss_and_backward(output, y)
             return
         weights: Any = self._params
-        # Hooks use the gradients of the other outputs as they pass.
-        self._params: Any = [self._edges[i] for i in last_reached(dict(enumerate(self._edges)))]
+        self._params: Any = _asked_for(output, self._edges)
         self._edges.clear()
         try:
             super()._compute_loss_and_backward(output, y)
@@ -123,6 +122,21 @@ class KFACLinearOperator(curvlinops.KFACLinearOperator):  # type: ignore[misc]
         if self._loss_func.reduction == "sum":
             return 1 / samples
         return batch_size**2 * int(self._num_per_example_loss_terms) / (examples * samples)
+
+
+def _asked_for(output: Tensor, edges: list[GradientEdge]) -> list[GradientEdge]:
+    """Of the layers' outputs those that a pass from the model's reaches last, or never."""
+    # Hooks use the gradients of the others on the way. At one that it never reaches, autograd
+    # raises, as it does for curvlinops.
+    reached: set[Node] = set()
+    ahead = [get_gradient_edge(output).node]
+    while ahead:
+        node = ahead.pop()
+        if node not in reached:
+            reached.add(node)
+            ahead += [following for following, _ in node.next_functions if following is not None]
+    last = last_reached(dict(enumerate(edges)))
+    return [edge for i, edge in enumerate(edges) if i in last or edge.node not in reached]
 
 
 def _added_to(covariances: dict[str, Tensor], name: str) -> dict[str, Any]:
