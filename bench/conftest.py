@@ -60,9 +60,9 @@ def settings(pytestconfig: pytest.Config) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def appended(benchmark: BenchmarkFixture, pytestconfig: pytest.Config) -> Iterator[None]:
-    """Keeps the record of a benchmark even if the run is killed later; peaks come too late for it.
+    """Keeps the record of a benchmark even if the run is killed later.
 
-    The JSON of pytest-benchmark is written when all is done.
+    Operators' peaks come too late for it. The JSON of pytest-benchmark is written when all is done.
     """
     yield
     path = pytestconfig.getoption("append_records")

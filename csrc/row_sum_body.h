@@ -6,6 +6,15 @@ KFAC_FAST_TARGET inline Value term(Value value) {
   return value;
 }
 
+// The sum of four rows at a vector of columns, `distance` apart.
+template <typename In, typename T, bool SQUARED>
+KFAC_FAST_TARGET inline auto sum_of_four(const In* row, int64_t distance) {
+  return (term<SQUARED>(load_vector<In, T>(row)) +
+          term<SQUARED>(load_vector<In, T>(row + distance))) +
+         (term<SQUARED>(load_vector<In, T>(row + 2 * distance)) +
+          term<SQUARED>(load_vector<In, T>(row + 3 * distance)));
+}
+
 // total[c] += row[c], or as well those of three rows more, `distance` apart.
 template <typename In, typename T, bool SQUARED, bool FOUR>
 KFAC_FAST_TARGET inline void add_row(const In* row, int64_t distance, int64_t columns, T* total) {
@@ -13,13 +22,12 @@ KFAC_FAST_TARGET inline void add_row(const In* row, int64_t distance, int64_t co
   constexpr int64_t LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
   int64_t c = 0;
   for (; c + LANES <= columns; c += LANES) {
-    Vector sum = term<SQUARED>(load_vector<In, T>(row + c));
+    auto& sum = *reinterpret_cast<Vector*>(total + c);
     if constexpr (FOUR) {
-      sum += term<SQUARED>(load_vector<In, T>(row + distance + c));
-      sum += term<SQUARED>(load_vector<In, T>(row + 2 * distance + c)) +
-             term<SQUARED>(load_vector<In, T>(row + 3 * distance + c));
+      sum += sum_of_four<In, T, SQUARED>(row + c, distance);
+    } else {
+      sum += term<SQUARED>(load_vector<In, T>(row + c));
     }
-    *reinterpret_cast<Vector*>(total + c) += sum;
   }
   for (; c < columns; ++c) {  // in the same order
     T sum = term<SQUARED>(static_cast<T>(row[c]));
@@ -43,11 +51,7 @@ KFAC_FAST_TARGET inline void add_block(const In* rows, int64_t row_stride, int64
   const int64_t quarter = count / 4, distance = quarter * row_stride;
   for (int64_t r = 0; r < quarter; ++r, rows += row_stride) {
     for (int v = 0; v < VECTORS; ++v) {
-      const In* row = rows + v * LANES;
-      sums[v] += (term<SQUARED>(load_vector<In, T>(row)) +
-                  term<SQUARED>(load_vector<In, T>(row + distance))) +
-                 (term<SQUARED>(load_vector<In, T>(row + 2 * distance)) +
-                  term<SQUARED>(load_vector<In, T>(row + 3 * distance)));
+      sums[v] += sum_of_four<In, T, SQUARED>(rows + v * LANES, distance);
     }
   }
   rows += 3 * distance;
