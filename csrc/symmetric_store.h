@@ -151,10 +151,11 @@ struct SymmetricStore {
     const int64_t height = tile_product<T>(set).rows, lanes = tile_product<T>(set).lanes;
     T* target = matrix + row * edge;
     const bool past = past_caches() && reinterpret_cast<uintptr_t>(matrix) % line == 0;
-    for (int64_t c = 0; c < columns; c += panels.width) {
-      const int64_t width = std::min(panels.width, columns - c);
-      const auto multiply = multiply_and_store<T>(set)[(width - 1) / lanes];
-      for (int64_t r = 0; r < rows; r += height) {
+    // Along the rows of one tile: the same columns of many rows may share few sets of a cache.
+    for (int64_t r = 0; r < rows; r += height) {
+      for (int64_t c = 0; c < columns; c += panels.width) {
+        const int64_t width = std::min(panels.width, columns - c);
+        const auto multiply = multiply_and_store<T>(set)[(width - 1) / lanes];
         multiply(panels.at(row + r), panels.row_stride, panels.at(c), panels.row_stride,
                  panels.depth, std::min(height, rows - r), width, alpha, target + r * edge + c,
                  edge, past && width % lanes == 0);
@@ -168,11 +169,13 @@ struct SymmetricStore {
  private:
   static constexpr int64_t line = 64;  // bytes
 
-  // A matrix that no cache holds is not read into one to be written, if its rows are aligned.
+  // A matrix that no cache holds is not read into one to be written, if its rows are aligned. It
+  // takes vectors as long as a line: stores of halves past the caches were slower than the reading.
   bool past_caches() const {
     constexpr int64_t large = 8 << 20;
     const int64_t row_bytes = edge * static_cast<int64_t>(sizeof(T));
-    return beta == 0 && row_bytes % line == 0 && edge * row_bytes >= large;
+    return set == InstructionSet::avx512 && beta == 0 && row_bytes % line == 0 &&
+           edge * row_bytes >= large;
   }
 };
 

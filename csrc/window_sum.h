@@ -77,6 +77,9 @@ struct SumPlan {
   // all, and the third the last two: a 3 x 3 kernel over a frame of one pixel.
   bool is_three_by_three = false;
 
+  // Whether, besides, the first pixel along x and the last one are the outer two cells.
+  bool is_framed = false;
+
  private:
   // Sums of this many terms at most, which are then added to the others': less rounding.
   static constexpr int64_t chain = 32;
@@ -143,6 +146,10 @@ struct SumPlan {
       end_tap();
     }
     is_three_by_three = slides(0, cells, taps) && slides(taps, outer_cells, outer_taps);
+    const auto& runs = axes[2].runs;
+    is_framed = is_three_by_three && runs.size() == 3 && runs[0].cell == 0 && runs[1].cell == 1 &&
+                runs[0].end - runs[0].begin == 1 && runs[2].end - runs[2].begin == 1 &&
+                runs[0].begin == 0 && runs[2].end == width && blocks <= chain;
   }
 
   bool slides(int64_t first_tap, int64_t cell_count, int64_t tap_count) const {

@@ -205,6 +205,45 @@ KFAC_FAST_TARGET void sum_rows_of_planes(const SumPlan<T>& plan, const Channels<
   }
 }
 
+// The cells along x of a frame (see SumPlan::is_framed) for a vector of planes, from the sums of
+// their rows by blocks. What lies between the ends is added up before the transposition, in the
+// lanes that the ends leave: then there is one, however wide the planes.
+template <typename T, int SIZE, int... I>
+KFAC_FAST_TARGET inline void sum_frame(const SumPlan<T>& plan,
+                                       const typename VectorOf<T>::type* sums,
+                                       typename VectorOf<T>::type* cells,
+                                       std::integer_sequence<int, I...>) {
+  using Vector = typename VectorOf<T>::type;
+  using Choice = typename VectorOf<std::conditional_t<sizeof(T) == 4, int32_t, int64_t>>::type;
+  constexpr int LANES = sizeof...(I);
+  // Of each stretch of SIZE lanes: the first two are moved to the next two, or replaced.
+  constexpr Choice moved = {(I % SIZE == 2 || I % SIZE == 3 ? I - 2 : LANES)...};
+  constexpr Choice with_first = {(I % SIZE == 0 ? LANES + I : I)...};
+  constexpr Choice with_last = {(I % SIZE == 1 ? LANES + I : I)...};
+  constexpr Choice place = {(I % SIZE)...}, stretch = {(I - I % SIZE)...};
+  const int end = static_cast<int>((plan.width - 1) % SIZE);  // place of the last pixel
+  const Choice behind_first = place > 0, before_last = place < end, last_pixel = stretch + end;
+  const bool one = plan.blocks == 1;
+  Vector lanes[SIZE];
+#pragma GCC unroll 8
+  for (int i = 0; i < SIZE; ++i) {
+    const Vector* block = sums + i;
+    const Vector first = *block, last = block[(plan.blocks - 1) * SIZE];
+    Vector between = (Vector)((Choice)last & (one ? before_last & behind_first : before_last));
+    if (!one) between += (Vector)((Choice)first & behind_first);
+    for (int64_t b = 1; b < plan.blocks - 1; ++b) between += block[b * SIZE];
+    between += __builtin_shuffle(between, Vector{}, moved);
+    lanes[i] = __builtin_shuffle(__builtin_shuffle(between, first, with_first),
+                                 __builtin_shuffle(last, last_pixel), with_last);
+  }
+  transpose_lanes<T>(lanes);
+  Vector between = lanes[2] + lanes[3];
+  if constexpr (SIZE == 8) between += (lanes[4] + lanes[5]) + (lanes[6] + lanes[7]);
+  cells[0] = lanes[0];
+  cells[1] = between;
+  cells[2] = lanes[1];
+}
+
 // The cells of a vector of planes or fewer: their rows are summed along y first, a block of
 // neighbouring pixels at a time, and the few sums transposed. That leaves the memory idle, so the
 // next planes are asked for meanwhile.
@@ -214,20 +253,30 @@ KFAC_FAST_TARGET void sum_cells_of_planes(const SumPlan<T>& plan, const Channels
                                           typename VectorOf<T>::type* cells) {
   using Vector = typename VectorOf<T>::type;
   using Block = PixelBlock<T>;
-  constexpr int LINES = 16;  // asked for with each square; 8 and 32 were slower
+  constexpr int LINES = 16;  // asked for at a time; 8 and 32 were slower
   constexpr int64_t LINE = 64 / sizeof(In);
   sum_rows_of_planes(plan, channels, first, planes, rows);
   const In* next = first + planes * channels.stride;
   const In* const stop = next + planes * channels.stride;
   Vector* lost = cells + plan.outer_cells * plan.cells;
   const auto* sums = reinterpret_cast<const Vector*>(rows);
+  const auto ask_for_next = [&]() KFAC_FAST_TARGET {
+    if (next >= stop) return;
+#pragma GCC unroll 16
+    for (int i = 0; i < LINES; ++i, next += LINE) __builtin_prefetch(next);
+  };
   for (int64_t outer = 0; outer < plan.outer_cells; ++outer, sums += plan.blocks * Block::SIZE) {
+    if constexpr (Block::SIZE >= 4) {
+      if (plan.is_framed) {
+        ask_for_next();
+        sum_frame<T, Block::SIZE>(plan, sums, cells + 3 * outer,
+                                  std::make_integer_sequence<int, Block::LANES>{});
+        continue;
+      }
+    }
     Vector chain{};
     for (const auto& square : plan.squares) {
-      if (next < stop) {
-#pragma GCC unroll 16
-        for (int i = 0; i < LINES; ++i, next += LINE) __builtin_prefetch(next);
-      }
+      ask_for_next();
       const Vector* from = sums + square.block * Block::SIZE;
       Vector turned[Block::SIZE];
 #pragma GCC unroll 8

@@ -123,7 +123,7 @@ class BlockGram {
 
   // So few rows that writing takes longer than multiplying, and nothing to be read before.
   bool writes_both_triangles() const {
-    constexpr int64_t few = 16;
+    const int64_t few = 2 * product_.rows;  // more with longer vectors, which multiply faster
     return rows_ > 0 && rows_ <= few && store_.beta == 0 &&
            layout_.strip_columns == layout_.group_columns && layout_.group_columns >= layout_.lanes;
   }
