@@ -1,20 +1,14 @@
 // The store of a tile and its mirror image for one instruction set; see
 // compile_for_instruction_sets.h.
 
-// Stores a whole cache line, or a part that divides it, past the caches.
+// Stores a whole cache line past the caches, where a vector is one.
 template <typename T>
 KFAC_FAST_TARGET inline void store_past_caches(T* target, typename VectorOf<T>::type value) {
-#if !defined(__x86_64__)
-  *reinterpret_cast<typename VectorOf<T>::type*>(target) = value;
-#elif KFAC_FAST_VECTOR_BYTES == 64
+#if KFAC_FAST_VECTOR_BYTES == 64
   __builtin_ia32_movntps512(reinterpret_cast<float*>(target),
                             reinterpret_cast<VectorOf<float>::type>(value));
-#elif KFAC_FAST_VECTOR_BYTES == 32
-  __builtin_ia32_movntps256(reinterpret_cast<float*>(target),
-                            reinterpret_cast<VectorOf<float>::type>(value));
 #else
-  __builtin_ia32_movntps(reinterpret_cast<float*>(target),
-                         reinterpret_cast<VectorOf<float>::type>(value));
+  *reinterpret_cast<typename VectorOf<T>::type*>(target) = value;
 #endif
 }
 

@@ -77,7 +77,8 @@ struct SumPlan {
   // all, and the third the last two: a 3 x 3 kernel over a frame of one pixel.
   bool is_three_by_three = false;
 
-  // Whether, besides, the first pixel along x and the last one are the outer two cells.
+  // Whether, besides, the first pixel along x and the last one are the outer two cells and all
+  // between them the third, of which there are not too many to add up in one chain of blocks.
   bool is_framed = false;
 
  private:
@@ -146,10 +147,16 @@ struct SumPlan {
       end_tap();
     }
     is_three_by_three = slides(0, cells, taps) && slides(taps, outer_cells, outer_taps);
-    const auto& runs = axes[2].runs;
-    is_framed = is_three_by_three && runs.size() == 3 && runs[0].cell == 0 && runs[1].cell == 1 &&
-                runs[0].end - runs[0].begin == 1 && runs[2].end - runs[2].begin == 1 &&
-                runs[0].begin == 0 && runs[2].end == width && blocks <= chain;
+    is_framed = is_three_by_three && blocks <= chain && is_frame(axes[2]);
+  }
+
+  bool is_frame(const SumAxis& axis) const {
+    const auto& runs = axis.runs;
+    if (runs.size() != 3) return false;
+    const auto is = [](const SumAxis::Run& run, int64_t cell, int64_t begin, int64_t end) {
+      return run.cell == cell && run.begin == begin && run.end == end;
+    };
+    return is(runs[0], 0, 0, 1) && is(runs[1], 1, 1, width - 1) && is(runs[2], 2, width - 1, width);
   }
 
   bool slides(int64_t first_tap, int64_t cell_count, int64_t tap_count) const {

@@ -188,7 +188,8 @@ def test_long_sums(kernel: str, last: bool, shape: tuple[int, ...]) -> None:
     """Of terms with a mean, whose roundings add up; added in chains, which round less."""
     x = torch.randn(shape).relu()
     x = x.contiguous(memory_format=torch.channels_last) if last else x
-    check(kernel, x, kernel_size=(min(3, shape[2]), 3), padding=(0, 1))
+    for top in {0, int(shape[2] > 1)}:
+        check(kernel, x, kernel_size=(min(3, shape[2]), 3), padding=(top, 1))
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -297,13 +298,35 @@ def test_reads_nothing_beyond_the_end(kernel: str, dtype: torch.dtype, last: boo
 
 
 @kernels
-def test_pixels_that_no_tap_reads_do_not_count(kernel: str) -> None:
+@pytest.mark.parametrize(
+    ("size", "unread", "options"),
+    [
+        ((8, 9), slice(2, None, 3), {"kernel_size": 2, "stride": 3}),
+        # Both ends of an axis are read less often than what lies between them.
+        ((5, 5), slice(1, None, 2), {"kernel_size": 3, "stride": 2, "dilation": 2, "padding": 2}),
+    ],
+    ids=str,
+)
+def test_pixels_that_no_tap_reads_do_not_count(
+    kernel: str, size: tuple[int, int], unread: slice, options: dict[str, Any]
+) -> None:
     """Whatever they hold, they are not even multiplied by zero."""
-    x = torch.randn(3, 20, 8, 9)
+    x = torch.randn(3, 20, *size)
     dirty = x.clone()
-    dirty[:, :, 2::3], dirty[..., 2::3] = math.nan, math.inf
-    options = {"kernel_size": 2, "stride": 3, "bias": True}
-    assert torch.equal(run(kernel, dirty, **options), run(kernel, x, **options))
+    dirty[:, :, unread], dirty[..., unread] = math.nan, math.inf
+    assert torch.equal(
+        run(kernel, dirty, bias=True, **options), run(kernel, x, bias=True, **options)
+    )
+    check(kernel, x, bias=True, **options)
+
+
+@kernels
+@dtypes
+@pytest.mark.parametrize("width", [3, 4, 8, 9, 16, 17, 33, 129, 257])
+def test_frames(kernel: str, dtype: torch.dtype, width: int) -> None:
+    """From one block of pixels to more than are added up in a chain, with one in the last."""
+    for shape in ((2, 17, 4, width), (1, 3, 3, width)):
+        check(kernel, torch.randn(shape).to(dtype), kernel_size=3, padding=1)
 
 
 @pytest.mark.parametrize("kernel", conv_kernels.EXPAND_KERNELS)

@@ -83,7 +83,7 @@ def test_edges_of_panels_and_blocks(dtype: torch.dtype) -> None:
 def test_results_larger_than_the_caches(
     columns: int, dtype: torch.dtype, rows: int, alpha: float, beta: float
 ) -> None:
-    """Written past them where rows are aligned and nothing is read."""
+    """Where vectors are lines, written past them if rows are aligned and nothing is read."""
     x = whole_numbers(rows, columns, dtype=dtype)
     product = x.double().T @ x.double()
     for shift in (0, 1):  # the second is not aligned
@@ -94,7 +94,7 @@ def test_results_larger_than_the_caches(
 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_large_results_with_a_bias(groups: int) -> None:
-    """Lines written past the caches meet the ragged last columns and those of the bias."""
+    """Lines, perhaps written past the caches, meet ragged last columns and those of the bias."""
     x = whole_numbers(8, groups * 2559, dtype=torch.float32)
     assert torch.equal(
         run(x, groups=groups, bias=True).double(), oracle.gram(x, groups=groups, bias=True)

@@ -13,8 +13,8 @@
 //             nothing to add to, the rows of the result, whose triangles then are both multiplied
 //   by_tiles  otherwise: all threads pack some blocks, share out the tiles, pack the next blocks
 //
-// Which way and in how many tasks depends on the shape and on whether beta is 0 alone: the result
-// does not depend on the number of threads, not by a bit.
+// Which way and in how many tasks depends on the shape, the length of vectors and whether beta is 0
+// alone: the result does not depend on the number of threads, not by a bit.
 
 #include <algorithm>
 #include <cstdint>
