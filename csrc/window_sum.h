@@ -77,8 +77,8 @@ struct SumPlan {
   // all, and the third the last two: a 3 x 3 kernel over a frame of one pixel.
   bool is_three_by_three = false;
 
-  // Whether, besides, the first pixel along x and the last one are the outer two cells and all
-  // between them the third, of which there are not too many to add up in one chain of blocks.
+  // Whether along x the first pixel and the last one are cells of their own, and all between them
+  // one cell, of not too many blocks to add up in one chain.
   bool is_framed = false;
 
  private:
@@ -147,7 +147,7 @@ struct SumPlan {
       end_tap();
     }
     is_three_by_three = slides(0, cells, taps) && slides(taps, outer_cells, outer_taps);
-    is_framed = is_three_by_three && blocks <= chain && is_frame(axes[2]);
+    is_framed = blocks <= chain && is_frame(axes[2]);
   }
 
   bool is_frame(const SumAxis& axis) const {

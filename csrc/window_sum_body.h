@@ -269,7 +269,7 @@ KFAC_FAST_TARGET void sum_cells_of_planes(const SumPlan<T>& plan, const Channels
     if constexpr (Block::SIZE >= 4) {
       if (plan.is_framed) {
         ask_for_next();
-        sum_frame<T, Block::SIZE>(plan, sums, cells + 3 * outer,
+        sum_frame<T, Block::SIZE>(plan, sums, cells + outer * plan.cells,
                                   std::make_integer_sequence<int, Block::LANES>{});
         continue;
       }

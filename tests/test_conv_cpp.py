@@ -326,7 +326,9 @@ def test_pixels_that_no_tap_reads_do_not_count(
 def test_frames(kernel: str, dtype: torch.dtype, width: int) -> None:
     """From one block of pixels to more than are added up in a chain, with one in the last."""
     for shape in ((2, 17, 4, width), (1, 3, 3, width)):
-        check(kernel, torch.randn(shape).to(dtype), kernel_size=3, padding=1)
+        x = torch.randn(shape).to(dtype)
+        check(kernel, x, kernel_size=3, padding=1)
+        check(kernel, x, kernel_size=(2, 3), padding=(0, 1), bias=True)
 
 
 @pytest.mark.parametrize("kernel", conv_kernels.EXPAND_KERNELS)
