@@ -501,6 +501,7 @@ def _route(op: str, *args: Any) -> None:
         if first is not None and first.quick and first.quick(*args):
             return
     schema.check(op, *args)
+    schema.check_values(op, *args)
     run(op, *args)
 
 

@@ -363,6 +363,24 @@ def _check_damped(
         check_out(op, "logdet", logdet, total, like.dtype, [like])
 
 
+def _check_symmetric(
+    op: str, matrices: Sequence[Tensor], damping: Sequence[Tensor], *_: Tensor | None
+) -> None:
+    """Check symmetry up to rounding; what is not finite fails with its own matrix."""
+    for i, (matrix, shift) in enumerate(zip(matrices, of_each(damping, matrices), strict=True)):
+        if not matrix.is_cpu:
+            return  # the host would wait for the device
+        # With the very roundings of csrc/symmetry.h, so that both refuse the same.
+        relative = torch.finfo(matrix.dtype).eps ** 0.5
+        scale = ((matrix.diagonal(dim1=-2, dim2=-1) + shift[..., None]) * relative).sqrt()
+        distance = (matrix - matrix.mT).abs()
+        differ = (distance > scale[..., None] * scale[..., None, :]) & distance.isfinite()
+        if differ.any():
+            where = differ.nonzero()[0].tolist()
+            got = f"an entry {distance[tuple(where)]:.3g} away from its mirror image at {where}"
+            raise refused(op, f"matrices[{i}]", "symmetric up to rounding", got)
+
+
 def _check_precondition(
     op: str,
     grads: Sequence[Tensor],
@@ -405,12 +423,15 @@ class Operator:
             refused.
         written: Position of the first argument that is written; all after it are, too.
         shape: For accumulating operators, the shape of ``out`` from the arguments before ``alpha``.
+        check_values: Called after ``check``, the same way, where tensors have values. None if any
+            will do.
     """
 
     arguments: str
     check: Callable[..., None]
     written: int
     shape: Callable[..., Shape] | None = None
+    check_values: Callable[..., None] | None = None
 
 
 def _accumulating(arguments: str, shape: Callable[..., Shape]) -> Operator:
@@ -454,8 +475,8 @@ OPERATORS: dict[str, Operator] = {
         "bool bias",
         _channel_norm_shape,
     ),
-    "damped_inverse": Operator(_DAMPED, _check_damped, 2),
-    "damped_cholesky": Operator(_DAMPED, _check_damped, 2),
+    "damped_inverse": Operator(_DAMPED, _check_damped, 2, check_values=_check_symmetric),
+    "damped_cholesky": Operator(_DAMPED, _check_damped, 2, check_values=_check_symmetric),
     "precondition": Operator(_SIDES, _check_precondition, 3),
     "cholesky_precondition": Operator(_SIDES, _check_precondition, 3),
 }
@@ -469,6 +490,17 @@ def check(op: str, *args: Any) -> None:
         TypeError: If a dtype is refused.
     """
     OPERATORS[op].check(op, *args)
+
+
+def check_values(op: str, *args: Any) -> None:
+    """Check what fakes do not have: values in an operator's arguments that have passed the check.
+
+    Raises:
+        ValueError: If a matrix on the CPU is not symmetric up to rounding.
+    """
+    row = OPERATORS[op]
+    if row.check_values is not None:
+        row.check_values(op, *args)
 
 
 def result_shape(op: str, *inputs: Any) -> Shape:

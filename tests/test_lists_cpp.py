@@ -16,7 +16,7 @@ from steps import Precondition, assert_steps_within_budget, exact_steps
 from torch import Tensor
 
 import kfac_fast
-from kfac_fast import backends, ops
+from kfac_fast import backends, ops, schema
 from kfac_fast.backends import native
 
 pytestmark = pytest.mark.usefixtures("one_thread", "instruction_set", "seed")
@@ -81,7 +81,7 @@ def test_stacks_and_strides(op: Damped, dtype: torch.dtype) -> None:
 
 
 @damped
-def test_only_lower_triangles_are_read(op: Damped) -> None:
+def test_results_are_of_the_lower_triangles(op: Damped) -> None:
     matrices = [covariance(size) for size in (5, 33, 150)]
     results = run(op, [lower_only(m) for m in matrices]).matrices
     for got, expected in zip(results, run(op, matrices).matrices, strict=True):
@@ -144,6 +144,66 @@ def test_a_bad_entry_off_the_diagonal_is_found(op: Damped) -> None:
             matrix = covariance(40)
             matrix[row, column] = value
             assert run(op, [matrix]).info.item() > 0
+
+
+@damped
+@dtypes
+@pytest.mark.parametrize("size", [2, 3, 7, 8, 9, 16, 17, 31, 33, 64, 70])
+def test_an_entry_unlike_its_mirror_image_is_refused(
+    op: Damped, size: int, dtype: torch.dtype
+) -> None:
+    places = {(0, 1), (0, size - 1), (size // 2 - 1, size // 2), (size - 2, size - 1)}
+    for row, column in places:
+        for i, j in ((row, column), (column, row)):
+            stack = torch.stack([covariance(size, dtype) for _ in range(3)])
+            stack[1, i, j] += 0.1 * (stack[1, i, i] * stack[1, j, j]).sqrt()
+            for layout in (stack, spread(stack), stack.mT, spread(stack.mT).mT):
+                out = poisoned(*stack.shape, dtype=dtype)
+                with pytest.raises(ValueError, match=r"^\w+: matrices\[1\] must be symmetric"):
+                    op([covariance(5, dtype), layout], 1e-3, out=[poisoned(5, 5, dtype=dtype), out])
+                assert out.isnan().all()
+
+
+@dtypes
+def test_what_is_symmetric_up_to_rounding_is_the_same_to_the_check_in_python(
+    dtype: torch.dtype,
+) -> None:
+    eps = torch.finfo(dtype).eps
+    verdicts = []
+    for size in (2, 9, 40):
+        for steps in range(-4, 5):
+            matrix, damping = covariance(size, dtype), torch.rand((), dtype=dtype)
+            bound = (matrix[0, 0] + damping) * (matrix[1, 1] + damping) * eps
+            matrix[0, 1] = matrix[1, 0] + bound.sqrt() * (1 + steps * eps)
+            arguments = [matrix], [damping], [poisoned(size, size, dtype=dtype)]
+            info = torch.empty(1, dtype=torch.int32)
+            verdicts.append(native.damped_inverse(*arguments, info, None))
+            if verdicts[-1]:
+                schema.check_values("damped_inverse", *arguments, info, None)
+            else:
+                with pytest.raises(ValueError, match="symmetric"):
+                    schema.check_values("damped_inverse", *arguments, info, None)
+    assert True in verdicts and False in verdicts
+
+
+@damped
+def test_products_of_matmul_are_symmetric_up_to_rounding(op: Damped) -> None:
+    rows = 1 + torch.randn(20000, 90)
+    product = rows.mT @ rows / len(rows)
+    product[0, 1] += 1e-5  # as sums in another order may be
+    assert op([product], 1e-4).info.item() == 0
+
+
+@damped
+@pytest.mark.parametrize("implementation", ["cpp", "reference"])
+def test_a_matrix_that_is_not_finite_fails_alone_even_if_its_mirror_image_is(
+    op: Damped, implementation: str
+) -> None:
+    for value in (math.nan, math.inf, -math.inf):
+        matrices = [covariance(20) for _ in range(3)]
+        matrices[1][19, 2] = value
+        with kfac_fast.use(implementation):
+            assert op(matrices, 1e-3).info.bool().tolist() == [False, True, False]
 
 
 PRECONDITION: tuple[Precondition, ...] = (ops.precondition, ops.cholesky_precondition)

@@ -184,6 +184,12 @@ DAMPED_REFUSALS: list[tuple[tuple[Any, ...], type[Exception], str]] = [
         ValueError,
         "matrices[1] must be of at least one row, got (2, 0, 0)",
     ),
+    (
+        ([SQUARE, torch.ones(3, 2, 2).tril()], 0.5),
+        ValueError,
+        "matrices[1] must be symmetric up to rounding, "
+        "got an entry 1 away from its mirror image at [0, 0, 1]",
+    ),
     (([SQUARE], [1.0, 2.0]), ValueError, "damping must be one value or 1, got 2"),
     (
         ([SQUARE.expand(2, 3, 3)], [torch.ones(3)]),

@@ -1,13 +1,16 @@
 // Inverses and Cholesky factors of damped symmetric matrices of mixed sizes on the CPU; see
 // block_sweep.h.
 
+#include <atomic>
 #include <optional>
 #include <vector>
 
 #include "block_sweep.h"
 #include "list_loop.h"
 #include "operators.h"
+#include "parallel.h"
 #include "symmetric_store.h"
+#include "symmetry.h"
 #include "tensor_lists.h"
 
 namespace kfac_fast {
@@ -47,6 +50,38 @@ std::vector<Matrix<T>> matrices_of(const std::vector<Tensor>& matrices,
                      result + n * size * size, infos + entry, logdets ? logdets + entry : nullptr});
     }
   }
+  return all;
+}
+
+template <typename T>
+bool are_symmetric(const std::vector<Matrix<T>>& matrices) {
+  struct Strip {
+    const Matrix<T>& matrix;
+    int64_t top;
+    size_t scales;
+  };
+  const Symmetry<T> symmetry(instruction_set_in_use());
+  std::vector<T> scales;
+  std::vector<Strip> strips;
+  double work = 0;  // the memory takes about as long as ten multiply-adds of a number
+  for (const Matrix<T>& m : matrices) {
+    const size_t begin = scales.size();
+    scales.resize(begin + symmetry.scales_size(m.size));
+    symmetry.find_scales(m.data, m.row_stride, m.column_stride, m.size, m.damping, &scales[begin]);
+    for (int64_t top = 0; top < m.size; top += Symmetry<T>::strip) {
+      strips.push_back({m, top, begin});
+    }
+    work += 10.0 * static_cast<double>(m.size) * m.size;
+  }
+  const auto count = static_cast<int64_t>(strips.size());
+  std::atomic<bool> all{true};
+  for_each_independent_task(count, worker_count(count, work), [&](int64_t i, int64_t) {
+    const auto& [m, top, begin] = strips[i];
+    if (all &&
+        !symmetry.holds(m.data, m.row_stride, m.column_stride, m.size, top, &scales[begin])) {
+      all = false;
+    }
+  });
   return all;
 }
 
@@ -150,7 +185,8 @@ class DampedSweep {
 };
 
 template <typename T>
-void sweep_all(Sweep sweep, const std::vector<Matrix<T>>& matrices) {
+bool sweep_all(Sweep sweep, const std::vector<Matrix<T>>& matrices) {
+  if (!are_symmetric(matrices)) return false;
   const InstructionSet set = instruction_set_in_use();
   std::vector<Job> jobs;
   jobs.reserve(matrices.size());
@@ -162,6 +198,7 @@ void sweep_all(Sweep sweep, const std::vector<Matrix<T>>& matrices) {
   for_each_job<T>(jobs, [&](int64_t job, T* scratch, const auto& share) {
     DampedSweep<T>(set, sweep, matrices[job].size)(matrices[job], scratch, share);
   });
+  return true;
 }
 
 bool damped(Sweep sweep, const std::vector<Tensor>& matrices, const std::vector<Tensor>& damping,
@@ -169,11 +206,9 @@ bool damped(Sweep sweep, const std::vector<Tensor>& matrices, const std::vector<
             const std::optional<Tensor>& logdet) {
   if (!damped_lists_pass(matrices, damping, out, info, logdet)) return false;
   if (matrices[0].scalar_type() == ScalarType::Double) {
-    sweep_all(sweep, matrices_of<double>(matrices, damping, out, info, logdet));
-  } else {
-    sweep_all(sweep, matrices_of<float>(matrices, damping, out, info, logdet));
+    return sweep_all(sweep, matrices_of<double>(matrices, damping, out, info, logdet));
   }
-  return true;
+  return sweep_all(sweep, matrices_of<float>(matrices, damping, out, info, logdet));
 }
 
 }  // namespace

@@ -112,7 +112,9 @@ def damped_inverse(
 
     Args:
         matrices: Matrices ``[n, n]`` or stacked batches ``[*, n, n]`` of any mix of sizes, all
-            float32 or all float64; only lower triangles are read.
+            float32 or all float64. Results are of the lower triangles. On a CPU the upper ones are
+            checked: each entry must be as its mirror image, to within ``sqrt(eps * d_i * d_j)``
+            of the dtype's ``eps`` and the damped diagonal ``d``. On a GPU the host would wait.
         damping: One positive number or scalar tensor for all, or a sequence with one for each entry
             of ``matrices``; an entry for a stacked batch may be a tensor of its batch shape. The
             values of tensors, which may be 0, are not checked.
@@ -123,8 +125,9 @@ def damped_inverse(
         The symmetric inverses, ``info`` and, if asked for, the log-determinants.
 
     Raises:
-        ValueError: If the list is empty, or a shape, a length, a device, a number for the damping
-            that is not positive and finite or the memory of ``out`` is refused.
+        ValueError: If the list is empty, a matrix on the CPU is not symmetric up to rounding, or a
+            shape, a length, a device, a number for the damping that is not positive and finite or
+            the memory of ``out`` is refused.
         TypeError: If a dtype is refused.
 
     Source: Martens & Grosse (2015), section 6.3.
@@ -158,8 +161,9 @@ def damped_cholesky(
         The factors with zeros above the diagonal, ``info`` and, if asked for, the log-determinants.
 
     Raises:
-        ValueError: If the list is empty, or a shape, a length, a device, a number for the damping
-            that is not positive and finite or the memory of ``out`` is refused.
+        ValueError: If the list is empty, a matrix on the CPU is not symmetric up to rounding, or a
+            shape, a length, a device, a number for the damping that is not positive and finite or
+            the memory of ``out`` is refused.
         TypeError: If a dtype is refused.
 
     Source: Martens & Grosse (2015), section 6.3.

@@ -1,0 +1,95 @@
+#pragma once
+// Whether matrices are symmetric up to rounding:
+//
+//   |A[i][j] - A[j][i]| <= scale[i] · scale[j],   scale[i]^2 = sqrt(eps) · (A[i][i] + damping)
+//
+// The errors that a Cholesky factorisation makes by itself are in proportion to the same roots of
+// diagonal entries (Higham 2002, theorem 10.3). What is not finite is left to the pivots.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "gram_layout.h"
+#include "instruction_set.h"
+#include "tile_product.h"
+
+namespace kfac_fast {
+
+#define KFAC_FAST_BODY "symmetry_body.h"
+#include "compile_for_instruction_sets.h"
+
+template <typename T>
+using SquareDiffers = bool (*)(const T* square, int64_t stride, const T* mirrored,
+                               int64_t mirrored_stride, const T* row_scales,
+                               const T* column_scales);
+
+template <typename T>
+SquareDiffers<T> square_differs(InstructionSet set) {
+#if defined(__x86_64__)
+  if (set == InstructionSet::avx512) return avx512::square_differs<T>;
+  if (set == InstructionSet::avx2) return avx2::square_differs<T>;
+#endif
+  return portable::square_differs<T>;
+}
+
+template <typename T>
+class Symmetry {
+ public:
+  explicit Symmetry(InstructionSet set)
+      : lanes_(tile_product<T>(set).lanes), differs_(square_differs<T>(set)) {}
+
+  static constexpr int64_t strip = 32;  // rows that are compared together
+
+  int64_t scales_size(int64_t size) const { return round_up(size, lanes_); }
+
+  void find_scales(const T* a, int64_t row_stride, int64_t column_stride, int64_t size, T damping,
+                   T* scales) const {
+    const T relative = std::sqrt(std::numeric_limits<T>::epsilon());
+    for (int64_t i = 0; i < size; ++i) {
+      scales[i] = std::sqrt((a[i * (row_stride + column_stride)] + damping) * relative);
+    }
+    std::fill(scales + size, scales + scales_size(size), T{0});
+  }
+
+  // Whether `strip` rows from `top` on are, up to the diagonal, as their mirror images.
+  bool holds(const T* a, int64_t row_stride, int64_t column_stride, int64_t size, int64_t top,
+             const T* scales) const {
+    if (column_stride != 1) std::swap(row_stride, column_stride);  // the same of the mirror image
+    const int64_t bottom = std::min(top + strip, size);
+    for (int64_t left = 0; left < bottom; left += strip) {
+      for (int64_t r = top; r < bottom; r += lanes_) {
+        const int64_t end = std::min(left + strip, r + 1);
+        for (int64_t c = left; c < end; c += lanes_) {
+          const T* square = a + r * row_stride + c * column_stride;
+          const T* mirrored = a + c * row_stride + r * column_stride;
+          bool differs;
+          if (column_stride == 1 && r + lanes_ <= size) {
+            differs = differs_(square, row_stride, mirrored, row_stride, scales + r, scales + c);
+          } else {
+            const int64_t rows = std::min(lanes_, size - r), columns = std::min(lanes_, size - c);
+            T copies[2][max_lanes * max_lanes] = {};
+            for (int64_t i = 0; i < rows; ++i) {
+              for (int64_t j = 0; j < columns; ++j) {
+                copies[0][i * lanes_ + j] = square[i * row_stride + j * column_stride];
+                copies[1][j * lanes_ + i] = mirrored[j * row_stride + i * column_stride];
+              }
+            }
+            differs = differs_(copies[0], lanes_, copies[1], lanes_, scales + r, scales + c);
+          }
+          if (differs) return false;
+        }
+      }
+    }
+    return true;
+  }
+
+ private:
+  static constexpr int64_t max_lanes = 64 / sizeof(T);
+
+  const int64_t lanes_;
+  const SquareDiffers<T> differs_;
+};
+
+}  // namespace kfac_fast
