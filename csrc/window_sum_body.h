@@ -216,6 +216,18 @@ KFAC_FAST_TARGET inline void sum_frame(const SumPlan<T>& plan,
   using Vector = typename VectorOf<T>::type;
   using Choice = typename VectorOf<std::conditional_t<sizeof(T) == 4, int32_t, int64_t>>::type;
   constexpr int LANES = sizeof...(I);
+  Vector lanes[SIZE];
+  if (plan.blocks == 1) {
+#pragma GCC unroll 8
+    for (int i = 0; i < SIZE; ++i) lanes[i] = sums[i];
+    transpose_lanes<T>(lanes);
+    Vector between{};
+    for (int64_t x = 1; x < plan.width - 1; ++x) between += lanes[x];
+    cells[0] = lanes[0];
+    cells[1] = between;
+    cells[2] = lanes[plan.width - 1];
+    return;
+  }
   // Of each stretch of SIZE lanes: the first two are moved to the next two, or replaced.
   constexpr Choice moved = {(I % SIZE == 2 || I % SIZE == 3 ? I - 2 : LANES)...};
   constexpr Choice with_first = {(I % SIZE == 0 ? LANES + I : I)...};
@@ -223,14 +235,11 @@ KFAC_FAST_TARGET inline void sum_frame(const SumPlan<T>& plan,
   constexpr Choice place = {(I % SIZE)...}, stretch = {(I - I % SIZE)...};
   const int end = static_cast<int>((plan.width - 1) % SIZE);  // place of the last pixel
   const Choice behind_first = place > 0, before_last = place < end, last_pixel = stretch + end;
-  const bool one = plan.blocks == 1;
-  Vector lanes[SIZE];
 #pragma GCC unroll 8
   for (int i = 0; i < SIZE; ++i) {
     const Vector* block = sums + i;
     const Vector first = *block, last = block[(plan.blocks - 1) * SIZE];
-    Vector between = (Vector)((Choice)last & (one ? before_last & behind_first : before_last));
-    if (!one) between += (Vector)((Choice)first & behind_first);
+    Vector between = (Vector)((Choice)last & before_last) + (Vector)((Choice)first & behind_first);
     for (int64_t b = 1; b < plan.blocks - 1; ++b) between += block[b * SIZE];
     between += __builtin_shuffle(between, Vector{}, moved);
     lanes[i] = __builtin_shuffle(__builtin_shuffle(between, first, with_first),
