@@ -53,8 +53,8 @@ const MultiplySymmetric<T>* multiply_symmetric(InstructionSet set) {
 #undef KFAC_FAST_MULTIPLY
 
 template <typename T>
-using MultiplyAndStore = void (*)(const T*, int64_t, const T*, int64_t, int64_t, int64_t, int64_t,
-                                  T, T*, int64_t, bool);
+using MultiplyAndStore = void (*)(const T*, int64_t, const Panels<T>&, int64_t, int64_t, T, T*,
+                                  int64_t, bool);
 
 #define KFAC_FAST_MULTIPLY(set, rows)                                        \
   {set::multiply_and_store<T, rows, 1>, set::multiply_and_store<T, rows, 2>, \
@@ -125,17 +125,26 @@ struct SymmetricStore {
     }
   }
 
-  // Stores the products of left's rows x columns with right's, below the diagonal, without keeping
-  // their sums: best for few k. False, and nothing done, where that is not possible.
+  // Stores the products of left's rows x columns with right's without keeping their sums: best for
+  // few k. A tile on the `diagonal` is multiplied there in both triangles, a panel wide. False, and
+  // nothing done, where that is not possible.
   bool multiply(const Panels<T>& left, int64_t rows, const Panels<T>& right, int64_t columns,
-                T* matrix, int64_t row, int64_t column) const {
+                bool diagonal, T* matrix, int64_t row, int64_t column) const {
     const int64_t lanes = tile_product<T>(set).lanes, height = lanes / 2;
     // Half lines are not stored past the caches.
     if (rows % height != 0 || columns % lanes != 0 || past_caches()) return false;
+    if (diagonal && beta != 0) return false;
+    const int64_t ahead = 2 * height;  // from a product to that whose entries are asked for
     for (int64_t c = 0; c < columns; c += right.width) {
-      const int64_t vectors = std::min(right.width, columns - c) / lanes;
-      const auto multiply = multiply_symmetric<T>(set)[vectors - 1];
-      for (int64_t r = 0; r < rows; r += height) {
+      const int64_t width = std::min(right.width, columns - c);
+      if (diagonal) multiply_square(right.from(c), width, matrix + (row + c) * (edge + 1));
+      const auto multiply = multiply_symmetric<T>(set)[width / lanes - 1];
+      for (int64_t r = diagonal ? c + width : 0; r < rows; r += height) {
+        int64_t next_row = r + ahead, next_column = c;
+        if (next_row >= rows && !diagonal) next_row -= rows, next_column += right.width;
+        if (next_row < rows && next_column < columns) {
+          prefetch_tile(matrix, row + next_row, height, column + next_column, width);
+        }
         multiply(left.at(r), left.row_stride, right.at(c), right.row_stride, right.depth, alpha,
                  beta, matrix + (row + r) * edge + column + c,
                  matrix + (column + c) * edge + row + r, edge);
@@ -151,14 +160,20 @@ struct SymmetricStore {
     const int64_t height = tile_product<T>(set).rows, lanes = tile_product<T>(set).lanes;
     T* target = matrix + row * edge;
     const bool past = past_caches() && reinterpret_cast<uintptr_t>(matrix) % line == 0;
+    const int64_t full = columns / panels.width * panels.width, rest = columns - full;
     // Along the rows of one tile: the same columns of many rows may share few sets of a cache.
     for (int64_t r = 0; r < rows; r += height) {
-      for (int64_t c = 0; c < columns; c += panels.width) {
-        const int64_t width = std::min(panels.width, columns - c);
-        const auto multiply = multiply_and_store<T>(set)[(width - 1) / lanes];
-        multiply(panels.at(row + r), panels.row_stride, panels.at(c), panels.row_stride,
-                 panels.depth, std::min(height, rows - r), width, alpha, target + r * edge + c,
-                 edge, past && width % lanes == 0);
+      const T* left = panels.at(row + r);
+      const int64_t count = std::min(height, rows - r);
+      if (full > 0) {
+        const auto multiply = multiply_and_store<T>(set)[panels.width / lanes - 1];
+        multiply(left, panels.row_stride, panels, count, full, alpha, target + r * edge, edge,
+                 past);
+      }
+      if (rest > 0) {
+        const auto multiply = multiply_and_store<T>(set)[(rest - 1) / lanes];
+        multiply(left, panels.row_stride, panels.from(full), count, rest, alpha,
+                 target + r * edge + full, edge, past && rest % lanes == 0);
       }
     }
 #if defined(__x86_64__)
@@ -168,6 +183,28 @@ struct SymmetricStore {
 
  private:
   static constexpr int64_t line = 64;  // bytes
+
+  // Asks for the cache lines of a narrow tile and its mirror image. Always inlined: see prefetch.
+  __attribute__((always_inline)) void prefetch_tile(const T* matrix, int64_t row, int64_t rows,
+                                                    int64_t column, int64_t columns) const {
+    const T* target = matrix + row * edge + column;
+    const T* mirror = matrix + column * edge + row;
+    for (int64_t r = 0; r < rows; ++r) {
+      __builtin_prefetch(target + r * edge, 1);
+      __builtin_prefetch(target + r * edge + columns - 1, 1);
+    }
+    for (int64_t c = 0; c < columns; ++c) __builtin_prefetch(mirror + c * edge, 1);
+  }
+
+  // Stores the products of the columns of one panel with each other, in both triangles.
+  void multiply_square(const Panels<T>& panel, int64_t width, T* square) const {
+    const int64_t height = tile_product<T>(set).rows, lanes = tile_product<T>(set).lanes;
+    const auto multiply = multiply_and_store<T>(set)[width / lanes - 1];
+    for (int64_t r = 0; r < width; r += height) {
+      multiply(panel.at(r), panel.row_stride, panel, height, width, alpha, square + r * edge, edge,
+               false);
+    }
+  }
 
   // A matrix that no cache holds is not read into one to be written, if its rows are aligned. It
   // takes vectors as long as a line: stores of halves past the caches were slower than the reading.

@@ -111,7 +111,7 @@ KFAC_FAST_TARGET inline void multiply_in_registers(
 
 // The products of two panels, stored as they leave the registers; see SymmetricStore::multiply.
 // Each tile has half as many rows as a vector has lanes, so that transposing the halves of its
-// vectors gives the rows of the mirror image. Their lines are asked for before the long loop.
+// vectors gives the rows of the mirror image.
 template <typename T, int VECTORS>
 KFAC_FAST_TARGET void multiply_symmetric(const T* left, int64_t left_stride, const T* right,
                                          int64_t right_stride, int64_t depth, T alpha, T beta,
@@ -120,10 +120,6 @@ KFAC_FAST_TARGET void multiply_symmetric(const T* left, int64_t left_stride, con
   constexpr int LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T), ROWS = LANES / 2;
   typedef T Half
       __attribute__((vector_size(KFAC_FAST_VECTOR_BYTES / 2), aligned(alignof(T)), may_alias));
-  for (int r = 0; r < ROWS; ++r) {
-    for (int v = 0; v < VECTORS; ++v) __builtin_prefetch(target + r * edge + v * LANES, 1);
-  }
-  for (int c = 0; c < VECTORS * LANES; ++c) __builtin_prefetch(mirror + c * edge, 1);
   Vector total[VECTORS][ROWS] = {};
   multiply_in_registers<T>(left, left_stride, right, right_stride, depth, total);
 #pragma GCC unroll 3
@@ -146,30 +142,43 @@ KFAC_FAST_TARGET void multiply_symmetric(const T* left, int64_t left_stride, con
   }
 }
 
-// target[r][c] <- alpha · Σ_k left[k][r] · right[k][c] for rows x columns of a full tile, as the
-// products leave the registers; see SymmetricStore::multiply_all.
+// target[r][c] <- alpha · Σ_k left[k][r] · right[k][c] for rows x columns, as the products leave
+// the registers, of neighbouring panels as wide as these vectors; see SymmetricStore::multiply_all.
 template <typename T, int ROWS, int VECTORS>
-KFAC_FAST_TARGET void multiply_and_store(const T* left, int64_t left_stride, const T* right,
-                                         int64_t right_stride, int64_t depth, int64_t rows,
-                                         int64_t columns, T alpha, T* target, int64_t edge,
-                                         bool past_caches) {
+KFAC_FAST_TARGET void multiply_and_store(const T* left, int64_t left_stride, const Panels<T>& right,
+                                         int64_t rows, int64_t columns, T alpha, T* target,
+                                         int64_t edge, bool past_caches) {
   using Vector = typename VectorOf<T>::type;
-  constexpr int LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
-  Vector total[VECTORS][ROWS] = {};
-  multiply_in_registers<T>(left, left_stride, right, right_stride, depth, total);
+  constexpr int LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T), WIDTH = VECTORS * LANES;
+  constexpr int64_t AHEAD = 4 * WIDTH;  // from a product to that whose entries are asked for
+  const T* panel = right.data;
+  for (int64_t first = 0; first < columns; first += WIDTH, panel += right.distance) {
+    if (!past_caches) {
+      const int64_t next = first + AHEAD;
+      const T* place = target + (next < columns ? next : next - columns + ROWS * edge);
+      for (int r = 0; r < ROWS; ++r, place += edge) {
+        __builtin_prefetch(place, 1);
+        __builtin_prefetch(place + WIDTH / 2, 1);
+      }
+    }
+    Vector total[VECTORS][ROWS] = {};
+    multiply_in_registers<T>(left, left_stride, panel, right.row_stride, right.depth, total);
+    const int64_t width = columns - first;
+    T* row = target + first;
 #pragma GCC unroll 8
-  for (int r = 0; r < ROWS; ++r, target += edge) {
-    if (r == rows) break;
+    for (int r = 0; r < ROWS; ++r, row += edge) {
+      if (r == rows) break;
 #pragma GCC unroll 3
-    for (int v = 0; v < VECTORS; ++v) {
-      T* place = target + v * LANES;
-      const Vector value = total[v][r] * alpha;
-      if (past_caches) {
-        store_past_caches(place, value);
-      } else if ((v + 1) * LANES <= columns) {
-        *reinterpret_cast<Vector*>(place) = value;
-      } else {
-        for (int64_t c = v * LANES; c < columns; ++c) target[c] = value[c - v * LANES];
+      for (int v = 0; v < VECTORS; ++v) {
+        T* place = row + v * LANES;
+        const Vector value = total[v][r] * alpha;
+        if (past_caches) {
+          store_past_caches(place, value);
+        } else if ((v + 1) * LANES <= width) {
+          *reinterpret_cast<Vector*>(place) = value;
+        } else {
+          for (int64_t c = v * LANES; c < width; ++c) row[c] = value[c - v * LANES];
+        }
       }
     }
   }

@@ -265,11 +265,13 @@ class BlockGram {
 
   // Both at once; false where that is not possible.
   bool multiply_and_store(const Tile& tile, const Block<T>& block) const {
-    if (tile.on_diagonal()) return false;
+    const bool grouped = layout_.strip_columns != layout_.group_columns;
+    if (tile.on_diagonal() && (bias_ || grouped)) return false;
     const Panels<T> strip = block.strip(tile.strip);
-    const int64_t rows = layout_.rows_of(tile, tile_edge_);
-    return store_.multiply(strip.from(tile.row), rows, strip.from(tile.column), tile_edge_,
-                           out_ + tile.strip * store_.edge * store_.edge, tile.row, tile.column);
+    return store_.multiply(strip.from(tile.row), layout_.rows_of(tile, tile_edge_),
+                           strip.from(tile.column), layout_.columns_of(tile, tile_edge_),
+                           tile.on_diagonal(), out_ + tile.strip * store_.edge * store_.edge,
+                           tile.row, tile.column);
   }
 
   void store(const Tile& tile, const TileSums<T>& sums) const {
