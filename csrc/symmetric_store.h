@@ -31,7 +31,7 @@ struct TileSums {
 #include "compile_for_instruction_sets.h"
 
 template <typename T>
-using MultiplySymmetric = void (*)(const T*, int64_t, const T*, int64_t, int64_t, T, T, T*, T*,
+using MultiplySymmetric = void (*)(const Panels<T>&, int64_t, int64_t, const T*, T, T, T*, T*,
                                    int64_t);
 
 #define KFAC_FAST_MULTIPLY(set) \
@@ -134,21 +134,12 @@ struct SymmetricStore {
     // Half lines are not stored past the caches.
     if (rows % height != 0 || columns % lanes != 0 || past_caches()) return false;
     if (diagonal && beta != 0) return false;
-    const int64_t ahead = 2 * height;  // from a product to that whose entries are asked for
     for (int64_t c = 0; c < columns; c += right.width) {
       const int64_t width = std::min(right.width, columns - c);
       if (diagonal) multiply_square(right.from(c), width, matrix + (row + c) * (edge + 1));
-      const auto multiply = multiply_symmetric<T>(set)[width / lanes - 1];
-      for (int64_t r = diagonal ? c + width : 0; r < rows; r += height) {
-        int64_t next_row = r + ahead, next_column = c;
-        if (next_row >= rows && !diagonal) next_row -= rows, next_column += right.width;
-        if (next_row < rows && next_column < columns) {
-          prefetch_tile(matrix, row + next_row, height, column + next_column, width);
-        }
-        multiply(left.at(r), left.row_stride, right.at(c), right.row_stride, right.depth, alpha,
-                 beta, matrix + (row + r) * edge + column + c,
-                 matrix + (column + c) * edge + row + r, edge);
-      }
+      multiply_symmetric<T>(set)[width / lanes - 1](
+          left, diagonal ? c + width : 0, rows, right.at(c), alpha, beta,
+          matrix + row * edge + column + c, matrix + (column + c) * edge + row, edge);
     }
     return true;
   }
@@ -183,18 +174,6 @@ struct SymmetricStore {
 
  private:
   static constexpr int64_t line = 64;  // bytes
-
-  // Asks for the cache lines of a narrow tile and its mirror image. Always inlined: see prefetch.
-  __attribute__((always_inline)) void prefetch_tile(const T* matrix, int64_t row, int64_t rows,
-                                                    int64_t column, int64_t columns) const {
-    const T* target = matrix + row * edge + column;
-    const T* mirror = matrix + column * edge + row;
-    for (int64_t r = 0; r < rows; ++r) {
-      __builtin_prefetch(target + r * edge, 1);
-      __builtin_prefetch(target + r * edge + columns - 1, 1);
-    }
-    for (int64_t c = 0; c < columns; ++c) __builtin_prefetch(mirror + c * edge, 1);
-  }
 
   // Stores the products of the columns of one panel with each other, in both triangles.
   void multiply_square(const Panels<T>& panel, int64_t width, T* square) const {

@@ -109,35 +109,58 @@ KFAC_FAST_TARGET inline void multiply_in_registers(
   }
 }
 
-// The products of two panels, stored as they leave the registers; see SymmetricStore::multiply.
-// Each tile has half as many rows as a vector has lanes, so that transposing the halves of its
-// vectors gives the rows of the mirror image.
+// Asks for the cache lines of rows x columns entries and of their mirror image, both narrow.
+template <typename T>
+KFAC_FAST_TARGET inline void prefetch_tile(const T* target, const T* mirror, int64_t edge, int rows,
+                                           int columns) {
+  for (int r = 0; r < rows; ++r) {
+    __builtin_prefetch(target + r * edge, 1);
+    __builtin_prefetch(target + r * edge + columns - 1, 1);
+  }
+  for (int c = 0; c < columns; ++c) __builtin_prefetch(mirror + c * edge, 1);
+}
+
+// The products of the left columns [begin, end) with a panel of these vectors, stored as they leave
+// the registers; see SymmetricStore::multiply. Each tile has half as many rows as a vector has
+// lanes, so that transposing the halves of its vectors gives the rows of the mirror image.
 template <typename T, int VECTORS>
-KFAC_FAST_TARGET void multiply_symmetric(const T* left, int64_t left_stride, const T* right,
-                                         int64_t right_stride, int64_t depth, T alpha, T beta,
-                                         T* target, T* mirror, int64_t edge) {
+KFAC_FAST_TARGET void multiply_symmetric(const Panels<T>& left, int64_t begin, int64_t end,
+                                         const T* right, T alpha, T beta, T* target, T* mirror,
+                                         int64_t edge) {
   using Vector = typename VectorOf<T>::type;
   constexpr int LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T), ROWS = LANES / 2;
+  constexpr int64_t AHEAD = 2 * ROWS;  // from a product to that whose entries are asked for
   typedef T Half
       __attribute__((vector_size(KFAC_FAST_VECTOR_BYTES / 2), aligned(alignof(T)), may_alias));
-  Vector total[VECTORS][ROWS] = {};
-  multiply_in_registers<T>(left, left_stride, right, right_stride, depth, total);
-#pragma GCC unroll 3
-  for (int v = 0; v < VECTORS; ++v) {
-#pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r) {
-      auto& place = *reinterpret_cast<Vector*>(target + r * edge + v * LANES);
-      total[v][r] *= alpha;
-      if (beta != 0) total[v][r] += place * beta;
-      place = total[v][r];
+  for (int64_t row = begin; row < end; row += ROWS) {
+    const int64_t next = row + AHEAD;
+    if (next < end) {
+      prefetch_tile(target + next * edge, mirror + next, edge, ROWS, VECTORS * LANES);
+    } else {  // of the next panel
+      const int64_t place = begin + next - end;
+      prefetch_tile(target + place * edge + VECTORS * LANES,
+                    mirror + place + VECTORS * LANES * edge, edge, ROWS, VECTORS * LANES);
     }
-    transpose_lanes<T>(total[v]);
+    Vector total[VECTORS][ROWS] = {};
+    multiply_in_registers<T>(left.at(row), left.row_stride, right, left.row_stride, left.depth,
+                             total);
+#pragma GCC unroll 3
+    for (int v = 0; v < VECTORS; ++v) {
 #pragma GCC unroll 8
-    for (int i = 0; i < ROWS; ++i) {
-      T* row = mirror + (v * LANES + i) * edge;
-      const Half* halves = reinterpret_cast<const Half*>(&total[v][i]);
-      *reinterpret_cast<Half*>(row) = halves[0];
-      *reinterpret_cast<Half*>(row + ROWS * edge) = halves[1];
+      for (int r = 0; r < ROWS; ++r) {
+        auto& place = *reinterpret_cast<Vector*>(target + (row + r) * edge + v * LANES);
+        total[v][r] *= alpha;
+        if (beta != 0) total[v][r] += place * beta;
+        place = total[v][r];
+      }
+      transpose_lanes<T>(total[v]);
+#pragma GCC unroll 8
+      for (int i = 0; i < ROWS; ++i) {
+        T* image = mirror + (v * LANES + i) * edge + row;
+        const Half* halves = reinterpret_cast<const Half*>(&total[v][i]);
+        *reinterpret_cast<Half*>(image) = halves[0];
+        *reinterpret_cast<Half*>(image + ROWS * edge) = halves[1];
+      }
     }
   }
 }
