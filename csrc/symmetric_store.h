@@ -125,21 +125,22 @@ struct SymmetricStore {
     }
   }
 
-  // Stores the products of left's rows x columns with right's without keeping their sums: best for
-  // few k. A tile on the `diagonal` is multiplied there in both triangles, a panel wide. False, and
-  // nothing done, where that is not possible.
-  bool multiply(const Panels<T>& left, int64_t rows, const Panels<T>& right, int64_t columns,
-                bool diagonal, T* matrix, int64_t row, int64_t column) const {
+  // Stores a tile of the products of the strip's columns with each other without keeping their
+  // sums: best for few k. On the diagonal squares a panel wide are multiplied in both triangles.
+  // False, and nothing done, where that is not possible.
+  bool multiply(const Panels<T>& strip, int64_t row, int64_t rows, int64_t column, int64_t columns,
+                T* matrix) const {
     const int64_t lanes = tile_product<T>(set).lanes, height = lanes / 2;
-    // Half lines are not stored past the caches.
-    if (rows % height != 0 || columns % lanes != 0 || past_caches()) return false;
-    if (diagonal && beta != 0) return false;
-    for (int64_t c = 0; c < columns; c += right.width) {
-      const int64_t width = std::min(right.width, columns - c);
-      if (diagonal) multiply_square(right.from(c), width, matrix + (row + c) * (edge + 1));
-      multiply_symmetric<T>(set)[width / lanes - 1](
-          left, diagonal ? c + width : 0, rows, right.at(c), alpha, beta,
-          matrix + row * edge + column + c, matrix + (column + c) * edge + row, edge);
+    const bool diagonal = row == column;
+    // Half lines are not stored past the caches, and squares are stored without being read.
+    if (past_caches() || (diagonal && beta != 0)) return false;
+    if (rows % height != 0 || columns % lanes != 0) return false;
+    for (int64_t c = column; c < column + columns; c += strip.width) {
+      const int64_t width = std::min(strip.width, column + columns - c);
+      if (diagonal) multiply_square(strip.from(c), width, matrix + c * (edge + 1));
+      multiply_symmetric<T>(set)[width / lanes - 1](strip, diagonal ? c + width : row, row + rows,
+                                                    strip.at(c), alpha, beta, matrix + c,
+                                                    matrix + c * edge, edge);
     }
     return true;
   }

@@ -109,10 +109,13 @@ KFAC_FAST_TARGET inline void multiply_in_registers(
   }
 }
 
-// Asks for the cache lines of rows x columns entries and of their mirror image, both narrow.
+// Asks for the ends of some rows of a narrow tile, between which the processor brings the rest, and
+// for its mirror image. Always inlined: see SymmetricStore::prefetch.
 template <typename T>
-KFAC_FAST_TARGET inline void prefetch_tile(const T* target, const T* mirror, int64_t edge, int rows,
-                                           int columns) {
+KFAC_FAST_TARGET __attribute__((always_inline)) inline void prefetch_tile(const T* target,
+                                                                          const T* mirror,
+                                                                          int64_t edge, int rows,
+                                                                          int columns) {
   for (int r = 0; r < rows; ++r) {
     __builtin_prefetch(target + r * edge, 1);
     __builtin_prefetch(target + r * edge + columns - 1, 1);
@@ -120,11 +123,11 @@ KFAC_FAST_TARGET inline void prefetch_tile(const T* target, const T* mirror, int
   for (int c = 0; c < columns; ++c) __builtin_prefetch(mirror + c * edge, 1);
 }
 
-// The products of the left columns [begin, end) with a panel of these vectors, stored as they leave
-// the registers; see SymmetricStore::multiply. Each tile has half as many rows as a vector has
-// lanes, so that transposing the halves of its vectors gives the rows of the mirror image.
+// The products of the strip's columns [begin, end) with a panel of these vectors, stored as they
+// leave the registers; see SymmetricStore::multiply. Each tile has half as many rows as a vector
+// has lanes, so that transposing the halves of its vectors gives the rows of the mirror image.
 template <typename T, int VECTORS>
-KFAC_FAST_TARGET void multiply_symmetric(const Panels<T>& left, int64_t begin, int64_t end,
+KFAC_FAST_TARGET void multiply_symmetric(const Panels<T>& strip, int64_t begin, int64_t end,
                                          const T* right, T alpha, T beta, T* target, T* mirror,
                                          int64_t edge) {
   using Vector = typename VectorOf<T>::type;
@@ -142,7 +145,7 @@ KFAC_FAST_TARGET void multiply_symmetric(const Panels<T>& left, int64_t begin, i
                     mirror + place + VECTORS * LANES * edge, edge, ROWS, VECTORS * LANES);
     }
     Vector total[VECTORS][ROWS] = {};
-    multiply_in_registers<T>(left.at(row), left.row_stride, right, left.row_stride, left.depth,
+    multiply_in_registers<T>(strip.at(row), strip.row_stride, right, strip.row_stride, strip.depth,
                              total);
 #pragma GCC unroll 3
     for (int v = 0; v < VECTORS; ++v) {
@@ -176,7 +179,7 @@ KFAC_FAST_TARGET void multiply_and_store(const T* left, int64_t left_stride, con
   constexpr int64_t AHEAD = 4 * WIDTH;  // from a product to that whose entries are asked for
   const T* panel = right.data;
   for (int64_t first = 0; first < columns; first += WIDTH, panel += right.distance) {
-    if (!past_caches) {
+    if (!past_caches && columns > AHEAD) {
       const int64_t next = first + AHEAD;
       const T* place = target + (next < columns ? next : next - columns + ROWS * edge);
       for (int r = 0; r < ROWS; ++r, place += edge) {

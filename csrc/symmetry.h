@@ -4,7 +4,8 @@
 //   |A[i][j] - A[j][i]| <= scale[i] · scale[j],   scale[i]^2 = sqrt(eps) · (A[i][i] + damping)
 //
 // The errors that a Cholesky factorisation makes by itself are in proportion to the same roots of
-// diagonal entries (Higham 2002, theorem 10.3). What is not finite is left to the pivots.
+// diagonal entries (Demmel; Higham 2002, theorem 10.5). Differences that are not finite pass: what
+// is not finite in the lower triangle fails at its pivot.
 
 #include <algorithm>
 #include <cmath>

@@ -207,7 +207,8 @@ KFAC_FAST_TARGET void sum_rows_of_planes(const SumPlan<T>& plan, const Channels<
 
 // The cells along x of a frame (see SumPlan::is_framed) for a vector of planes, from the sums of
 // their rows by blocks. What lies between the ends is added up before the transposition, in the
-// lanes that the ends leave: then there is one, however wide the planes.
+// lanes that the ends leave: then there is one, however wide the planes. Of a single block that
+// would take as long as the few additions after it.
 template <typename T, int SIZE, int... I>
 KFAC_FAST_TARGET inline void sum_frame(const SumPlan<T>& plan,
                                        const typename VectorOf<T>::type* sums,

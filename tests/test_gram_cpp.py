@@ -77,6 +77,18 @@ def test_edges_of_panels_and_blocks(dtype: torch.dtype) -> None:
         check(torch.randn(rows, columns).to(dtype), bias=True)
 
 
+@pytest.mark.parametrize("rows", [17, 33, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_few_rows_are_stored_as_they_are_multiplied(rows: int, dtype: torch.dtype) -> None:
+    for columns in (96, 112, 144, 208, 400):
+        for groups in (1, 2):
+            x = whole_numbers(rows, groups * columns, dtype=dtype)
+            expected = oracle.gram(x, groups=groups)
+            assert torch.equal(run(x, groups=groups).double(), expected)
+            start = torch.ones_like(expected).to(dtype)
+            assert torch.equal(run(x, groups=groups, beta=1.0, out=start).double(), expected + 1)
+
+
 @pytest.mark.parametrize("columns, dtype", [(2560, torch.float32), (1792, torch.float64)])
 @pytest.mark.parametrize("rows", [8, 20])
 @pytest.mark.parametrize("alpha, beta", [(1.0, 0.0), (2.0, 1.0)])

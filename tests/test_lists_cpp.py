@@ -165,25 +165,26 @@ def test_an_entry_unlike_its_mirror_image_is_refused(
 
 
 @dtypes
-def test_what_is_symmetric_up_to_rounding_is_the_same_to_the_check_in_python(
-    dtype: torch.dtype,
-) -> None:
+def test_what_the_kernel_refuses_the_check_in_python_refuses(dtype: torch.dtype) -> None:
+    """At the bound itself, give or take some roundings."""
     eps = torch.finfo(dtype).eps
+    info = torch.empty(1, dtype=torch.int32)
     verdicts = []
-    for size in (2, 9, 40):
+    for size in (2, 5):
         for steps in range(-4, 5):
-            matrix, damping = covariance(size, dtype), torch.rand((), dtype=dtype)
-            bound = (matrix[0, 0] + damping) * (matrix[1, 1] + damping) * eps
-            matrix[0, 1] = matrix[1, 0] + bound.sqrt() * (1 + steps * eps)
-            arguments = [matrix], [damping], [poisoned(size, size, dtype=dtype)]
-            info = torch.empty(1, dtype=torch.int32)
-            verdicts.append(native.damped_inverse(*arguments, info, None))
-            if verdicts[-1]:
-                schema.check_values("damped_inverse", *arguments, info, None)
-            else:
-                with pytest.raises(ValueError, match="symmetric"):
-                    schema.check_values("damped_inverse", *arguments, info, None)
-    assert True in verdicts and False in verdicts
+            for _ in range(100):
+                matrix, damping = (
+                    torch.diag(torch.rand(size, dtype=dtype)),
+                    torch.rand(()).to(dtype),
+                )
+                d = matrix.diagonal() + damping
+                matrix[0, 1] = (d[0] * d[1] * eps).sqrt() * (1 + steps * eps)
+                arguments = [matrix], [damping], [poisoned(size, size, dtype=dtype)]
+                verdicts.append(native.damped_inverse(*arguments, info, None))
+                if not verdicts[-1]:
+                    with pytest.raises(ValueError, match="symmetric"):
+                        schema.check_values("damped_inverse", *arguments, info, None)
+    assert 0.2 < sum(verdicts) / len(verdicts) < 0.8
 
 
 @damped

@@ -267,11 +267,9 @@ class BlockGram {
   bool multiply_and_store(const Tile& tile, const Block<T>& block) const {
     const bool grouped = layout_.strip_columns != layout_.group_columns;
     if (tile.on_diagonal() && (bias_ || grouped)) return false;
-    const Panels<T> strip = block.strip(tile.strip);
-    return store_.multiply(strip.from(tile.row), layout_.rows_of(tile, tile_edge_),
-                           strip.from(tile.column), layout_.columns_of(tile, tile_edge_),
-                           tile.on_diagonal(), out_ + tile.strip * store_.edge * store_.edge,
-                           tile.row, tile.column);
+    return store_.multiply(block.strip(tile.strip), tile.row, layout_.rows_of(tile, tile_edge_),
+                           tile.column, layout_.columns_of(tile, tile_edge_),
+                           out_ + tile.strip * store_.edge * store_.edge);
   }
 
   void store(const Tile& tile, const TileSums<T>& sums) const {

@@ -63,7 +63,7 @@ bool are_symmetric(const std::vector<Matrix<T>>& matrices) {
   const Symmetry<T> symmetry(instruction_set_in_use());
   std::vector<T> scales;
   std::vector<Strip> strips;
-  double work = 0;  // the memory takes about as long as ten multiply-adds of a number
+  double work = 0;  // reading an entry takes as long as ten multiply-adds
   for (const Matrix<T>& m : matrices) {
     const size_t begin = scales.size();
     scales.resize(begin + symmetry.scales_size(m.size));

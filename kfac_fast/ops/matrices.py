@@ -114,7 +114,8 @@ def damped_inverse(
         matrices: Matrices ``[n, n]`` or stacked batches ``[*, n, n]`` of any mix of sizes, all
             float32 or all float64. Results are of the lower triangles. On a CPU the upper ones are
             checked: each entry must be as its mirror image, to within ``sqrt(eps * d_i * d_j)``
-            of the dtype's ``eps`` and the damped diagonal ``d``. On a GPU the host would wait.
+            of the dtype's ``eps`` and the damped diagonal ``d``, unless their difference is not
+            finite. On a GPU the host would wait.
         damping: One positive number or scalar tensor for all, or a sequence with one for each entry
             of ``matrices``; an entry for a stacked batch may be a tensor of its batch shape. The
             values of tensors, which may be 0, are not checked.
