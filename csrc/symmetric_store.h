@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "gram_layout.h"
 #include "instruction_set.h"
 #include "tile_product.h"
 
@@ -53,8 +54,8 @@ const MultiplySymmetric<T>* multiply_symmetric(InstructionSet set) {
 #undef KFAC_FAST_MULTIPLY
 
 template <typename T>
-using MultiplyAndStore = void (*)(const T*, int64_t, const Panels<T>&, int64_t, int64_t, T, T*,
-                                  int64_t, bool);
+using MultiplyAndStore = void (*)(const T*, const Panels<T>&, int64_t, int64_t, T, T*, int64_t,
+                                  bool);
 
 #define KFAC_FAST_MULTIPLY(set, rows)                                        \
   {set::multiply_and_store<T, rows, 1>, set::multiply_and_store<T, rows, 2>, \
@@ -157,15 +158,11 @@ struct SymmetricStore {
     for (int64_t r = 0; r < rows; r += height) {
       const T* left = panels.at(row + r);
       const int64_t count = std::min(height, rows - r);
-      if (full > 0) {
-        const auto multiply = multiply_and_store<T>(set)[panels.width / lanes - 1];
-        multiply(left, panels.row_stride, panels, count, full, alpha, target + r * edge, edge,
-                 past);
-      }
+      T* place = target + r * edge;
+      if (full > 0) multiply_rows(left, panels, count, full, place, past);
       if (rest > 0) {
-        const auto multiply = multiply_and_store<T>(set)[(rest - 1) / lanes];
-        multiply(left, panels.row_stride, panels.from(full), count, rest, alpha,
-                 target + r * edge + full, edge, past && rest % lanes == 0);
+        multiply_rows(left, panels.from(full), count, rest, place + full,
+                      past && rest % lanes == 0);
       }
     }
 #if defined(__x86_64__)
@@ -178,12 +175,17 @@ struct SymmetricStore {
 
   // Stores the products of the columns of one panel with each other, in both triangles.
   void multiply_square(const Panels<T>& panel, int64_t width, T* square) const {
-    const int64_t height = tile_product<T>(set).rows, lanes = tile_product<T>(set).lanes;
-    const auto multiply = multiply_and_store<T>(set)[width / lanes - 1];
+    const int64_t height = tile_product<T>(set).rows;
     for (int64_t r = 0; r < width; r += height) {
-      multiply(panel.at(r), panel.row_stride, panel, height, width, alpha, square + r * edge, edge,
-               false);
+      multiply_rows(panel.at(r), panel, height, width, square + r * edge, false);
     }
+  }
+
+  // Stores the products of a tile's rows with whole panels, or with part of one.
+  void multiply_rows(const T* left, const Panels<T>& right, int64_t rows, int64_t columns,
+                     T* target, bool past) const {
+    const int64_t vectors = divide_up(std::min(columns, right.width), tile_product<T>(set).lanes);
+    multiply_and_store<T>(set)[vectors - 1](left, right, rows, columns, alpha, target, edge, past);
   }
 
   // A matrix that no cache holds is not read into one to be written, if its rows are aligned. It

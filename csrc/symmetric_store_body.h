@@ -92,12 +92,12 @@ KFAC_FAST_TARGET void store_symmetric(const TileSums<T>& sums, int64_t rows, int
 // total[v][r] = Σ_k left[k][r] · the v-th vector of right[k]
 template <typename T, int VECTORS, int ROWS>
 KFAC_FAST_TARGET inline void multiply_in_registers(
-    const T* left, int64_t left_stride, const T* right, int64_t right_stride, int64_t depth,
+    const T* left, const T* right, int64_t stride, int64_t depth,
     typename VectorOf<T>::type (&total)[VECTORS][ROWS]) {
   using Vector = typename VectorOf<T>::type;
   constexpr int LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
 #pragma GCC unroll 4
-  for (int64_t k = 0; k < depth; ++k, left += left_stride, right += right_stride) {
+  for (int64_t k = 0; k < depth; ++k, left += stride, right += stride) {
     Vector columns[VECTORS];
 #pragma GCC unroll 3
     for (int v = 0; v < VECTORS; ++v) columns[v] = load_vector<T, T>(right + v * LANES);
@@ -145,8 +145,7 @@ KFAC_FAST_TARGET void multiply_symmetric(const Panels<T>& strip, int64_t begin, 
                     mirror + place + VECTORS * LANES * edge, edge, ROWS, VECTORS * LANES);
     }
     Vector total[VECTORS][ROWS] = {};
-    multiply_in_registers<T>(strip.at(row), strip.row_stride, right, strip.row_stride, strip.depth,
-                             total);
+    multiply_in_registers<T>(strip.at(row), right, strip.row_stride, strip.depth, total);
 #pragma GCC unroll 3
     for (int v = 0; v < VECTORS; ++v) {
 #pragma GCC unroll 8
@@ -171,9 +170,9 @@ KFAC_FAST_TARGET void multiply_symmetric(const Panels<T>& strip, int64_t begin, 
 // target[r][c] <- alpha · Σ_k left[k][r] · right[k][c] for rows x columns, as the products leave
 // the registers, of neighbouring panels as wide as these vectors; see SymmetricStore::multiply_all.
 template <typename T, int ROWS, int VECTORS>
-KFAC_FAST_TARGET void multiply_and_store(const T* left, int64_t left_stride, const Panels<T>& right,
-                                         int64_t rows, int64_t columns, T alpha, T* target,
-                                         int64_t edge, bool past_caches) {
+KFAC_FAST_TARGET void multiply_and_store(const T* left, const Panels<T>& right, int64_t rows,
+                                         int64_t columns, T alpha, T* target, int64_t edge,
+                                         bool past_caches) {
   using Vector = typename VectorOf<T>::type;
   constexpr int LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T), WIDTH = VECTORS * LANES;
   constexpr int64_t AHEAD = 4 * WIDTH;  // from a product to that whose entries are asked for
@@ -188,7 +187,7 @@ KFAC_FAST_TARGET void multiply_and_store(const T* left, int64_t left_stride, con
       }
     }
     Vector total[VECTORS][ROWS] = {};
-    multiply_in_registers<T>(left, left_stride, panel, right.row_stride, right.depth, total);
+    multiply_in_registers<T>(left, panel, right.row_stride, right.depth, total);
     const int64_t width = columns - first;
     T* row = target + first;
 #pragma GCC unroll 8

@@ -14,6 +14,7 @@
 
 #include "gram_layout.h"
 #include "instruction_set.h"
+#include "strided.h"
 #include "tile_product.h"
 
 namespace kfac_fast {
@@ -45,36 +46,34 @@ class Symmetry {
 
   int64_t scales_size(int64_t size) const { return round_up(size, lanes_); }
 
-  void find_scales(const T* a, int64_t row_stride, int64_t column_stride, int64_t size, T damping,
-                   T* scales) const {
+  void find_scales(const Strided<T>& a, int64_t size, T damping, T* scales) const {
     const T relative = std::sqrt(std::numeric_limits<T>::epsilon());
     for (int64_t i = 0; i < size; ++i) {
-      scales[i] = std::sqrt((a[i * (row_stride + column_stride)] + damping) * relative);
+      scales[i] = std::sqrt((*a.from(i, i).data + damping) * relative);
     }
     std::fill(scales + size, scales + scales_size(size), T{0});
   }
 
   // Whether `strip` rows from `top` on are, up to the diagonal, as their mirror images.
-  bool holds(const T* a, int64_t row_stride, int64_t column_stride, int64_t size, int64_t top,
-             const T* scales) const {
-    if (column_stride != 1) std::swap(row_stride, column_stride);  // the same of the mirror image
+  bool holds(Strided<T> a, int64_t size, int64_t top, const T* scales) const {
+    if (a.column_stride != 1) a = a.transposed();  // of which the same holds
     const int64_t bottom = std::min(top + strip, size);
     for (int64_t left = 0; left < bottom; left += strip) {
       for (int64_t r = top; r < bottom; r += lanes_) {
         const int64_t end = std::min(left + strip, r + 1);
         for (int64_t c = left; c < end; c += lanes_) {
-          const T* square = a + r * row_stride + c * column_stride;
-          const T* mirrored = a + c * row_stride + r * column_stride;
+          const Strided<T> square = a.from(r, c), mirrored = a.from(c, r);
           bool differs;
-          if (column_stride == 1 && r + lanes_ <= size) {
-            differs = differs_(square, row_stride, mirrored, row_stride, scales + r, scales + c);
+          if (a.column_stride == 1 && r + lanes_ <= size) {
+            differs = differs_(square.data, a.row_stride, mirrored.data, a.row_stride, scales + r,
+                               scales + c);
           } else {
             const int64_t rows = std::min(lanes_, size - r), columns = std::min(lanes_, size - c);
             T copies[2][max_lanes * max_lanes] = {};
             for (int64_t i = 0; i < rows; ++i) {
               for (int64_t j = 0; j < columns; ++j) {
-                copies[0][i * lanes_ + j] = square[i * row_stride + j * column_stride];
-                copies[1][j * lanes_ + i] = mirrored[j * row_stride + i * column_stride];
+                copies[0][i * lanes_ + j] = *square.from(i, j).data;
+                copies[1][j * lanes_ + i] = *mirrored.from(j, i).data;
               }
             }
             differs = differs_(copies[0], lanes_, copies[1], lanes_, scales + r, scales + c);

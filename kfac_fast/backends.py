@@ -425,7 +425,7 @@ def _device_type(first: torch.Tensor | list[torch.Tensor]) -> str:
 def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     """Say which implementation would serve a call, and why each one before it would not.
 
-    Nothing is computed: ``explain("gram", x, bias=True)`` checks the arguments and reads the table.
+    No result is formed: ``explain("gram", x, bias=True)`` checks the arguments and reads the table.
 
     Args:
         op: Name of a function of :mod:`kfac_fast.ops`, or the function.

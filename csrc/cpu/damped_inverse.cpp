@@ -9,6 +9,7 @@
 #include "list_loop.h"
 #include "operators.h"
 #include "parallel.h"
+#include "strided.h"
 #include "symmetric_store.h"
 #include "symmetry.h"
 #include "tensor_lists.h"
@@ -18,8 +19,8 @@ namespace {
 
 template <typename T>
 struct Matrix {
-  const T* data;
-  int64_t size, row_stride, column_stride;
+  Strided<T> entries;
+  int64_t size;
   T damping;
   T* out;
   int32_t* info;
@@ -45,9 +46,13 @@ std::vector<Matrix<T>> matrices_of(const std::vector<Tensor>& matrices,
     T* result = static_cast<T*>(out[i].mutable_data_ptr());
     for (int64_t n = 0; n < count; ++n) {
       const auto entry = static_cast<int64_t>(all.size());
-      all.push_back({entry_of<T>(x, batch_dims, n), size, x.stride(batch_dims),
-                     x.stride(batch_dims + 1), *entry_of<T>(shift, shift.dim(), n),
-                     result + n * size * size, infos + entry, logdets ? logdets + entry : nullptr});
+      all.push_back(
+          {{entry_of<T>(x, batch_dims, n), x.stride(batch_dims), x.stride(batch_dims + 1)},
+           size,
+           *entry_of<T>(shift, shift.dim(), n),
+           result + n * size * size,
+           infos + entry,
+           logdets ? logdets + entry : nullptr});
     }
   }
   return all;
@@ -67,7 +72,7 @@ bool are_symmetric(const std::vector<Matrix<T>>& matrices) {
   for (const Matrix<T>& m : matrices) {
     const size_t begin = scales.size();
     scales.resize(begin + symmetry.scales_size(m.size));
-    symmetry.find_scales(m.data, m.row_stride, m.column_stride, m.size, m.damping, &scales[begin]);
+    symmetry.find_scales(m.entries, m.size, m.damping, &scales[begin]);
     for (int64_t top = 0; top < m.size; top += Symmetry<T>::strip) {
       strips.push_back({m, top, begin});
     }
@@ -77,10 +82,7 @@ bool are_symmetric(const std::vector<Matrix<T>>& matrices) {
   std::atomic<bool> all{true};
   for_each_independent_task(count, worker_count(count, work), [&](int64_t i, int64_t) {
     const auto& [m, top, begin] = strips[i];
-    if (all &&
-        !symmetry.holds(m.data, m.row_stride, m.column_stride, m.size, top, &scales[begin])) {
-      all = false;
-    }
+    if (all && !symmetry.holds(m.entries, m.size, top, &scales[begin])) all = false;
   });
   return all;
 }
@@ -143,11 +145,12 @@ class DampedSweep {
     for (int64_t r = 0; r < size_; ++r, a += stride_) {
       const int64_t end = round_up(r + 1, lanes_);
       const int64_t columns = r < m.size ? std::min(end, m.size) : 0;
-      const T* row = m.data + r * m.row_stride;
-      if (m.column_stride == 1) {
+      const T* row = m.entries.from(r, 0).data;
+      if (m.entries.column_stride == 1) {
         for (int64_t c = 0; c < columns; ++c) a[c] = -row[c];
       } else {
-        for (int64_t c = 0; c <= std::min(r, columns - 1); ++c) a[c] = -row[c * m.column_stride];
+        for (int64_t c = 0; c <= std::min(r, columns - 1); ++c)
+          a[c] = -row[c * m.entries.column_stride];
       }
       std::fill(a + columns, a + end, T{0});
       a[r] = r < m.size ? a[r] - m.damping : T{-1};
