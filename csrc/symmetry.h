@@ -23,9 +23,8 @@ namespace kfac_fast {
 #include "compile_for_instruction_sets.h"
 
 template <typename T>
-using SquareDiffers = bool (*)(const T* square, int64_t stride, const T* mirrored,
-                               int64_t mirrored_stride, const T* row_scales,
-                               const T* column_scales);
+using SquareDiffers = bool (*)(const T* square, const T* mirrored, int64_t stride,
+                               const T* row_scales, const T* column_scales);
 
 template <typename T>
 SquareDiffers<T> square_differs(InstructionSet set) {
@@ -62,23 +61,7 @@ class Symmetry {
       for (int64_t r = top; r < bottom; r += lanes_) {
         const int64_t end = std::min(left + strip, r + 1);
         for (int64_t c = left; c < end; c += lanes_) {
-          const Strided<T> square = a.from(r, c), mirrored = a.from(c, r);
-          bool differs;
-          if (a.column_stride == 1 && r + lanes_ <= size) {
-            differs = differs_(square.data, a.row_stride, mirrored.data, a.row_stride, scales + r,
-                               scales + c);
-          } else {
-            const int64_t rows = std::min(lanes_, size - r), columns = std::min(lanes_, size - c);
-            T copies[2][max_lanes * max_lanes] = {};
-            for (int64_t i = 0; i < rows; ++i) {
-              for (int64_t j = 0; j < columns; ++j) {
-                copies[0][i * lanes_ + j] = *square.from(i, j).data;
-                copies[1][j * lanes_ + i] = *mirrored.from(j, i).data;
-              }
-            }
-            differs = differs_(copies[0], lanes_, copies[1], lanes_, scales + r, scales + c);
-          }
-          if (differs) return false;
+          if (differ(a, size, r, c, scales)) return false;
         }
       }
     }
@@ -86,6 +69,24 @@ class Symmetry {
   }
 
  private:
+  // Whether the squares at [r][c] and [c][r] do; what reaches beyond the matrix, or lies apart, is
+  // copied.
+  bool differ(const Strided<T>& a, int64_t size, int64_t r, int64_t c, const T* scales) const {
+    const Strided<T> square = a.from(r, c), mirrored = a.from(c, r);
+    if (a.column_stride == 1 && r + lanes_ <= size) {
+      return differs_(square.data, mirrored.data, a.row_stride, scales + r, scales + c);
+    }
+    const int64_t rows = std::min(lanes_, size - r), columns = std::min(lanes_, size - c);
+    T copies[2][max_lanes * max_lanes] = {};
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < columns; ++j) {
+        copies[0][i * lanes_ + j] = *square.from(i, j).data;
+        copies[1][j * lanes_ + i] = *mirrored.from(j, i).data;
+      }
+    }
+    return differs_(copies[0], copies[1], lanes_, scales + r, scales + c);
+  }
+
   static constexpr int64_t max_lanes = 64 / sizeof(T);
 
   const int64_t lanes_;

@@ -4,9 +4,8 @@
 // Whether any entry [r][c] of a square, a vector wide, is further from [c][r] of the mirrored one
 // than the product of their scales.
 template <typename T>
-KFAC_FAST_TARGET bool square_differs(const T* square, int64_t stride, const T* mirrored,
-                                     int64_t mirrored_stride, const T* row_scales,
-                                     const T* column_scales) {
+KFAC_FAST_TARGET bool square_differs(const T* square, const T* mirrored, int64_t stride,
+                                     const T* row_scales, const T* column_scales) {
   using Vector = typename VectorOf<T>::type;
   using Mask = typename VectorOf<std::conditional_t<sizeof(T) == 4, int32_t, int64_t>>::type;
   constexpr int LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
@@ -14,7 +13,7 @@ KFAC_FAST_TARGET bool square_differs(const T* square, int64_t stride, const T* m
   const Vector columns = load_vector<T, T>(column_scales);
   Vector turned[LANES];
 #pragma GCC unroll 16
-  for (int i = 0; i < LANES; ++i) turned[i] = load_vector<T, T>(mirrored + i * mirrored_stride);
+  for (int i = 0; i < LANES; ++i) turned[i] = load_vector<T, T>(mirrored + i * stride);
   transpose_lanes<T>(turned);
   Mask differ{};
 #pragma GCC unroll 16
