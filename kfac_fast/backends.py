@@ -43,8 +43,9 @@ class Implementation:
         refuses: Takes the dispatcher arguments; a sentence why it cannot serve them, or None. None
             if it serves all.
         way: Takes the dispatcher arguments; names the algorithm. None if there is only one.
-        quick: As ``run``, but checks its arguments itself: where it refuses them it returns False
-            and has written nothing. None if only ``run`` is there.
+        quick: As ``run``, but checks its arguments itself: None if it refuses them and has written
+            nothing; else the result of an operator that accumulates, which it makes where it is
+            given None, and True of one on lists. None if only ``run`` is there.
     """
 
     name: str
@@ -52,7 +53,7 @@ class Implementation:
     missing: str | None = None
     refuses: Callable[..., str | None] | None = None
     way: Callable[..., str] | None = None
-    quick: Callable[..., bool] | None = None
+    quick: Callable[..., Any] | None = None
 
     def reason_against(self, *args: Any) -> str | None:
         """A sentence why it does not serve these dispatcher arguments, or None."""
@@ -75,11 +76,11 @@ def _reference(op: str) -> Implementation:
 NOT_BUILT = "the C++ extension is not built: run `pip install --no-build-isolation .`"
 
 
-def _checked(op: str, quick: Callable[..., bool]) -> Callable[..., None]:
+def _checked(op: str, quick: Callable[..., Any]) -> Callable[..., None]:
     """A kernel that checks its arguments, for arguments that have passed the check."""
 
     def run(*args: Any) -> None:
-        if not quick(*map(_plain, args)):
+        if quick(*map(_plain, args)) is None:
             raise RuntimeError(f"{op}: the kernel refuses arguments that have passed the check")
 
     return run
@@ -98,7 +99,7 @@ def _cpp(op: str) -> Implementation:
     """The compiled extension's kernel for the CPU."""
     way = _way if op == "conv_expand_gram" else None
     if not EXTENSION_BUILT:
-        return Implementation("cpp", _checked(op, lambda *args: False), NOT_BUILT)
+        return Implementation("cpp", _checked(op, lambda *args: None), NOT_BUILT)
     conv = op.startswith("conv_")
     quick = native.ConvCalls(op, _conv_kernel) if conv else getattr(native, op)
     return Implementation("cpp", _checked(op, quick), way=way, quick=quick)
@@ -136,16 +137,16 @@ def _cuda_list(op: str) -> Implementation:
     cuda = _cuda(op)
     native_op: Callable[..., bool] = getattr(torch.ops.kfac_fast_native, op).default
 
-    def quick(*args: Any) -> bool:
+    def quick(*args: Any) -> bool | None:
         # Not known there: which tensors require gradients, and those that other kernels are for.
         if True in map(_requires_grad, _written(op, args)):
-            return False
+            return None
         if not all(all(map(_is_cuda, value)) for value in args if type(value) is list):
-            return False
-        done: bool = native_op(*args)
-        if done:
-            _increment_versions(op, args)
-        return done
+            return None
+        if not native_op(*args):
+            return None
+        _increment_versions(op, args)
+        return True
 
     return replace(cuda, run=_checked(op, quick), quick=quick)
 
@@ -433,7 +434,7 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> str:
         **kwargs: Its keyword arguments.
 
     Returns:
-        One line for each implementation considered.
+        A line for each implementation considered.
 
     Raises:
         ValueError: If ``op`` names no public operator.
@@ -498,7 +499,7 @@ def _route(op: str, *args: Any) -> None:
     if _explanation.get() is None:
         row = _candidates(op, _device_type(args[0]))
         first = next((each for each in row if each.reason_against(*args) is None), None)
-        if first is not None and first.quick and first.quick(*args):
+        if first is not None and first.quick and first.quick(*args) is not None:
             return
     schema.check(op, *args)
     schema.check_values(op, *args)
@@ -509,20 +510,19 @@ for _op in schema.OPERATORS:
     schema.LIBRARY.impl(_op, partial(_route, _op), "CompositeExplicitAutograd")
 
 
-def quick(op: str, *args: Any) -> bool:
+def quick(op: str, *args: Any) -> Any:
     """Run an operator by the compiled kernel for the CPU, if the call is plain.
 
-    The kernel checks the arguments: between it and the caller there are no more than these lines,
-    for each line of Python that has left the processor's caches costs as much as a small kernel's
-    loop.
+    The kernel checks the arguments, for each line of Python between it and the caller that has left
+    the processor's caches costs as much as a small kernel's loop.
 
     Args:
         op: Name of the operator.
         *args: Its dispatcher arguments; those of a geometry may be as in :mod:`kfac_fast.ops`.
 
     Returns:
-        False if nothing was done, because something listens at the dispatcher, another
-        implementation is asked for, a tensor is elsewhere, or an argument is refused.
+        As :attr:`Implementation.quick`; None, too, if something listens at the dispatcher or
+        another implementation is asked for.
 
     Raises:
         ValueError: If a geometry is refused.
@@ -530,7 +530,7 @@ def quick(op: str, *args: Any) -> bool:
     """
     kernel = TABLE[op, "cpu"][0].quick
     if kernel is None or _listened() or _forced.get() or _explanation.get() is not None:
-        return False
+        return None
     return kernel(*args)
 
 

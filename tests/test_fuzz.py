@@ -218,7 +218,7 @@ def run_kernel(
     geometry = ConvGeometry.normalize("test", x.dim() - 2, **options)
     size = tuple(x.shape[2:])
     plan = conv_kernels.plan(kernel, geometry, size).tolist()
-    assert native.ConvKernel(kernel, plan, size, geometry.groups)(x, bias, alpha, beta, out)
+    assert native.ConvKernel(kernel, plan, size, geometry.groups)(x, bias, alpha, beta, out) is out
     return out
 
 

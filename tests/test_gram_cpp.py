@@ -52,7 +52,7 @@ def run(
     if out is None:
         shape = result_shape("gram", x, mask, groups, bias)
         out = poisoned(*shape, dtype=result_dtype(x.dtype))
-    assert native.gram(x, mask, groups, bias, alpha, beta, out)
+    assert native.gram(x, mask, groups, bias, alpha, beta, out) is out
     return out
 
 
@@ -217,5 +217,5 @@ def test_reads_nothing_beyond_the_end(dtype: torch.dtype, columns: int) -> None:
 def test_refuses_an_out_of_another_size_or_dtype() -> None:
     x = torch.ones(3, 4)
     for out in (torch.zeros(3, 3), torch.zeros(4, 4).double(), torch.zeros(4, 8)[:, ::2]):
-        assert native.gram(x, None, 1, False, 1.0, 0.0, out) is False
+        assert native.gram(x, None, 1, False, 1.0, 0.0, out) is None
         assert not out.any()

@@ -180,7 +180,7 @@ def test_what_the_kernel_refuses_the_check_in_python_refuses(dtype: torch.dtype)
                 d = matrix.diagonal() + damping
                 matrix[0, 1] = (d[0] * d[1] * eps).sqrt() * (1 + steps * eps)
                 arguments = [matrix], [damping], [poisoned(size, size, dtype=dtype)]
-                verdicts.append(native.damped_inverse(*arguments, info, None))
+                verdicts.append(native.damped_inverse(*arguments, info, None) is True)
                 if not verdicts[-1]:
                     with pytest.raises(ValueError, match="symmetric"):
                         schema.check_values("damped_inverse", *arguments, info, None)
@@ -331,17 +331,17 @@ def test_refused_lists_are_not_touched() -> None:
         ([matrix], scalar, [out], torch.empty(2, dtype=torch.int32)),
     ]
     for arguments in refused:
-        assert native.damped_inverse(*arguments, None) is False
-        assert native.damped_cholesky(*arguments, None) is False
+        assert native.damped_inverse(*arguments, None) is None
+        assert native.damped_cholesky(*arguments, None) is None
     inner = torch.zeros(())
     for sides in (([matrix[:3]], [matrix]), ([matrix], [matrix[None]]), ([matrix], [out])):
-        assert native.precondition([matrix], *sides, [out], inner) is False
-        assert native.cholesky_precondition([matrix], *sides, [out], inner) is False
-    assert native.precondition([matrix], [matrix], [matrix], [out], inner[None]) is False
-    assert native.precondition([matrix], [matrix], [matrix], [out], matrix[0, 0]) is False
+        assert native.precondition([matrix], *sides, [out], inner) is None
+        assert native.cholesky_precondition([matrix], *sides, [out], inner) is None
+    assert native.precondition([matrix], [matrix], [matrix], [out], inner[None]) is None
+    assert native.precondition([matrix], [matrix], [matrix], [out], matrix[0, 0]) is None
     memory = poisoned(16)
     shared = ([matrix], scalar, [memory.view(4, 4)], info, memory[:1])
-    assert native.damped_inverse(*shared) is False
+    assert native.damped_inverse(*shared) is None
     assert out.isnan().all() and memory.isnan().all()
     with pytest.raises(ValueError, match="apart from all other memory"):
         torch.ops.kfac_fast.damped_inverse(*shared)

@@ -65,10 +65,10 @@ def test_a_geometry_is_planned_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = native.ConvCalls("conv_window_sum", plan)
     x, out = torch.randn(2, 4, 5, 6), torch.empty(2, 36)
     for _ in range(3):
-        assert calls(x, *GEOMETRY, False, 1.0, 0.0, out)
+        assert calls(x, *GEOMETRY, False, 1.0, 0.0, out) is out
     assert planned == [("conv_window_sum", (2, 4, 5, 6), 4, *GEOMETRY)]
-    assert calls(x.double(), *GEOMETRY, False, 1.0, 0.0, out.double())
-    assert calls(x, (3, 3), *GEOMETRY[1:], False, 1.0, 0.0, out)
+    assert calls(x.double(), *GEOMETRY, False, 1.0, 0.0, None).dtype == torch.float64
+    assert calls(x, (3, 3), *GEOMETRY[1:], False, 1.0, 0.0, out) is out
     assert [args[1:4] for args in planned[1:]] == [((2, 4, 5, 6), 8, 3), ((2, 4, 5, 6), 4, (3, 3))]
 
 
@@ -116,9 +116,25 @@ STRANGE: dict[str, Callable[[], Tensor]] = {
 @pytest.mark.parametrize("strange", STRANGE.values(), ids=STRANGE)
 def test_other_tensors_do_not_go_the_quick_way(strange: Callable[[], Tensor]) -> None:
     x, out = strange(), poisoned(4, 4)
-    assert native.gram(x, None, 1, False, 1.0, 0.0, out) is False
-    assert native.damped_inverse([x], [torch.tensor(0.1)], [out], torch.empty(1), None) is False
+    assert native.gram(x, None, 1, False, 1.0, 0.0, out) is None
+    assert native.damped_inverse([x], [torch.tensor(0.1)], [out], torch.empty(1), None) is None
     assert out.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_a_result_that_nobody_gave_is_new(dtype: torch.dtype) -> None:
+    x = torch.arange(20.0).view(5, 4).to(dtype).requires_grad_()
+    for groups, bias, shape in ((1, False, (4, 4)), (2, True, (2, 3, 3)), (1, True, (5, 5))):
+        made = native.gram(x, None, groups, bias, 1.0, 0.0, None)
+        assert type(made) is Tensor and made.is_contiguous() and not made.requires_grad
+        assert made.dtype == schema.result_dtype(dtype) and made.shape == shape
+        assert torch.equal(made, ops.gram(x, groups=groups, bias=bias, out=torch.empty_like(made)))
+    assert native.gram(x, None, 1, False, 1.0, 0.5, None) is None
+    assert native.gram(x, None, 3, False, 1.0, 0.0, None) is None
+    with pytest.raises(ValueError, match=r"^gram: beta must be 0 without out, got 0.5"):
+        ops.gram(x, beta=0.5)
+    with torch.inference_mode():
+        assert ops.gram(x).is_inference()
 
 
 def test_lazy_tensors_have_their_values() -> None:
@@ -172,7 +188,7 @@ def test_what_the_check_refuses_the_kernel_refuses(changed: dict[str, Any]) -> N
     with pytest.raises((ValueError, TypeError)):
         schema.check("gram", *arguments)
     before = bits(arguments[-1].detach()).clone()
-    assert native.gram(*arguments) is False
+    assert native.gram(*arguments) is None
     assert torch.equal(bits(arguments[-1].detach()), before)
 
 
@@ -192,7 +208,7 @@ def test_what_shared_gram_refuses(inputs: tuple[Any, ...]) -> None:
     out = poisoned(4, 4)
     with pytest.raises((ValueError, TypeError)):
         schema.check("shared_gram", *inputs, 1, False, 1.0, 0.0, out)
-    assert native.shared_gram(*inputs, 1, False, 1.0, 0.0, out) is False
+    assert native.shared_gram(*inputs, 1, False, 1.0, 0.0, out) is None
     assert out.isnan().all()
 
 
@@ -202,9 +218,9 @@ def test_a_kernel_takes_only_its_plans_images(kernel: str) -> None:
     run = native.ConvKernel(kernel, plan, (5, 6), 1)
     out = poisoned(36, 36)
     for shape in ((2, 4, 6, 5), (2, 4, 5, 7), (2, 4, 5), (2, 4, 1, 5, 6), (2, 3, 5, 6)):
-        assert run(torch.ones(shape), False, 1.0, 0.0, out) is False
+        assert run(torch.ones(shape), False, 1.0, 0.0, out) is None
     assert out.isnan().all()
-    assert run(torch.ones(2, 4, 5, 6), False, 1.0, 0.0, out) and out.isfinite().all()
+    assert run(torch.ones(2, 4, 5, 6), False, 1.0, 0.0, out) is out and out.isfinite().all()
 
 
 class MadeOnAccess(Sequence):
@@ -249,9 +265,9 @@ def test_autograd_sees_what_was_written() -> None:
 def test_refused_calls_leave_the_version() -> None:
     out = torch.zeros(3, 3)
     before = out._version
-    assert native.gram(torch.ones(5, 4), None, 1, False, 1.0, 0.0, out) is False
+    assert native.gram(torch.ones(5, 4), None, 1, False, 1.0, 0.0, out) is None
     assert out._version == before
-    assert native.gram(torch.ones(5, 3), None, 1, False, 1.0, 0.0, out)
+    assert native.gram(torch.ones(5, 3), None, 1, False, 1.0, 0.0, out) is out
     assert out._version > before
 
 

@@ -230,21 +230,21 @@ class ChannelNorm {
 
 bool channel_norm_gram(const Tensor& x, const Tensor& gradient, const std::optional<Tensor>& mean,
                        const std::optional<Tensor>& variance, int64_t num_groups, double eps,
-                       bool bias, double alpha, double beta, const Tensor& out) {
+                       bool bias, double alpha, double beta, Result& out) {
   if (!norm_inputs_pass(x, gradient, eps)) return false;
   if (num_groups != -1 && (num_groups < 1 || x.size(1) % num_groups != 0)) return false;
   if (mean.has_value() != variance.has_value() || (mean && num_groups != -1)) return false;
   for (const auto* given : {&mean, &variance}) {
     if (*given && !is_vector(**given, x.size(1))) return false;
   }
-  if (!memory_passes({&x, &gradient}, {&mean, &variance}, out) ||
-      !has_sizes(out, {x.size(1), 1 + bias, 1 + bias})) {
+  if (!result_passes(x, out, {x.size(1), 1 + bias, 1 + bias}) ||
+      !memory_passes({&x, &gradient}, {&mean, &variance}, out)) {
     return false;
   }
   const Arguments a{x, gradient, mean, variance, num_groups, eps, bias};
   for_dtype(x, [&]<typename In, typename T>() {
     const SymmetricStore<T> store{static_cast<T>(alpha), static_cast<T>(beta), 1 + bias};
-    ChannelNorm<T>(a, store, static_cast<T*>(out.mutable_data_ptr())).template run<In>();
+    ChannelNorm<T>(a, store, static_cast<T*>(out.data())).template run<In>();
   });
   return true;
 }

@@ -12,21 +12,12 @@
 
 namespace kfac_fast {
 
-inline bool has_sizes(const Tensor& tensor, std::initializer_list<int64_t> sizes) {
-  if (tensor.dim() != static_cast<int64_t>(sizes.size())) return false;
-  int64_t d = 0;
-  for (const int64_t size : sizes) {
-    if (tensor.size(d++) != size) return false;
-  }
-  return true;
+// The sizes of a result with a row, or a square, of this width for each of several groups.
+inline Sizes stack_of_squares(int64_t groups, int64_t width) {
+  return groups == 1 ? Sizes{width, width} : Sizes{groups, width, width};
 }
-
-// Whether a result has a row, or a square, of this width for each of several groups.
-inline bool is_stack_of_squares(const Tensor& out, int64_t groups, int64_t width) {
-  return groups == 1 ? has_sizes(out, {width, width}) : has_sizes(out, {groups, width, width});
-}
-inline bool is_stack_of_rows(const Tensor& out, int64_t rows, int64_t groups, int64_t width) {
-  return groups == 1 ? has_sizes(out, {rows, width}) : has_sizes(out, {rows, groups, width});
+inline Sizes stack_of_rows(int64_t rows, int64_t groups, int64_t width) {
+  return groups == 1 ? Sizes{rows, width} : Sizes{rows, groups, width};
 }
 
 inline bool is_floating(ScalarType type) {
@@ -36,6 +27,12 @@ inline bool is_floating(ScalarType type) {
 
 inline ScalarType result_type(ScalarType type) {
   return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// Whether the result is of these sizes, or has been made so. Its dtype waits for the memory's
+// check.
+inline bool result_passes(const Tensor& x, Result& out, const Sizes& sizes) {
+  return out.is_of(sizes, result_type(x.scalar_type()));
 }
 
 inline bool inputs_pass(ListCheck& check, std::initializer_list<const Tensor*> inputs) {
@@ -49,24 +46,24 @@ inline bool inputs_pass(ListCheck& check, std::initializer_list<const Tensor*> i
 // The dtypes, alike in all inputs, and that the result shares memory with nothing.
 inline bool memory_passes(std::initializer_list<const Tensor*> inputs,
                           const std::optional<Tensor>& mask, const std::optional<Tensor>& segments,
-                          const Tensor& out) {
+                          const Result& out) {
   ListCheck check((*inputs.begin())->scalar_type());
   return inputs_pass(check, inputs) && (!mask || check.reads(*mask, ScalarType::Bool)) &&
          (!segments || check.reads(*segments, ScalarType::Long)) &&
-         check.writes(out, result_type(check.type())) && check.apart();
+         check.writes(out.tensor(), result_type(check.type())) && check.apart();
 }
 
 // The same of inputs and of others, in the dtype of the result, that may be there.
 inline bool memory_passes(std::initializer_list<const Tensor*> inputs,
                           std::initializer_list<const std::optional<Tensor>*> others,
-                          const Tensor& out) {
+                          const Result& out) {
   ListCheck check((*inputs.begin())->scalar_type());
   if (!inputs_pass(check, inputs)) return false;
   const ScalarType result = result_type(check.type());
   for (const auto* other : others) {
     if (*other && !check.reads(**other, result)) return false;
   }
-  return check.writes(out, result) && check.apart();
+  return check.writes(out.tensor(), result) && check.apart();
 }
 
 // The segment of every row of x [R, D] and their number, or -1 without them.

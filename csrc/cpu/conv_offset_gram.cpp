@@ -12,16 +12,19 @@ ConvKernel conv_offset_gram(const std::vector<int64_t>& plan, const std::vector<
   PlanNumbers numbers(plan.data());
   const int64_t outputs = numbers.next();
   const auto axes = read_axes<OffsetAxis>(numbers, static_cast<int64_t>(sizes.size()));
-  return [=](const Tensor& x, bool bias, double alpha, double beta, const Tensor& out) {
+  return [=](const Tensor& x, bool bias, double alpha, double beta, Result& out) {
     if (!images_pass(x, sizes, groups)) return false;
     int64_t edge = x.size(1) / groups;
     for (const OffsetAxis& axis : axes) edge *= axis.taps;
     edge += bias;
-    if (!is_stack_of_squares(out, groups, edge) || !memory_passes({&x}, {}, {}, out)) return false;
+    if (!result_passes(x, out, stack_of_squares(groups, edge)) ||
+        !memory_passes({&x}, {}, {}, out)) {
+      return false;
+    }
     for_dtype(x, [&]<typename In, typename T>() {
       const SymmetricStore<T> store{static_cast<T>(alpha), static_cast<T>(beta), edge};
       const ImageSource<In> source = image_of<In>(x);
-      T* data = static_cast<T*>(out.mutable_data_ptr());
+      T* data = static_cast<T*>(out.data());
       if (source.channels > 0) {
         OffsetGram<In, T>(source, axes, groups, instruction_set_in_use(), store, bias, data).run();
       }

@@ -11,15 +11,18 @@ ConvKernel conv_patch_gram(const std::vector<int64_t>& plan, const std::vector<i
                            int64_t groups) {
   PlanNumbers numbers(plan.data());
   const auto axes = read_axes<PatchAxis>(numbers, static_cast<int64_t>(sizes.size()));
-  return [=](const Tensor& x, bool bias, double alpha, double beta, const Tensor& out) {
+  return [=](const Tensor& x, bool bias, double alpha, double beta, Result& out) {
     if (!images_pass(x, sizes, groups)) return false;
     int64_t columns = x.size(1), rows = x.size(0);
     for (const PatchAxis& axis : axes) columns *= axis.taps, rows *= axis.outputs;
     const int64_t edge = columns / groups + bias;
-    if (!is_stack_of_squares(out, groups, edge) || !memory_passes({&x}, {}, {}, out)) return false;
+    if (!result_passes(x, out, stack_of_squares(groups, edge)) ||
+        !memory_passes({&x}, {}, {}, out)) {
+      return false;
+    }
     for_dtype(x, [&]<typename In, typename T>() {
       const SymmetricStore<T> store{static_cast<T>(alpha), static_cast<T>(beta), edge};
-      T* data = static_cast<T*>(out.mutable_data_ptr());
+      T* data = static_cast<T*>(out.data());
       if (columns > 0) {
         const InstructionSet set = instruction_set_in_use();
         const TileProduct<T>& product = tile_product<T>(set);

@@ -75,17 +75,16 @@ void reduce_gram_of(const Tensor& x, const Convolution& convolution, bool bias, 
 ConvKernel conv_window_sum(const std::vector<int64_t>& plan, const std::vector<int64_t>& sizes,
                            int64_t groups) {
   const Convolution convolution(plan, sizes, groups);
-  return [=](const Tensor& x, bool bias, double alpha, double beta, const Tensor& out) {
+  return [=](const Tensor& x, bool bias, double alpha, double beta, Result& out) {
     if (!images_pass(x, sizes, groups) ||
-        !is_stack_of_rows(out, x.size(0), groups, convolution.width(x, bias)) ||
+        !result_passes(x, out, stack_of_rows(x.size(0), groups, convolution.width(x, bias))) ||
         !memory_passes({&x}, {}, {}, out)) {
       return false;
     }
     for_dtype(x, [&]<typename In, typename T>() {
-      sum_windows<In, T>(
-          image_of<In>(x), convolution,
-          {static_cast<T*>(out.mutable_data_ptr()), groups, bias, static_cast<T>(alpha),
-           static_cast<T>(beta), static_cast<T>(convolution.outputs)});
+      sum_windows<In, T>(image_of<In>(x), convolution,
+                         {static_cast<T*>(out.data()), groups, bias, static_cast<T>(alpha),
+                          static_cast<T>(beta), static_cast<T>(convolution.outputs)});
     });
     return true;
   };
@@ -94,15 +93,14 @@ ConvKernel conv_window_sum(const std::vector<int64_t>& plan, const std::vector<i
 ConvKernel conv_reduce_gram(const std::vector<int64_t>& plan, const std::vector<int64_t>& sizes,
                             int64_t groups) {
   const Convolution convolution(plan, sizes, groups);
-  return [=](const Tensor& x, bool bias, double alpha, double beta, const Tensor& out) {
+  return [=](const Tensor& x, bool bias, double alpha, double beta, Result& out) {
     if (!images_pass(x, sizes, groups) ||
-        !is_stack_of_squares(out, groups, convolution.width(x, bias)) ||
+        !result_passes(x, out, stack_of_squares(groups, convolution.width(x, bias))) ||
         !memory_passes({&x}, {}, {}, out)) {
       return false;
     }
     for_dtype(x, [&]<typename In, typename T>() {
-      reduce_gram_of<In, T>(x, convolution, bias, alpha, beta,
-                            static_cast<T*>(out.mutable_data_ptr()));
+      reduce_gram_of<In, T>(x, convolution, bias, alpha, beta, static_cast<T*>(out.data()));
     });
     return true;
   };

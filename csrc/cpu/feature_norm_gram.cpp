@@ -166,17 +166,17 @@ void feature_norm_gram_of(const Arguments& a, double alpha, double beta, T* out)
 
 bool feature_norm_gram(const Tensor& x, const Tensor& gradient, const std::optional<Tensor>& mask,
                        const std::optional<Tensor>& segments, int64_t num_segments, double eps,
-                       bool center, bool bias, double alpha, double beta, const Tensor& out) {
+                       bool center, bool bias, double alpha, double beta, Result& out) {
   if (!norm_inputs_pass(x, gradient, eps)) return false;
   if (mask && !same_shape(*mask, x, x.dim() - 1)) return false;
   if (!segments_pass(x, segments, num_segments)) return false;
   const Arguments a{x, gradient, mask, segments, num_segments, eps, center, bias};
-  if (!memory_passes({&x, &gradient}, mask, segments, out) ||
-      !has_sizes(out, {a.units(), 1 + bias, 1 + bias})) {
+  if (!result_passes(x, out, {a.units(), 1 + bias, 1 + bias}) ||
+      !memory_passes({&x, &gradient}, mask, segments, out)) {
     return false;
   }
   for_dtype(x, [&]<typename In, typename T>() {
-    feature_norm_gram_of<In, T>(a, alpha, beta, static_cast<T*>(out.mutable_data_ptr()));
+    feature_norm_gram_of<In, T>(a, alpha, beta, static_cast<T*>(out.data()));
   });
   return true;
 }

@@ -12,12 +12,12 @@ namespace {
 
 template <typename In, typename T>
 void gram_of(const Tensor& x, const std::optional<Tensor>& mask, int64_t groups, bool bias,
-             double alpha, double beta, const Tensor& out) {
+             double alpha, double beta, const Result& out) {
   const int64_t columns = x.size(x.dim() - 1);
   const RowSource<In> source = rows_of<In>(x, mask);
   const SymmetricStore<T> store{static_cast<T>(alpha), static_cast<T>(beta),
                                 columns / groups + bias};
-  T* data = static_cast<T*>(out.mutable_data_ptr());
+  T* data = static_cast<T*>(out.data());
   if (columns == groups) {
     diagonal_gram(source, columns, store, bias, data);
   } else if (columns > 0) {
@@ -29,9 +29,11 @@ void gram_of(const Tensor& x, const std::optional<Tensor>& mask, int64_t groups,
 }  // namespace
 
 bool gram(const Tensor& x, const std::optional<Tensor>& mask, int64_t groups, bool bias,
-          double alpha, double beta, const Tensor& out) {
-  if (!rows_pass(x, mask, groups) || !memory_passes({&x}, mask, {}, out) ||
-      !is_stack_of_squares(out, groups, x.size(x.dim() - 1) / groups + bias)) {
+          double alpha, double beta, Result& out) {
+  if (!rows_pass(x, mask, groups)) return false;
+  const int64_t width = x.size(x.dim() - 1) / groups + bias;
+  if (!result_passes(x, out, stack_of_squares(groups, width)) ||
+      !memory_passes({&x}, mask, {}, out)) {
     return false;
   }
   for_dtype(x, [&]<typename In, typename T>() {

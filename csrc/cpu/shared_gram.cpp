@@ -151,15 +151,16 @@ void shared_gram_of(const Arguments& a, double alpha, double beta, T* out) {
 bool shared_gram(const Tensor& x, const std::optional<Tensor>& mask,
                  const std::optional<Tensor>& segments, int64_t num_segments,
                  const std::string& reduction, int64_t groups, bool bias, double alpha, double beta,
-                 const Tensor& out) {
+                 Result& out) {
   if (x.dim() < 2 || (reduction != "mean" && reduction != "sum")) return false;
   if (!segments_pass(x, segments, num_segments) || !rows_pass(x, mask, groups)) return false;
   const Arguments a{x, mask, segments, num_segments, reduction == "mean", groups, bias};
-  if (!memory_passes({&x}, mask, segments, out) || !is_stack_of_squares(out, groups, a.width())) {
+  if (!result_passes(x, out, stack_of_squares(groups, a.width())) ||
+      !memory_passes({&x}, mask, segments, out)) {
     return false;
   }
   for_dtype(x, [&]<typename In, typename T>() {
-    shared_gram_of<In, T>(a, alpha, beta, static_cast<T*>(out.mutable_data_ptr()));
+    shared_gram_of<In, T>(a, alpha, beta, static_cast<T*>(out.data()));
   });
   return true;
 }

@@ -4,7 +4,9 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
+#include <functional>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "image_source.h"
@@ -56,6 +58,34 @@ class Tensor {
   int64_t dims_ = 0;
   const int64_t* sizes_ = nullptr;
   const int64_t* strides_ = nullptr;
+};
+
+using Sizes = std::vector<int64_t>;
+
+// What an operator writes: the caller's tensor, or one that is made once its sizes are known.
+class Result {
+ public:
+  using Make = std::function<Tensor(const Sizes& sizes, ScalarType type)>;
+
+  explicit Result(const Tensor& given) : tensor_(given) {}
+  explicit Result(Make make) : make_(std::move(make)) {}
+
+  // Whether the tensor is of these sizes, which one that is made always is.
+  bool is_of(const Sizes& sizes, ScalarType type) {
+    if (make_) tensor_ = make_(sizes, type);
+    if (tensor_.dim() != static_cast<int64_t>(sizes.size())) return false;
+    for (int64_t d = 0; d < tensor_.dim(); ++d) {
+      if (tensor_.size(d) != sizes[d]) return false;
+    }
+    return true;
+  }
+
+  const Tensor& tensor() const { return tensor_; }
+  void* data() const { return tensor_.mutable_data_ptr(); }
+
+ private:
+  Make make_;
+  Tensor tensor_;
 };
 
 // Calls run.operator()<In, T>() for the dtype of x, which has passed the check (checks.h): its

@@ -1,6 +1,7 @@
 // The CPU's operators as functions of the module kfac_fast._C. Each takes the arguments of
-// kfac_fast/schema.py and checks them; it returns False, with nothing written, where they are not
-// plain (python_tensor.h) or the operator refuses them.
+// kfac_fast/schema.py and checks them. Where they are not plain (python_tensor.h) or the operator
+// refuses them, it returns None and has written nothing. Otherwise an operator that accumulates
+// returns its result, a new tensor if None is given for it, and one on lists returns True.
 
 #include "bindings.h"
 
@@ -16,14 +17,17 @@
 namespace kfac_fast {
 namespace {
 
-// Runs a kernel apart from the interpreter's lock and, if it did, tells autograd what it wrote.
-template <typename Run>
-bool run(const py::list& written, const Run& kernel) {
-  bool done;
-  {
-    const py::gil_scoped_release release;
-    done = kernel();
-  }
+// Runs a kernel apart from the interpreter's lock.
+template <typename Kernel>
+bool run(const Kernel& kernel) {
+  const py::gil_scoped_release release;
+  return kernel();
+}
+
+// The same and, if it ran, tells autograd what it wrote.
+template <typename Kernel>
+bool run(const py::list& written, const Kernel& kernel) {
+  const bool done = run(kernel);
   if (done) Torch::get().increment_versions(written);
   return done;
 }
@@ -40,50 +44,75 @@ std::vector<Tensor> tensors(const std::vector<Output>& outputs) {
   return {outputs.begin(), outputs.end()};
 }
 
-bool call_gram(const Tensor& x, const std::optional<Tensor>& mask, int64_t groups, bool bias,
-               Number alpha, Number beta, const Output& out) {
-  return run(objects({out}),
-             [&] { return gram(x, mask, groups, bias, alpha.value, beta.value, out); });
+// The result of an accumulating kernel: `out`, or a new tensor; None if it refuses.
+template <typename Kernel>
+py::object accumulate(Number beta, const std::optional<Output>& out, const Kernel& kernel) {
+  if (out) {
+    Result result(*out);
+    if (!run(objects({*out}), [&] { return kernel(result); })) return py::none();
+    return py::reinterpret_borrow<py::object>(out->object);
+  }
+  if (beta.value != 0) return py::none();
+  py::object made;
+  Result result([&](const Sizes& sizes, ScalarType type) {
+    const py::gil_scoped_acquire lock;
+    made = Torch::get().empty(sizes, type);
+    return *Torch::get().view(made);
+  });
+  if (!run([&] { return kernel(result); })) return py::none();
+  return made;
 }
 
-bool call_shared_gram(const Tensor& x, const std::optional<Tensor>& mask,
-                      const std::optional<Tensor>& segments, int64_t num_segments,
-                      const std::string& reduction, int64_t groups, bool bias, Number alpha,
-                      Number beta, const Output& out) {
-  return run(objects({out}), [&] {
+py::object call_gram(const Tensor& x, const std::optional<Tensor>& mask, int64_t groups, bool bias,
+                     Number alpha, Number beta, const std::optional<Output>& out) {
+  return accumulate(beta, out, [&](Result& result) {
+    return gram(x, mask, groups, bias, alpha.value, beta.value, result);
+  });
+}
+
+py::object call_shared_gram(const Tensor& x, const std::optional<Tensor>& mask,
+                            const std::optional<Tensor>& segments, int64_t num_segments,
+                            const std::string& reduction, int64_t groups, bool bias, Number alpha,
+                            Number beta, const std::optional<Output>& out) {
+  return accumulate(beta, out, [&](Result& result) {
     return shared_gram(x, mask, segments, num_segments, reduction, groups, bias, alpha.value,
-                       beta.value, out);
+                       beta.value, result);
   });
 }
 
-bool call_feature_norm_gram(const Tensor& x, const Tensor& gradient,
-                            const std::optional<Tensor>& mask,
-                            const std::optional<Tensor>& segments, int64_t num_segments, Number eps,
-                            bool center, bool bias, Number alpha, Number beta, const Output& out) {
-  return run(objects({out}), [&] {
+py::object call_feature_norm_gram(const Tensor& x, const Tensor& gradient,
+                                  const std::optional<Tensor>& mask,
+                                  const std::optional<Tensor>& segments, int64_t num_segments,
+                                  Number eps, bool center, bool bias, Number alpha, Number beta,
+                                  const std::optional<Output>& out) {
+  return accumulate(beta, out, [&](Result& result) {
     return feature_norm_gram(x, gradient, mask, segments, num_segments, eps.value, center, bias,
-                             alpha.value, beta.value, out);
+                             alpha.value, beta.value, result);
   });
 }
 
-bool call_channel_norm_gram(const Tensor& x, const Tensor& gradient,
-                            const std::optional<Tensor>& mean,
-                            const std::optional<Tensor>& variance, int64_t num_groups, Number eps,
-                            bool bias, Number alpha, Number beta, const Output& out) {
-  return run(objects({out}), [&] {
+py::object call_channel_norm_gram(const Tensor& x, const Tensor& gradient,
+                                  const std::optional<Tensor>& mean,
+                                  const std::optional<Tensor>& variance, int64_t num_groups,
+                                  Number eps, bool bias, Number alpha, Number beta,
+                                  const std::optional<Output>& out) {
+  return accumulate(beta, out, [&](Result& result) {
     return channel_norm_gram(x, gradient, mean, variance, num_groups, eps.value, bias, alpha.value,
-                             beta.value, out);
+                             beta.value, result);
   });
 }
 
-bool call_conv_kernel(const ConvKernel& kernel, const Tensor& x, bool bias, Number alpha,
-                      Number beta, const Output& out) {
-  return run(objects({out}), [&] { return kernel(x, bias, alpha.value, beta.value, out); });
+py::object call_conv_kernel(const ConvKernel& kernel, const Tensor& x, bool bias, Number alpha,
+                            Number beta, const std::optional<Output>& out) {
+  return accumulate(
+      beta, out, [&](Result& result) { return kernel(x, bias, alpha.value, beta.value, result); });
 }
 
-bool call_damped(decltype(damped_inverse)& op, const std::vector<Tensor>& matrices,
-                 const std::vector<Tensor>& damping, const std::vector<Output>& out,
-                 const Output& info, const std::optional<Output>& logdet) {
+py::object true_or_none(bool done) { return done ? py::object(py::bool_(true)) : py::none(); }
+
+py::object call_damped(decltype(damped_inverse)& op, const std::vector<Tensor>& matrices,
+                       const std::vector<Tensor>& damping, const std::vector<Output>& out,
+                       const Output& info, const std::optional<Output>& logdet) {
   py::list written = objects(out);
   append(written, info);
   std::optional<Tensor> logdets;
@@ -91,16 +120,18 @@ bool call_damped(decltype(damped_inverse)& op, const std::vector<Tensor>& matric
     append(written, *logdet);
     logdets = *logdet;
   }
-  return run(written, [&] { return op(matrices, damping, tensors(out), info, logdets); });
+  return true_or_none(
+      run(written, [&] { return op(matrices, damping, tensors(out), info, logdets); }));
 }
 
-bool call_precondition(decltype(precondition)& op, const std::vector<Tensor>& grads,
-                       const std::vector<Tensor>& input_sides,
-                       const std::vector<Tensor>& gradient_sides, const std::vector<Output>& out,
-                       const Output& inner) {
+py::object call_precondition(decltype(precondition)& op, const std::vector<Tensor>& grads,
+                             const std::vector<Tensor>& input_sides,
+                             const std::vector<Tensor>& gradient_sides,
+                             const std::vector<Output>& out, const Output& inner) {
   py::list written = objects(out);
   append(written, inner);
-  return run(written, [&] { return op(grads, input_sides, gradient_sides, tensors(out), inner); });
+  return true_or_none(
+      run(written, [&] { return op(grads, input_sides, gradient_sides, tensors(out), inner); }));
 }
 
 ConvKernel make_conv_kernel(const std::string& name, const std::vector<int64_t>& plan,
@@ -112,17 +143,18 @@ ConvKernel make_conv_kernel(const std::string& name, const std::vector<int64_t>&
   throw py::value_error("ConvKernel: there is no kernel " + name);
 }
 
-bool call_conv(ConvCalls& calls, const Tensor& x, py::handle kernel_size, py::handle stride,
-               py::handle padding, py::handle padding_mode, py::handle dilation, py::handle groups,
-               py::handle transposed, py::handle output_padding, bool bias, Number alpha,
-               Number beta, const Output& out) {
-  if (!is_floating(x.scalar_type())) return false;
+py::object call_conv(ConvCalls& calls, const Tensor& x, py::handle kernel_size, py::handle stride,
+                     py::handle padding, py::handle padding_mode, py::handle dilation,
+                     py::handle groups, py::handle transposed, py::handle output_padding, bool bias,
+                     Number alpha, Number beta, const std::optional<Output>& out) {
+  if (!is_floating(x.scalar_type())) return py::none();
   const auto kernel = calls.find(x, {kernel_size, stride, padding, padding_mode, dilation, groups,
                                      transposed, output_padding});
-  return kernel && call_conv_kernel(*kernel, x, bias, alpha, beta, out);
+  if (!kernel) return py::none();
+  return call_conv_kernel(*kernel, x, bias, alpha, beta, out);
 }
 
-bool refuse(const py::args&) { return false; }
+py::none refuse(const py::args&) { return {}; }
 
 }  // namespace
 
@@ -157,11 +189,11 @@ void bind_operators(py::module_& module) {
       .def(py::init(&make_conv_kernel), py::arg("name"), py::arg("plan"), py::arg("sizes"),
            py::arg("groups"))
       .def("__call__", &call_conv_kernel)
-      .def("__call__", [](const ConvKernel&, const py::args&) { return false; });
+      .def("__call__", [](const ConvKernel&, const py::args&) { return py::none(); });
   py::class_<ConvCalls>(module, "ConvCalls")
       .def(py::init<py::str, py::object>(), py::arg("op"), py::arg("plan"))
       .def("__call__", &call_conv)
-      .def("__call__", [](const ConvCalls&, const py::args&) { return false; });
+      .def("__call__", [](const ConvCalls&, const py::args&) { return py::none(); });
 }
 
 }  // namespace kfac_fast

@@ -53,6 +53,14 @@ class Torch {
     return answer.ptr() == Py_True;
   }
 
+  // A new plain tensor on the CPU, of float32 or float64.
+  py::object empty(const Sizes& sizes, ScalarType type) const {
+    py::tuple shape(sizes.size());
+    for (size_t d = 0; d < sizes.size(); ++d) shape[d] = sizes[d];
+    const py::object& dtype = type == ScalarType::Double ? float64_ : float32_;
+    return empty_(shape, py::arg("dtype") = dtype, py::arg("device") = cpu_);
+  }
+
   // Lets autograd see that what it may have saved has changed.
   void increment_versions(const py::list& tensors) const { increment_version_(tensors); }
 
@@ -61,6 +69,10 @@ class Torch {
     const py::module_ torch = py::module_::import("torch");
     tensor_ = torch.attr("Tensor");
     parameter_ = torch.attr("nn").attr("Parameter");
+    empty_ = torch.attr("empty");
+    float32_ = torch.attr("float32");
+    float64_ = torch.attr("float64");
+    cpu_ = torch.attr("device")("cpu");
     is_negated_ = tensor_.attr("is_neg");
     requires_grad_ = py::reinterpret_steal<py::object>(PyUnicode_InternFromString("requires_grad"));
     increment_version_ = torch.attr("autograd").attr("graph").attr("increment_version");
@@ -99,7 +111,8 @@ class Torch {
     }
   }
 
-  py::object tensor_, parameter_, is_negated_, requires_grad_, increment_version_;
+  py::object tensor_, parameter_, empty_, float32_, float64_, cpu_;
+  py::object is_negated_, requires_grad_, increment_version_;
   const dlpack::ExchangeApi* api_ = nullptr;
 };
 

@@ -22,8 +22,9 @@ def _conv(
     out: Tensor | None,
 ) -> Tensor:
     """Run a convolution operator."""
-    if out is not None and quick(op, x, *geometry, bias, alpha, beta, out):
-        return out
+    result: Tensor | None = quick(op, x, *geometry, bias, alpha, beta, out)
+    if result is not None:
+        return result
     schema.check_types(op, x=x)
     arguments = schema.conv_arguments(op, x.dim(), bias, *geometry)
     return accumulate(op, (x, *arguments), alpha, beta, out)

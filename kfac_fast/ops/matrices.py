@@ -85,7 +85,7 @@ def _damped(
     info = torch.empty(total, dtype=torch.int32, device=like.device)
     logdets = torch.empty(total, dtype=like.dtype, device=like.device) if logdet else None
     others = _damping_tensors(op, damping, matrices), results, info, logdets
-    if not quick(op, matrices, *others):
+    if quick(op, matrices, *others) is None:
         call(op, _all_detached(matrices), *others)
     return DampedInverses(results, info, logdets)
 
@@ -197,7 +197,7 @@ def _preconditioned(
     results = _contiguous_like(grads) if out is None else list(out)
     like = grads[0] if grads else torch.empty(0)
     inner = torch.zeros((), dtype=like.dtype, device=like.device)
-    if not quick(op, grads, input_sides, gradient_sides, results, inner):
+    if quick(op, grads, input_sides, gradient_sides, results, inner) is None:
         call(op, _all_detached(grads), input_sides, gradient_sides, results, inner)
     return Preconditioned(results, inner)
 

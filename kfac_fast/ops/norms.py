@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from kfac_fast import schema
-from kfac_fast.backends import public
+from kfac_fast.backends import public, quick
 from kfac_fast.ops.accumulation import accumulate
 
 
@@ -67,10 +67,13 @@ def feature_norm_gram(
     Source: Osawa et al. (2020), whose unit-wise Fisher of batch normalisations this is.
     """
     op = "feature_norm_gram"
-    schema.check_types(op, x=x, gradient=gradient, eps=eps, center=center, bias=bias, mask=mask)
-    schema.check_types(op, segments=segments, num_segments=num_segments)
     count = -1 if num_segments is None else num_segments
     inputs = (x, gradient, mask, segments, count, eps, center, bias)
+    result: Tensor | None = quick(op, *inputs, alpha, beta, out)
+    if result is not None:
+        return result
+    schema.check_types(op, x=x, gradient=gradient, eps=eps, center=center, bias=bias, mask=mask)
+    schema.check_types(op, segments=segments, num_segments=num_segments)
     return accumulate(op, inputs, alpha, beta, out)
 
 
@@ -129,9 +132,13 @@ def channel_norm_gram(
     Source: Osawa et al. (2020), whose unit-wise Fisher of batch normalisations this is.
     """
     op = "channel_norm_gram"
+    groups = -1 if num_groups is None else num_groups
+    inputs = (x, gradient, mean, variance, groups, eps, bias)
+    result: Tensor | None = None if num_groups == -1 else quick(op, *inputs, alpha, beta, out)
+    if result is not None:
+        return result
     schema.check_types(op, x=x, gradient=gradient, eps=eps, bias=bias, num_groups=num_groups)
     schema.check_types(op, mean=mean, variance=variance)
     if num_groups is not None and num_groups < 1:
         raise ValueError(f"{op}: num_groups must be positive or None, got {num_groups}")
-    groups = -1 if num_groups is None else num_groups
-    return accumulate(op, (x, gradient, mean, variance, groups, eps, bias), alpha, beta, out)
+    return accumulate(op, inputs, alpha, beta, out)

@@ -51,8 +51,9 @@ def gram(
 
     Source: Martens & Grosse (2015), section 3; Eschenhagen et al. (2023), section 3.
     """
-    if out is not None and quick("gram", x, mask, groups, bias, alpha, beta, out):
-        return out
+    result: Tensor | None = quick("gram", x, mask, groups, bias, alpha, beta, out)
+    if result is not None:
+        return result
     schema.check_types("gram", x=x, bias=bias, groups=groups, mask=mask)
     return accumulate("gram", (x, mask, groups, bias), alpha, beta, out)
 
@@ -112,8 +113,9 @@ def shared_gram(
     """
     count = -1 if num_segments is None else num_segments
     inputs = (x, mask, segments, count, reduction, groups, bias)
-    if out is not None and quick("shared_gram", *inputs, alpha, beta, out):
-        return out
+    result: Tensor | None = quick("shared_gram", *inputs, alpha, beta, out)
+    if result is not None:
+        return result
     schema.check_types("shared_gram", x=x, bias=bias, groups=groups, mask=mask, segments=segments)
     schema.check_types("shared_gram", num_segments=num_segments, reduction=reduction)
     return accumulate("shared_gram", inputs, alpha, beta, out)
