@@ -57,7 +57,7 @@ class Training:
         model.zero_grad()  # leaves the step nothing to precondition
         kfac.step()
         factors = kfac.state_dict()["layers"]
-        return [factors[name][side]["total"] for name in "qkv" for side in ("input", "gradient")]
+        return [factors[name][side]["mean"] for name in "qkv" for side in ("input", "gradient")]
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ class Training:
     def factors(self) -> list[Tensor]:
         """The running averages of all layers."""
         layers = self.kfac.state_dict()["layers"].values()
-        return [part["total"] for layer in layers for part in layer.values() if "total" in part]
+        return [part["mean"] for layer in layers for part in layer.values() if "mean" in part]
 
 
 def activation_bytes(training: Training) -> int:

@@ -13,8 +13,10 @@ from kfac_fast.ops import (
     damped_inverse,
     feature_norm_gram,
     gram,
+    mean_eigenvalues,
     precondition,
     shared_gram,
+    update_averages,
 )
 from kfac_fast.preconditioner import KFAC
 from kfac_fast.steps import StepReport
@@ -33,8 +35,10 @@ __all__ = [
     "explain",
     "feature_norm_gram",
     "gram",
+    "mean_eigenvalues",
     "precondition",
     "save_checkpoint",
     "shared_gram",
+    "update_averages",
     "use",
 ]

@@ -325,17 +325,17 @@ TABLE: dict[tuple[str, str], tuple[Implementation, ...]] = {
     for op in schema.OPERATORS
     for device in ("cpu", "cuda", "mps", "xpu")
 }
+for _op in schema.OPERATORS:
+    TABLE[_op, "cpu"] = (_cpp(_op), *TABLE[_op, "cpu"])
 for _op in ("gram", "shared_gram"):
-    TABLE[_op, "cpu"] = (_cpp(_op), _reference(_op), _triton(_op, "cpu"))
+    TABLE[_op, "cpu"] += (_triton(_op, "cpu"),)
 for _op, _run in _TRITON_CONV.items():
-    TABLE[_op, "cpu"] = (_cpp(_op), _reference(_op), _triton(_op, "cpu", _run))
+    TABLE[_op, "cpu"] += (_triton(_op, "cpu", _run),)
     TABLE[_op, "cuda"] = (_triton(_op, "cuda", _run), _reference(_op))
 # On a GPU these, too, wait for a record that says that they are the fastest.
 for _op, _ways in _TRITON_NORM.items():
-    TABLE[_op, "cpu"] = (_cpp(_op), _reference(_op), _triton(_op, "cpu", *_ways))
+    TABLE[_op, "cpu"] += (_triton(_op, "cpu", *_ways),)
     TABLE[_op, "cuda"] += (_triton(_op, "cuda", *_ways),)
-for _op in ("damped_inverse", "damped_cholesky", "precondition", "cholesky_precondition"):
-    TABLE[_op, "cpu"] = (_cpp(_op), _reference(_op))
 TABLE["gram", "cuda"] = (_triton("gram", "cuda"), _cuda("gram"), _reference("gram"))
 TABLE["shared_gram", "cuda"] = (_triton("shared_gram", "cuda"), _reference("shared_gram"))
 TABLE["damped_inverse", "cuda"] = (_cuda_list("damped_inverse"), _reference("damped_inverse"))

@@ -147,7 +147,7 @@ class Block:
         state = "no factors yet"
         if self.factors:
             named = zip(self.layer.factor_shapes(), self.factors, strict=True)
-            shapes = "  ".join(f"{name} {list(f.total.shape)}" for name, f in named)
+            shapes = "  ".join(f"{name} {list(f.mean.shape)}" for name, f in named)
             skipped = sum(int(factor.skipped) for factor in self.factors)
             failed = sum(int(side.failed) for side in self.inverses or self.bases)
             state = f"{shapes}  updates skipped {skipped}  inverses failed {failed}"

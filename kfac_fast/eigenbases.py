@@ -151,7 +151,7 @@ def refresh_eigenbases(layers: Sequence[Decomposed]) -> None:
     Args:
         layers: The factors of each layer, and their eigenbases.
     """
-    covariances = [factor.mean() for factors, _ in layers for factor in factors]
+    covariances = [factor.mean for factors, _ in layers for factor in factors]
     full = iter(eigendecompositions([c for c in covariances if c.dim() > 1]))
     solved = iter([next(full) if c.dim() > 1 else _of_diagonal(c) for c in covariances])
     for factors, bases in layers:
@@ -220,4 +220,4 @@ def eigenvalues(bases: Sequence[Eigenbasis], correction: RunningAverage | None) 
     products = bases[1].values[..., :, None] * inputs if len(bases) > 1 else inputs
     if correction is None:
         return products
-    return torch.where(correction.weight > 0, correction.mean(), products)
+    return torch.where(correction.weight > 0, correction.mean, products)

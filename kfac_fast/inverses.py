@@ -17,12 +17,11 @@ from kfac_fast import ops
 from kfac_fast.factors import (
     Damping,
     Factor,
-    diagonal_of,
     known_true,
-    means_of,
     multiply_sides,
     of_each,
 )
+from kfac_fast.reference import diagonal_of
 
 
 class Inverse:
@@ -249,8 +248,9 @@ def _systems(
     factors, inverses, slices = _flat(layers)
     if not factors:
         return []
-    covariances = means_of(factors)
-    means = [diagonal_of(covariance).mean(-1) for covariance in covariances]
+    covariances = [factor.mean for factor in factors]
+    joined_means = ops.mean_eigenvalues(covariances)
+    means = joined_means.split([inverse.raised.numel() for inverse in inverses])
     shares = list(means)  # of the same shapes; each is replaced
     pairs, numbers = [], []
     for own, number in zip(slices, of_each(damping, layers), strict=True):
@@ -260,20 +260,17 @@ def _systems(
         else:
             shares[own] = [torch.full_like(mean, number) for mean in means[own]]
     if pairs:
-        inputs, gradients = (torch.hstack([means[i + side] for i in pairs]) for side in (0, 1))
-        lengths = [means[i].numel() for i in pairs]
+        inputs, gradients = (torch.cat([means[i + side] for i in pairs]) for side in (0, 1))
         roots: float | Tensor = math.sqrt(numbers[0])
         if len(set(numbers)) > 1:
             each = zip(pairs, map(math.sqrt, numbers), strict=True)
-            roots = torch.hstack([torch.full_like(means[i], root) for i, root in each])
+            roots = torch.cat([torch.full_like(means[i], root) for i, root in each])
+        lengths = [means[i].numel() for i in pairs]
         for side, split in enumerate(_split_damping(inputs, gradients, roots)):
             for i, share in zip(pairs, split.split(lengths), strict=True):
                 shares[i + side] = share
-    raised, joined_shares, joined_means = (
-        torch.hstack(tensors)
-        for tensors in ([inverse.raised for inverse in inverses], shares, means)
-    )
-    total = raised_damping(joined_shares, joined_means, raised)
+    raised = torch.hstack([inverse.raised for inverse in inverses])
+    total = raised_damping(torch.cat(shares), joined_means, raised)
     return list(zip(covariances, _of_each(inverses, total), strict=True))
 
 

@@ -434,7 +434,7 @@ class KFAC:
         ready = [block for block, tensors in found.items() if tensors[0] is not None]
         if not ready:
             return None, None
-        grads = [b.layer.matrix(found[b], b.factors[0].total.dtype) for b in ready]
+        grads = [b.layer.matrix(found[b], b.factors[0].mean.dtype) for b in ready]
         directions, inner_product = precondition(
             ready, grads, self._dampings(ready), self.damping_mode
         )

@@ -16,10 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kfac_fast.conv import ConvGeometry
-from kfac_fast.schema import of_each
+from kfac_fast.list_checks import of_each
 
 LARGEST_BATCHED = 128
 """Matrices of up to this size are stacked into batched calls."""
+
+
+def diagonal_of(covariance: Tensor) -> Tensor:
+    """The diagonals ``[*, n]`` of matrices ``[*, n, n]``, or of one given by its diagonal."""
+    return covariance if covariance.dim() == 1 else covariance.diagonal(dim1=-2, dim2=-1)
+
 
 # Gram matrices of rows
 
@@ -273,6 +279,39 @@ def damped_cholesky(
 ) -> None:
     """Cholesky factors of ``M + damping I``; see :func:`kfac_fast.ops.damped_cholesky`."""
     _damped_factors(matrices, damping, out, info, logdet, torch.clone)
+
+
+# Covariances
+
+
+def mean_eigenvalues(matrices: Sequence[Tensor], out: Tensor) -> None:
+    """``tr M / n`` of each matrix; see :func:`kfac_fast.ops.mean_eigenvalues`."""
+    torch.cat([diagonal_of(matrix).mean(-1).reshape(-1) for matrix in matrices], out=out)
+
+
+def update_averages(
+    sums: Sequence[Tensor],
+    terms: Sequence[float],
+    decay: float,
+    covariances: bool,
+    out: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    skipped: Sequence[Tensor],
+) -> None:
+    """Finite means averaged in; see :func:`kfac_fast.ops.update_averages`."""
+    if not out:
+        return
+    numbers = list(terms)
+    witnesses = [diagonal_of(total) if covariances else total for total in sums]
+    largest = torch._foreach_norm(witnesses, math.inf)
+    finite = torch.stack(torch._foreach_div(largest, numbers)).isfinite()
+    means = torch._foreach_div(list(sums), numbers)
+    taken = [torch.where(*each) for each in zip(finite.unbind(), means, out, strict=True)]
+    before = torch.stack(list(weights))
+    after = decay * before + (1 - decay)
+    torch._foreach_lerp_(list(out), taken, list(((1 - decay) / after).unbind()))
+    torch._foreach_copy_(list(weights), list(torch.where(finite, after, before).unbind()))
+    torch._foreach_add_(list(skipped), list((~finite).to(torch.int64).unbind()))
 
 
 # Preconditioning

@@ -22,8 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfac_fast.checks import check_apart, check_device, check_out, refused, refused_dtype
+from kfac_fast.checks import check_device, check_out, refused, refused_dtype
 from kfac_fast.conv import PADDING_MODES, ConvGeometry
+from kfac_fast.list_checks import (
+    check_averages,
+    check_damped,
+    check_mean_eigenvalues,
+    check_precondition,
+    check_symmetric,
+)
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 Shape = tuple[int, ...]
@@ -296,124 +303,6 @@ def _channel_norm_shape(
     return (channels, 1 + bias, 1 + bias)
 
 
-# Operators on lists of matrices of mixed shapes.
-
-
-def _check_entry(op: str, argument: str, tensor: Tensor, like: Tensor) -> None:
-    if tensor.dtype not in (torch.float32, torch.float64) or tensor.dtype != like.dtype:
-        raise refused_dtype(op, argument, "float32 or float64 like the others", tensor.dtype)
-    check_device(op, argument, tensor, like)
-
-
-def _check_squares(op: str, argument: str, matrices: Sequence[Tensor], like: Tensor) -> None:
-    for i, matrix in enumerate(matrices):
-        if matrix.dim() < 2 or matrix.shape[-1] != matrix.shape[-2]:
-            raise refused(op, f"{argument}[{i}]", "[*, n, n]", tuple(matrix.shape))
-        _check_entry(op, f"{argument}[{i}]", matrix, like)
-
-
-def _check_length(op: str, argument: str, values: Sequence[Tensor], expected: int) -> None:
-    if len(values) != expected:
-        raise refused(op, argument, f"{expected} tensors", len(values))
-
-
-def number_of_matrices(matrices: Sequence[Tensor]) -> int:
-    """How many square matrices a list of stacked batches ``[*, n, n]`` holds."""
-    if sum(map(Tensor.dim, matrices)) == 2 * len(matrices):
-        return len(matrices)
-    return sum(math.prod(matrix.shape[:-2]) for matrix in matrices)
-
-
-def of_each(damping: Sequence[Tensor], matrices: Sequence[Tensor]) -> Sequence[Tensor]:
-    """One damping for each entry of ``matrices``; a single one is that of all."""
-    return [damping[0]] * len(matrices) if len(damping) == 1 else damping
-
-
-def _check_damped(
-    op: str,
-    matrices: Sequence[Tensor],
-    damping: Sequence[Tensor],
-    out: Sequence[Tensor],
-    info: Tensor,
-    logdet: Tensor | None,
-) -> None:
-    if len(damping) != 1:
-        _check_length(op, "damping", damping, len(matrices))
-    _check_length(op, "out", out, len(matrices))
-    if not matrices:
-        raise refused(op, "matrices", "at least one matrix", "an empty list")
-    like = matrices[0]
-    _check_squares(op, "matrices", matrices, like)
-    for i, (matrix, shift) in enumerate(zip(matrices, of_each(damping, matrices), strict=True)):
-        batch = tuple(matrix.shape[:-2])
-        if matrix.shape[-1] == 0:
-            raise refused(op, f"matrices[{i}]", "of at least one row", tuple(matrix.shape))
-        if shift.dim() != 0 and tuple(shift.shape) != batch:
-            raise refused(op, f"damping[{i}]", f"a scalar or of shape {batch}", tuple(shift.shape))
-        if shift.dtype != matrix.dtype:
-            raise refused_dtype(op, f"damping[{i}]", matrix.dtype, shift.dtype)
-        check_device(op, f"damping[{i}]", shift, like)
-        check_out(op, f"out[{i}]", out[i], matrix.shape, matrix.dtype, [])
-        check_device(op, f"out[{i}]", out[i], like)
-    vectors = [info] if logdet is None else [info, logdet]
-    check_apart(op, [*out, *vectors], [*matrices, *damping])
-    total = (number_of_matrices(matrices),)
-    check_out(op, "info", info, total, torch.int32, [like])
-    if logdet is not None:
-        check_out(op, "logdet", logdet, total, like.dtype, [like])
-
-
-def _check_symmetric(
-    op: str, matrices: Sequence[Tensor], damping: Sequence[Tensor], *_: object
-) -> None:
-    """Check symmetry up to rounding; differences that are not finite pass."""
-    for i, (matrix, shift) in enumerate(zip(matrices, of_each(damping, matrices), strict=True)):
-        if not matrix.is_cpu:
-            return  # the host would wait for the device
-        # Whatever the compiled kernel refuses must be refused here, where roots may be an ulp off.
-        eps = torch.finfo(matrix.dtype).eps
-        relative = eps**0.5 * (1 - 8 * eps)
-        scale = ((matrix.diagonal(dim1=-2, dim2=-1) + shift[..., None]) * relative).sqrt()
-        distance = (matrix - matrix.mT).abs()
-        differ = (distance > scale[..., None] * scale[..., None, :]) & distance.isfinite()
-        if differ.any():
-            where = differ.nonzero()[0].tolist()
-            got = f"an entry {distance[tuple(where)]:.3g} away from its mirror image at {where}"
-            raise refused(op, f"matrices[{i}]", "symmetric up to rounding", got)
-
-
-def _check_precondition(
-    op: str,
-    grads: Sequence[Tensor],
-    input_sides: Sequence[Tensor],
-    gradient_sides: Sequence[Tensor],
-    out: Sequence[Tensor],
-    inner: Tensor,
-) -> None:
-    sides = {"the input side": input_sides, "the gradient side": gradient_sides}
-    for argument, values in {**sides, "out": out}.items():
-        _check_length(op, argument, values, len(grads))
-    if not grads:
-        return
-    like = grads[0]
-    for i, grad in enumerate(grads):
-        if grad.dim() < 2:
-            raise refused(op, f"grads[{i}]", "[*, out, in]", f"{grad.dim()}-d")
-        _check_entry(op, f"grads[{i}]", grad, like)
-    for argument, values in sides.items():
-        _check_squares(op, argument, values, like)
-    for i, (grad, right, left) in enumerate(zip(grads, input_sides, gradient_sides, strict=True)):
-        *batch, rows, columns = grad.shape
-        for argument, side, size in (("input", right, columns), ("gradient", left, rows)):
-            if tuple(side.shape) != (*batch, size, size):
-                expected = f"of shape {(*batch, size, size)}"
-                raise refused(op, f"the {argument} side[{i}]", expected, tuple(side.shape))
-        check_out(op, f"out[{i}]", out[i], grad.shape, grad.dtype, [])
-        check_device(op, f"out[{i}]", out[i], like)
-    check_apart(op, [*out, inner], [*grads, *input_sides, *gradient_sides])
-    check_out(op, "inner", inner, (), like.dtype, [like])
-
-
 @dataclass(frozen=True)
 class Operator:
     """One row of the table.
@@ -455,6 +344,10 @@ _SIDES = (
     "Tensor[] grads, Tensor[] input_sides, Tensor[] gradient_sides, "
     "Tensor(a!)[] out, Tensor(b!) inner"
 )
+_AVERAGES = (
+    "Tensor[] sums, float[] terms, float decay, bool covariances, "
+    "Tensor(a!)[] out, Tensor(b!)[] weights, Tensor(c!)[] skipped"
+)
 
 OPERATORS: dict[str, Operator] = {
     "gram": _accumulating("Tensor x, Tensor? mask, int groups, bool bias", _gram_shape),
@@ -476,10 +369,12 @@ OPERATORS: dict[str, Operator] = {
         "bool bias",
         _channel_norm_shape,
     ),
-    "damped_inverse": Operator(_DAMPED, _check_damped, 2, check_values=_check_symmetric),
-    "damped_cholesky": Operator(_DAMPED, _check_damped, 2, check_values=_check_symmetric),
-    "precondition": Operator(_SIDES, _check_precondition, 3),
-    "cholesky_precondition": Operator(_SIDES, _check_precondition, 3),
+    "mean_eigenvalues": Operator("Tensor[] matrices, Tensor(a!) out", check_mean_eigenvalues, 1),
+    "update_averages": Operator(_AVERAGES, check_averages, 4),
+    "damped_inverse": Operator(_DAMPED, check_damped, 2, check_values=check_symmetric),
+    "damped_cholesky": Operator(_DAMPED, check_damped, 2, check_values=check_symmetric),
+    "precondition": Operator(_SIDES, check_precondition, 3),
+    "cholesky_precondition": Operator(_SIDES, check_precondition, 3),
 }
 
 

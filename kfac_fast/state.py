@@ -7,7 +7,7 @@ from typing import Any
 
 from kfac_fast.blocks import Block
 
-STATE_VERSION = 3
+STATE_VERSION = 4
 
 
 def state_of(steps: int, options: Mapping[str, str], blocks: Sequence[Block]) -> dict[str, Any]:

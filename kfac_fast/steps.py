@@ -149,8 +149,8 @@ def predicted_change(
     Returns:
         Scalar tensor.
     """
-    right = [block.factors[0].mean() for block in blocks]
-    left = [block.factors[1].mean() if len(block.factors) > 1 else None for block in blocks]
+    right = [block.factors[0].mean for block in blocks]
+    left = [block.factors[1].mean if len(block.factors) > 1 else None for block in blocks]
     grads, deltas = (
         [
             block.layer.matrix([tensors[p] for p in block.layer.parameters()], a.dtype)

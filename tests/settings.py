@@ -189,7 +189,7 @@ class Graphs(nn.Module):
 
 def kronecker_block(block: Block) -> Tensor:
     """``G (x) A`` of each group, ``[groups, out * in, out * in]``, row-major like its matrix."""
-    factors = [factor.mean() for factor in block.factors]
+    factors = [factor.mean for factor in block.factors]
     if len(factors) == 1:
         return factors[0]
     a, g = factors

@@ -493,7 +493,7 @@ def test_kronecker_factors(net: str, name: str, reduction: str, fisher: str, app
     for block in one_step(model, batches, loss, fisher=fisher, approx=approx)._blocks:
         pairs.append((kronecker_block(block), matrix.block(block.layer)))
         for factor, covariances in zip(block.factors, theirs, strict=True):
-            pairs.append((factor.mean(), covariances[block.layer.name]))
+            pairs.append((factor.mean, covariances[block.layer.name]))
     same = all(relative_error(ours, others) < EXACT for ours, others in pairs)
     assert same != (net == "positions" and (fisher, approx) == ("exact", "reduce"))
 
@@ -515,7 +515,7 @@ def test_corrected_eigenvalues(net: str, name: str, reduction: str, fisher: str)
         kfac.step()
     for block in kfac._blocks:
         a, g = (basis.vectors for basis in block.bases)
-        vectors, values = torch.kron(g, a), block.correction.mean().flatten()
+        vectors, values = torch.kron(g, a), block.correction.mean.flatten()
         assert relative_error(vectors * values @ vectors.mT, matrix.block(block.layer)) < EXACT
 
 

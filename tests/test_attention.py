@@ -121,7 +121,7 @@ def test_queries_keys_and_values_of_one_tensor_share_their_covariance() -> None:
     x = torch.randn(3, 5, EMBED)
     module(x, x, x)[0].sum().backward()
     kfac.step()
-    first, *others = (block.factors[0].total for block in kfac._blocks[:3])
+    first, *others = (block.factors[0].mean for block in kfac._blocks[:3])
     assert all(torch.equal(first, other) for other in others)
 
 

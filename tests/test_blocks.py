@@ -46,9 +46,9 @@ def test_calls_add_up_before_they_are_divided_once(reduction: str) -> None:
     assert block.pending
     update_blocks([block], [0.9], reduction)
     assert not block.pending
-    assert_same(block.factors[0].mean(), sum(inputs) / 12)
+    assert_same(block.factors[0].mean, sum(inputs) / 12)
     divisor = 5 if reduction == "mean" else 1
-    assert_same(block.factors[1].mean(), sum(gradients) / divisor)
+    assert_same(block.factors[1].mean, sum(gradients) / divisor)
     assert_same(block.factors[0].weight, torch.tensor(0.1, dtype=torch.float64))
 
 
@@ -88,7 +88,7 @@ def test_a_state_is_restored_in_the_layers_own_dtype() -> None:
     block.add((positive_definite(2, 2), 3), (positive_definite(3, 3), 2))
     update_blocks([block], [0.9], "mean")
     factors = block.restored(factor_state(block)).factors
-    assert {factor.total.dtype for factor in factors} == {torch.float32}
+    assert {factor.mean.dtype for factor in factors} == {torch.float32}
     assert {factor.skipped.dtype for factor in factors} == {torch.int64}
 
 
@@ -97,11 +97,11 @@ def test_a_state_is_restored_in_the_layers_own_dtype() -> None:
     [
         (lambda s: s.pop("gradient"), "must hold .*'gradient', .* got .*'input'"),
         (lambda s: s.update(other={}), "must hold .*'gradient', .* got .*'other'"),
-        (lambda s: s["input"].pop("total"), r"input must hold .*total.* got"),
+        (lambda s: s["input"].pop("mean"), r"input must hold .*mean.* got"),
         (lambda s: s["gradient"].update(other=torch.ones(1)), "gradient must hold"),
         (
-            lambda s: s["gradient"].update(total=torch.full((2, 2), math.nan)),
-            r"gradient.total must have shape \(3, 3\), got \(2, 2\)",
+            lambda s: s["gradient"].update(mean=torch.full((2, 2), math.nan)),
+            r"gradient.mean must have shape \(3, 3\), got \(2, 2\)",
         ),
     ],
     ids=["part-missing", "unknown-part", "field-missing", "unknown-field", "shape"],

@@ -132,11 +132,11 @@ def test_a_graph_may_be_passed_again(eigenvalue_correction: bool, way: str) -> N
                 kfac.step()
             results.append(kfac.state_dict()["layers"])
     once, twice = results
-    assert torch.equal(twice["1"]["joint"]["total"], 2 * once["1"]["joint"]["total"])
+    assert torch.equal(twice["1"]["joint"]["mean"], 2 * once["1"]["joint"]["mean"])
     if eigenvalue_correction:
         for name in ("0", "1", "2"):
-            correction = twice[name]["correction"]["total"]
-            torch.testing.assert_close(correction, 2 * once[name]["correction"]["total"])
+            correction = twice[name]["correction"]["mean"]
+            torch.testing.assert_close(correction, 2 * once[name]["correction"]["mean"])
 
 
 def test_a_backward_pass_in_two_parts_counts_once() -> None:
@@ -151,7 +151,7 @@ def test_a_backward_pass_in_two_parts_counts_once() -> None:
             else:
                 loss.backward()
             kfac.step()
-            results.append(kfac.state_dict()["layers"]["1"]["joint"]["total"])
+            results.append(kfac.state_dict()["layers"]["1"]["joint"]["mean"])
     assert torch.equal(*results)
 
 
@@ -227,7 +227,7 @@ def test_flattened_tokens_are_no_examples() -> None:
         kfac = preconditioner(model)
         model(x).sum(1).square().mean(0).sum().backward()
         kfac.step()
-        gradient_factors.append(kfac._blocks[0].factors[1].mean())
+        gradient_factors.append(kfac._blocks[0].factors[1].mean)
     assert torch.equal(*gradient_factors)
 
 
@@ -292,7 +292,7 @@ def factor_bits(kfac: KFAC) -> list[Tensor]:
         tensor
         for block in kfac._blocks
         for factor, inverse in zip(block.factors, block.inverses, strict=True)
-        for tensor in (factor.total, factor.weight, inverse.matrix)
+        for tensor in (factor.mean, factor.weight, inverse.matrix)
     ]
     return [bits(tensor) for tensor in tensors]
 

@@ -102,7 +102,7 @@ def test_what_does_not_converge_at_all_is_not_valid_and_its_neighbours_are(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         layer = layer_of(torch.stack(matrices).mean(0), matrices[1])
-        layer[0][1].total, layer[0][1].weight = matrices[1], torch.tensor(1.0)
+        layer[0][1].mean, layer[0][1].weight = matrices[1], torch.tensor(1.0)
         refresh_eigenbases([layer])
     assert [int(basis.failed) for basis in layer[1]] == [0, 1]
     for basis in layer[1]:  # both sides keep what they had

@@ -76,7 +76,7 @@ def test_the_step_divides_by_the_mean_squared_gradient_in_the_eigenbasis(
         right, left = bases(kfac)[name]
         squares = (left.mT @ gradients[name] @ right).square().sum(0)
         eigenvalues = squares / 5 if reduction == "mean" else squares
-        assert_same(block.correction.mean().reshape(eigenvalues.shape), eigenvalues)
+        assert_same(block.correction.mean.reshape(eigenvalues.shape), eigenvalues)
         # In an orthonormal basis they add up to the trace of the exact block.
         trace = gradients[name].square().sum() / (5 if reduction == "mean" else 1)
         assert_same(eigenvalues.sum(), trace)
@@ -117,7 +117,7 @@ def test_drawn_labels_correct_the_eigenvalues_with_their_own_gradients() -> None
         outputs = model(x).detach().requires_grad_()
         (gradient,) = torch.autograd.grad(MSE().sample(outputs, None, None), outputs)
         total += (gradient @ left).square().mT @ rows.square() / 3
-    assert_same(block.correction.mean(), total / 18)
+    assert_same(block.correction.mean, total / 18)
 
 
 @approximations
@@ -126,12 +126,12 @@ def test_a_bad_batch_leaves_the_correction_as_it_was(approx: str) -> None:
     kfac = corrected(model, approx=approx)
     for _ in range(2):
         train_step(model, kfac, images(), torch.randint(3, (5,)))
-    before = [block.correction.mean() for block in kfac._blocks]
+    before = [block.correction.mean.clone() for block in kfac._blocks]
     bad = images()
     bad[0, 0, 0, 0] = torch.nan
     train_step(model, kfac, bad, torch.randint(3, (5,)))
     for block, mean in zip(kfac._blocks, before, strict=True):
-        assert torch.equal(block.correction.mean(), mean) and block.correction.skipped == 1
+        assert torch.equal(block.correction.mean, mean) and block.correction.skipped == 1
 
 
 def test_a_corrected_state_survives_saving() -> None:
@@ -142,7 +142,7 @@ def test_a_corrected_state_survives_saving() -> None:
     other = corrected(Net())
     other.load_state_dict(kfac.state_dict())
     for block, loaded in zip(kfac._blocks, other._blocks, strict=True):
-        assert torch.equal(block.correction.mean(), loaded.correction.mean())
+        assert torch.equal(block.correction.mean, loaded.correction.mean)
         assert {"correction", "input_basis", "gradient_basis"} < set(loaded.parts())
     plain = preconditioner(Net())
     with pytest.raises(ValueError, match="load_state_dict: .* must hold .*gradient_inverse.*"):

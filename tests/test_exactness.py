@@ -232,4 +232,4 @@ def test_corrected_eigenvalues_add_up_to_the_trace_of_any_block(
     for block in kfac._blocks:
         exact = exact_blocks(setting, case, targets, reduction, block.layer.module)
         trace = exact.diagonal(dim1=1, dim2=2).sum()
-        assert abs(block.correction.mean().sum() - trace) < EXACT * trace
+        assert abs(block.correction.mean.sum() - trace) < EXACT * trace

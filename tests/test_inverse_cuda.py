@@ -20,7 +20,8 @@ from inverses import assert_as_accurate, covariance
 from oracle import bits, lower_only, poisoned, spread
 from torch import Tensor
 
-from kfac_fast import ops, schema
+from kfac_fast import ops
+from kfac_fast.list_checks import number_of_matrices
 
 # A forked process, which a barrier's test needs, cannot use the threads of its parent.
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -94,7 +95,7 @@ def _launch(
         )
         for m, shift, place in zip(matrices, damping, places, strict=True)
     ]
-    total = schema.number_of_matrices(matrices)
+    total = number_of_matrices(matrices)
     info = torch.full((total,), -1, dtype=torch.int32)
     logdets = poisoned(total, dtype=dtype) if logdet else None
     arguments = Arguments(

@@ -59,7 +59,7 @@ def layers() -> Iterator[Inverted]:
     """Layers of mixed sizes, one with groups, after several batches."""
     for shapes in [((5, 5), (3, 3)), ((1, 1), (4, 4)), ((2, 4, 4), (2, 3, 3)), ((9, 9), (1, 1))]:
         factors = averaged(*(positive_definite(*shape) for shape in shapes))
-        yield factors, tuple(Inverse(factor.total) for factor in factors)
+        yield factors, tuple(Inverse(factor.mean) for factor in factors)
 
 
 @pytest.mark.parametrize("mode", ["factored", "plain"])
@@ -68,7 +68,7 @@ def test_refreshed_inverses_are_those_of_the_damped_covariances(damping: float, 
     pairs = list(layers())
     refresh_inverses(pairs, damping, mode)
     for factors, inverses in pairs:
-        covariances = [f.mean().reshape(-1, *f.total.shape[-2:]) for f in factors]
+        covariances = [f.mean.reshape(-1, *f.mean.shape[-2:]) for f in factors]
         for inverse, damped in zip(inverses, damp((*covariances,), damping, mode), strict=True):
             expected = torch.linalg.inv(damped).reshape(inverse.matrix.shape)
             assert_solved(inverse.matrix, expected)
@@ -120,12 +120,12 @@ def test_a_failed_inverse_keeps_the_previous_pair_and_spares_its_neighbours() ->
     factors = [factor for own, _ in pairs for factor in own]
     inverses = [inverse for _, own in pairs for inverse in own]
     previous = [inverse.matrix.clone() for inverse in inverses]
-    factors[0].total = -torch.eye(5, dtype=torch.float64)
-    factors[5].total[0] = -torch.eye(3, dtype=torch.float64)
+    factors[0].mean = -2 * torch.eye(5, dtype=torch.float64)
+    factors[5].mean[0] = -2 * torch.eye(3, dtype=torch.float64)
     refresh_inverses(pairs, 1.0, "plain")
     assert [int(inverse.failed) for inverse in inverses] == [1, 0, 0, 0, 0, 1, 0, 0]
     for index, (factor, inverse) in enumerate(zip(factors, inverses, strict=True)):
-        covariance = factor.mean()
+        covariance = factor.mean
         expected = torch.linalg.inv(covariance + torch.eye(covariance.shape[-1]).double())
         kept = previous[index]
         if index in (0, 1):
@@ -135,7 +135,7 @@ def test_a_failed_inverse_keeps_the_previous_pair_and_spares_its_neighbours() ->
             assert_solved(inverse.matrix[1], expected[1])
         else:
             assert_solved(inverse.matrix, expected)
-    factors[5].total[1] = factors[5].total[0]
+    factors[5].mean[1] = factors[5].mean[0]
     refresh_inverses(pairs, 1.0, "plain")
     # More damping helps those that failed before.
     assert inverses[0].failed == 1 and inverses[5].failed == 2
@@ -146,7 +146,7 @@ def test_a_failure_raises_the_damping_of_its_matrix_until_it_succeeds(damping: f
     """The second of two groups has a slightly negative eigenvalue."""
     *_, (factors, (a, g)), _ = layers()
     indefinite = torch.diag(torch.tensor([1.0, 1.0, 1.0, -0.5], dtype=torch.float64))
-    factors[0].total[1] = factors[0].weight * indefinite
+    factors[0].mean[1] = indefinite
     levels = []
     for _ in range(20):
         refresh_inverses([(factors, (a, g))], damping, "plain")
@@ -200,7 +200,7 @@ def residuals(layers: list[Inverted], damping: float) -> list[Tensor]:
     return [
         torch.linalg.matrix_norm(
             torch.eye(x.matrix.shape[-1]).double()
-            - (factor.mean() + damping * torch.eye(x.matrix.shape[-1]).double()) @ x.matrix
+            - (factor.mean + damping * torch.eye(x.matrix.shape[-1]).double()) @ x.matrix
         )
         for factors, inverses in layers
         for factor, x in zip(factors, inverses, strict=True)
@@ -212,14 +212,14 @@ def test_refinement_squares_the_residual_until_rounding() -> None:
     refresh_inverses(pairs, 0.3, "plain")
     for factors, _ in pairs:
         for factor in factors:
-            factor.total = 1.3 * factor.total
+            factor.mean = 1.3 * factor.mean
     before = residuals(pairs, 0.3)
     assert all((0.01 < r).all() and (r < 1).all() for r in before)
     for steps in (1, 2, 6):
         for factors, inverses in pairs:
             for factor, inverse in zip(factors, inverses, strict=True):
                 inverse.matrix = torch.linalg.inv(
-                    factor.mean() / 1.3 + 0.3 * torch.eye(factor.total.shape[-1]).double()
+                    factor.mean / 1.3 + 0.3 * torch.eye(factor.mean.shape[-1]).double()
                 )
         refine_inverses(pairs, 0.3, "plain", steps=steps)
         rounding = 1e3 * torch.finfo(torch.float64).eps  # the condition numbers are below 1e3

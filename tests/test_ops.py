@@ -173,6 +173,15 @@ NOT_DIFFERENTIABLE = {
         mean=trainable(4),
         variance=torch.ones(4, requires_grad=True),
     ),
+    "mean_eigenvalues": lambda: ops.mean_eigenvalues(identities()),
+    "update_averages": lambda: ops.update_averages(
+        identities(),
+        [1],
+        0.5,
+        out=[torch.zeros(3, 3)],
+        weights=[torch.zeros(())],
+        skipped=[torch.tensor(0)],
+    ),
     "damped_inverse": lambda: ops.damped_inverse(
         identities(), torch.ones((), requires_grad=True), logdet=True
     ),

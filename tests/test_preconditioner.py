@@ -319,10 +319,10 @@ def test_bfloat16_layers_have_float32_factors_and_bfloat16_gradients(approx: str
     kfac.step()
     for block in kfac._blocks:
         pair = block.factors
-        tensors = [t for f in pair for t in (f.total, f.weight)]
+        tensors = [t for f in pair for t in (f.mean, f.weight)]
         tensors += [inverse.matrix for inverse in block.inverses]
         assert {t.dtype for t in tensors} == {torch.float32}
-        a, g = (f.mean().double().reshape(-1, *f.total.shape[-2:]) for f in pair)
+        a, g = (f.mean.double().reshape(-1, *f.mean.shape[-2:]) for f in pair)
         expected = solve(raw[block.layer.name], damp((a, g), 1.0))
         out = grad_matrices(block.layer.module)
         assert out.dtype == torch.bfloat16

@@ -153,7 +153,7 @@ def test_sharing_ends_with_the_step() -> None:
     twin.rows(x).sum().backward()
     expected.step()
     assert_solved(
-        kfac._blocks[0].factors[0].mean() * (1 - 0.95**2),
+        kfac._blocks[0].factors[0].mean * (1 - 0.95**2),
         0.05 * covariances(expected)["rows.0"][0][0] + 0.05 * 0.95 * masked_covariance(x),
     )
 

@@ -51,6 +51,11 @@ def dispatcher_arguments(op: str) -> tuple[Any, ...]:
             *(image, image.clone(), x[0], x[1].abs(), -1, 1e-5, False),
             *(1.0, 0.9, torch.zeros(4, 1, 1)),
         ),
+        "mean_eigenvalues": (square, values),
+        "update_averages": (
+            *([2 * m for m in square], [2, 1.0, 5], 0.9, True, outs),
+            *([torch.zeros(()) for _ in outs], [torch.zeros((), dtype=torch.int64) for _ in outs]),
+        ),
         "damped_inverse": (square, damping, outs, info, values),
         "damped_cholesky": (square, damping, outs, info, None),
         "precondition": (grads, *sides, outs, torch.zeros(())),
@@ -88,6 +93,12 @@ def test_native_schema_is_the_same(op: str) -> None:
     assert getattr(torch.ops.kfac_fast_native, op).default(*arguments) is accepted
 
 
+def averages_like(x: Tensor) -> dict[str, list[Tensor]]:
+    """New averages that :func:`ops.update_averages` changes."""
+    zeros = torch.zeros_like(x), x.new_zeros(()), torch.zeros((), dtype=torch.int64)
+    return {name: [z] for name, z in zip(("out", "weights", "skipped"), zeros, strict=True)}
+
+
 PUBLIC_CALLS: dict[str, Callable[..., Any]] = {
     "gram": lambda x: ops.gram(x, bias=True, mask=x[..., 0] > 0, groups=2),
     "shared_gram": lambda x: ops.shared_gram(x[:, None], bias=True, reduction="sum"),
@@ -100,6 +111,10 @@ PUBLIC_CALLS: dict[str, Callable[..., Any]] = {
     ),
     "feature_norm_gram": lambda x: ops.feature_norm_gram(x, x + 1, mask=x[:, 0] > 0),
     "channel_norm_gram": lambda x: ops.channel_norm_gram(x, x + 1, num_groups=2, bias=False),
+    "mean_eigenvalues": lambda x: ops.mean_eigenvalues([x.T @ x, x[0]]),
+    "update_averages": lambda x: ops.update_averages(
+        [x], [2.0], 0.5, **averages_like(x), covariances=False
+    ),
     "damped_inverse": lambda x: ops.damped_inverse(
         [x.T @ x, (x.T @ x)[:2, :2].contiguous()], [0.5, x[0, 0].abs()], logdet=True
     ),

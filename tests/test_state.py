@@ -135,9 +135,9 @@ def test_a_state_of_another_precision_is_converted() -> None:
     kfac.load_state_dict(run.kfac.state_dict())
     F.cross_entropy(model(images().float()), torch.randint(3, (5,))).backward()
     kfac.step()
-    total = kfac.state_dict()["layers"]["head"]["input"]["total"]
-    expected = run.kfac.state_dict()["layers"]["head"]["input"]["total"].float()
-    assert kfac.steps == 5 and torch.equal(total, expected)
+    mean = kfac.state_dict()["layers"]["head"]["input"]["mean"]
+    expected = run.kfac.state_dict()["layers"]["head"]["input"]["mean"].float()
+    assert kfac.steps == 5 and torch.equal(mean, expected)
 
 
 def head_input(state: State) -> State:
@@ -145,8 +145,8 @@ def head_input(state: State) -> State:
 
 
 BAD_STATES: dict[str, tuple[Callable[[State], Any], str]] = {
-    "no-version": (lambda s: s.pop("version"), "version must be 3, got None"),
-    "version": (lambda s: s.update(version=1), "version must be 3, got 1"),
+    "no-version": (lambda s: s.pop("version"), "version must be 4, got None"),
+    "version": (lambda s: s.update(version=1), "version must be 4, got 1"),
     "no-layers": (lambda s: s.pop("layers"), "state must hold layers, options, steps and version"),
     "no-steps": (lambda s: s.pop("steps"), "state must hold layers, options, steps and version"),
     "unknown-key": (
@@ -160,11 +160,11 @@ BAD_STATES: dict[str, tuple[Callable[[State], Any], str]] = {
         lambda s: s["layers"]["head"].pop("gradient"),
         "head must hold .*'gradient', .* got .*'norm'",
     ),
-    "field-missing": (lambda s: head_input(s).pop("total"), "head.input must hold .*'total'"),
+    "field-missing": (lambda s: head_input(s).pop("mean"), "head.input must hold .*'mean'"),
     "unknown-field": (lambda s: head_input(s).update(more=0), "head.input must hold .*'more'"),
     "shape": (
-        lambda s: head_input(s).update(total=torch.eye(4)),
-        r"head.input.total must have shape \(5, 5\), got \(4, 4\)",
+        lambda s: head_input(s).update(mean=torch.eye(4)),
+        r"head.input.mean must have shape \(5, 5\), got \(4, 4\)",
     ),
     "norm-shape": (
         lambda s: s["layers"]["head"]["norm"].update(second_moment=torch.ones(3, 4)),
@@ -197,5 +197,5 @@ def test_a_state_of_a_layer_with_other_features_is_refused(bias: bool) -> None:
         return kfac
 
     other = trained(3, not bias) if bias else trained(4, bias)
-    with pytest.raises(ValueError, match="input.total must have shape"):
+    with pytest.raises(ValueError, match="input.mean must have shape"):
         trained(3, bias).load_state_dict(other.state_dict())

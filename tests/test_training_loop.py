@@ -40,11 +40,11 @@ def updates(kfac: KFAC, model: Net, steps: int) -> tuple[list[int], list[int]]:
     for step in range(steps):
         train_step(model, kfac, images(), torch.randint(3, (5,)))
         factor, own = head(kfac)
-        if total is None or not torch.equal(factor.total, total):
+        if total is None or not torch.equal(factor.mean, total):
             moved.append(step)
         if own.matrix._version != version:
             refreshed.append(step)
-        total, version = factor.total.clone(), own.matrix._version
+        total, version = factor.mean.clone(), own.matrix._version
     return moved, refreshed
 
 
@@ -88,7 +88,7 @@ def test_the_damping_and_the_decay_may_be_functions_of_the_step() -> None:
         weight = decay * weight + 1 - decay
         factor, inverse = head(kfac)
         assert float(factor.weight) == pytest.approx(weight, rel=1e-14)
-        damped = factor.mean() + damping * torch.eye(4).double()
+        damped = factor.mean + damping * torch.eye(4).double()
         assert_solved(inverse.matrix, torch.linalg.inv(damped))
 
 

@@ -73,6 +73,13 @@ inline bool segments_pass(const Tensor& x, const std::optional<Tensor>& segments
   return x.dim() == 2 && is_vector(*segments, x.size(0)) && num_segments >= 0;
 }
 
+// A covariance [*, n, n], or one given by its diagonal [n]; not empty.
+inline bool is_covariance(const Tensor& tensor) {
+  const int64_t dims = tensor.dim();
+  if (dims == 0 || tensor.numel() == 0) return false;
+  return dims == 1 || tensor.size(dims - 1) == tensor.size(dims - 2);
+}
+
 // x [*, D] whose features are split into groups, and a mask [*].
 inline bool rows_pass(const Tensor& x, const std::optional<Tensor>& mask, int64_t groups) {
   const int64_t last = x.dim() - 1;

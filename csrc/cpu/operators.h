@@ -35,6 +35,11 @@ using MakeConvKernel = ConvKernel(const std::vector<int64_t>& plan,
                                   const std::vector<int64_t>& sizes, int64_t groups);
 MakeConvKernel conv_offset_gram, conv_patch_gram, conv_reduce_gram, conv_window_sum;
 
+bool mean_eigenvalues(const std::vector<Tensor>& matrices, const Tensor& out);
+bool update_averages(const std::vector<Tensor>& sums, const std::vector<double>& terms,
+                     double decay, bool covariances, const std::vector<Tensor>& out,
+                     const std::vector<Tensor>& weights, const std::vector<Tensor>& skipped);
+
 bool damped_inverse(const std::vector<Tensor>& matrices, const std::vector<Tensor>& damping,
                     const std::vector<Tensor>& out, const Tensor& info,
                     const std::optional<Tensor>& logdet);

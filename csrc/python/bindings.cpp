@@ -110,6 +110,26 @@ py::object call_conv_kernel(const ConvKernel& kernel, const Tensor& x, bool bias
 
 py::object true_or_none(bool done) { return done ? py::object(py::bool_(true)) : py::none(); }
 
+py::object call_mean_eigenvalues(const std::vector<Tensor>& matrices, const Output& out) {
+  return true_or_none(run(objects({out}), [&] { return mean_eigenvalues(matrices, out); }));
+}
+
+py::object call_update_averages(const std::vector<Tensor>& sums, const std::vector<Number>& terms,
+                                Number decay, bool covariances, const std::vector<Output>& out,
+                                const std::vector<Output>& weights,
+                                const std::vector<Output>& skipped) {
+  py::list written = objects(out);
+  for (const auto* outputs : {&weights, &skipped}) {
+    for (const Output& output : *outputs) append(written, output);
+  }
+  std::vector<double> numbers;
+  for (const Number& number : terms) numbers.push_back(number.value);
+  return true_or_none(run(written, [&] {
+    return update_averages(sums, numbers, decay.value, covariances, tensors(out), tensors(weights),
+                           tensors(skipped));
+  }));
+}
+
 py::object call_damped(decltype(damped_inverse)& op, const std::vector<Tensor>& matrices,
                        const std::vector<Tensor>& damping, const std::vector<Output>& out,
                        const Output& info, const std::optional<Output>& logdet) {
@@ -174,6 +194,8 @@ void bind_operators(py::module_& module) {
       return call_damped(op, matrices, damping, out, info, logdet);
     };
   };
+  bind("mean_eigenvalues", &call_mean_eigenvalues);
+  bind("update_averages", &call_update_averages);
   bind("damped_inverse", damped(damped_inverse));
   bind("damped_cholesky", damped(damped_cholesky));
   const auto layers = [](auto& op) {

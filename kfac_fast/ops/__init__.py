@@ -8,6 +8,7 @@ Results of float64 inputs are float64; of float32, bfloat16 and float16 inputs f
 """
 
 from kfac_fast.ops.convolutions import conv_expand_gram, conv_reduce_gram, conv_window_sum
+from kfac_fast.ops.covariances import mean_eigenvalues, update_averages
 from kfac_fast.ops.matrices import (
     DampedInverses,
     Damping,
@@ -33,6 +34,8 @@ __all__ = [
     "damped_inverse",
     "feature_norm_gram",
     "gram",
+    "mean_eigenvalues",
     "precondition",
     "shared_gram",
+    "update_averages",
 ]

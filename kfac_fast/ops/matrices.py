@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kfac_fast import schema
 from kfac_fast.backends import call, public, quick
 from kfac_fast.checks import refused
+from kfac_fast.list_checks import number_of_matrices
 
 
-def _all_detached(tensors: Sequence[Tensor]) -> list[Tensor]:
+def all_detached(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors apart from any graph."""
     return [x.detach() if x.requires_grad else x for x in tensors]
 
 
@@ -81,12 +82,12 @@ def _damped(
     matrices = list(matrices)  # the kernels' views live as long as this list holds the tensors
     results = _contiguous_like(matrices) if out is None else list(out)
     like = matrices[0] if matrices else torch.empty(0)
-    total = schema.number_of_matrices(matrices)
+    total = number_of_matrices(matrices)
     info = torch.empty(total, dtype=torch.int32, device=like.device)
     logdets = torch.empty(total, dtype=like.dtype, device=like.device) if logdet else None
     others = _damping_tensors(op, damping, matrices), results, info, logdets
     if quick(op, matrices, *others) is None:
-        call(op, _all_detached(matrices), *others)
+        call(op, all_detached(matrices), *others)
     return DampedInverses(results, info, logdets)
 
 
@@ -198,7 +199,7 @@ def _preconditioned(
     like = grads[0] if grads else torch.empty(0)
     inner = torch.zeros((), dtype=like.dtype, device=like.device)
     if quick(op, grads, input_sides, gradient_sides, results, inner) is None:
-        call(op, _all_detached(grads), input_sides, gradient_sides, results, inner)
+        call(op, all_detached(grads), input_sides, gradient_sides, results, inner)
     return Preconditioned(results, inner)
 
 

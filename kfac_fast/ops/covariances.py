@@ -1,0 +1,104 @@
+"""Running averages of covariances, and their average eigenvalues."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kfac_fast.backends import call, public, quick
+from kfac_fast.list_checks import number_of_matrices
+from kfac_fast.ops.matrices import all_detached
+
+
+@public
+def update_averages(
+    sums: Sequence[Tensor],
+    terms: Sequence[float],
+    decay: float,
+    *,
+    out: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    skipped: Sequence[Tensor],
+    covariances: bool = True,
+) -> list[Tensor]:
+    r"""Average one batch each into the running averages of all factors, unless it is not finite.
+
+    .. math::
+
+        w_i \leftarrow \rho w_i + (1 - \rho), \qquad
+        M_i \leftarrow M_i + \frac{1 - \rho}{w_i} \left(\frac{C_i}{m_i} - M_i\right)
+
+    where :math:`C_i / m_i` is finite; elsewhere no bit changes and the batch is counted. From a
+    weight of zero on, :math:`M_i` is the weighted mean of all batches, without the bias towards
+    zero that averages have at their start.
+
+    Equivalent to::
+
+        for total, count, average, weight, skips in zip(sums, terms, out, weights, skipped):
+            if (total / count).isfinite().all():
+                weight.lerp_(torch.ones(()), 1 - decay)
+                average.lerp_(total / count, (1 - decay) / weight)
+            else:
+                skips += 1
+
+    Args:
+        sums: What a batch has added up, all float32 or all float64; none is empty.
+        terms: Number of terms that each is divided by.
+        decay: Weight :math:`\rho` of the past, in [0, 1).
+        out: Running averages :math:`M`, contiguous, of the shapes of ``sums``.
+        weights: Their weights :math:`w`, scalars of the same dtype, zero before the first batch.
+        skipped: Numbers of batches that were left out, int64 scalars.
+        covariances: Whether these are covariances ``[*, n, n]``, or diagonals ``[n]`` of such: then
+            only their diagonals are looked at, where NaN or infinity in any of the rows that a
+            covariance is made of shows.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ValueError: If a shape, a length, a device, ``decay`` or the memory of an output is refused.
+        TypeError: If a dtype is refused.
+
+    Source: Martens & Grosse (2015), section 5; Kingma & Ba (2015), section 3, for the correction.
+    """
+    # The kernels' views live as long as these lists hold the tensors.
+    sums, terms, out = list(sums), list(terms), list(out)
+    options = terms, decay, covariances, out, list(weights), list(skipped)
+    if quick("update_averages", sums, *options) is None:
+        call("update_averages", [x.contiguous() for x in all_detached(sums)], *options)
+    return out
+
+
+@public
+def mean_eigenvalues(matrices: Sequence[Tensor], *, out: Tensor | None = None) -> Tensor:
+    r"""Average eigenvalue of each of many covariances, by which factored damping is split.
+
+    .. math:: \mu_i = \operatorname{tr} M_i / n_i
+
+    Equivalent to::
+
+        return torch.stack([matrix.trace() / len(matrix) for matrix in matrices])
+
+    Args:
+        matrices: Square matrices ``[*, n, n]`` of any mix of sizes and strides, all float32 or all
+            float64; one that is diagonal may be given by its diagonal ``[n]``.
+        out: Contiguous result.
+
+    Returns:
+        One entry for each matrix, those of a stack in its order.
+
+    Raises:
+        ValueError: If a shape, a device or the memory of ``out`` is refused.
+        TypeError: If a dtype is refused.
+
+    Source: Martens & Grosse (2015), section 6.3.
+    """
+    matrices = list(matrices)  # the kernels' views live as long as this list holds the tensors
+    if out is None:
+        like = matrices[0] if matrices else torch.empty(0)
+        out = like.new_empty(number_of_matrices(matrices))
+    if quick("mean_eigenvalues", matrices, out) is None:
+        call("mean_eigenvalues", all_detached(matrices), out)
+    return out
