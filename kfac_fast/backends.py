@@ -22,6 +22,7 @@ import torch
 
 from kfac_fast import conv_kernels, reference, schema
 from kfac_fast.conv import ConvGeometry
+from kfac_fast.dispatch import as_plain, dispatched, is_listened
 
 if TYPE_CHECKING:
     from kfac_fast._C import ConvKernel
@@ -80,19 +81,10 @@ def _checked(op: str, quick: Callable[..., Any]) -> Callable[..., None]:
     """A kernel that checks its arguments, for arguments that have passed the check."""
 
     def run(*args: Any) -> None:
-        if quick(*map(_plain, args)) is None:
+        if quick(*map(as_plain, args)) is None:
             raise RuntimeError(f"{op}: the kernel refuses arguments that have passed the check")
 
     return run
-
-
-def _plain(value: Any) -> Any:
-    """An argument with its tensors as what they are under a class of their own."""
-    if isinstance(value, list):
-        return [_plain(entry) for entry in value]
-    if isinstance(value, torch.Tensor) and type(value) not in _TENSORS:
-        return value.as_subclass(torch.Tensor)
-    return value
 
 
 def _cpp(op: str) -> Implementation:
@@ -529,7 +521,7 @@ def quick(op: str, *args: Any) -> Any:
         TypeError: If an option of one is of another type than its name asks for.
     """
     kernel = TABLE[op, "cpu"][0].quick
-    if kernel is None or _listened() or _forced.get() or _explanation.get() is not None:
+    if kernel is None or is_listened() or _forced.get() or _explanation.get() is not None:
         return None
     return kernel(*args)
 
@@ -548,53 +540,3 @@ def call(op: str, *args: Any) -> None:
         getattr(torch.ops.kfac_fast, op).default(*args)
     else:
         _route(op, *args)
-
-
-_TENSORS = {torch.Tensor, torch.nn.Parameter}
-_PLAIN = _TENSORS | {int, float, bool, str, tuple, list, type(None)}
-
-
-def _listened() -> bool:
-    """Whether the compiler, a tracer, a mode, a transform or a profiler listens to calls."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._autograd._profiler_enabled()
-        or torch._C._get_tracing_state() is not None
-    )
-
-
-def _is_lazy(tensor: torch.Tensor) -> bool:
-    """Whether it is negated, or zero without memory, until the dispatcher sees it."""
-    return tensor.is_neg() or tensor._is_zerotensor()
-
-
-def dispatched(args: tuple[Any, ...]) -> bool:
-    """Whether something listens at the dispatcher to a call with these arguments.
-
-    That may be the compiler, a tracer, a mode, a transform, a profiler, or a kind of tensor of its
-    own. A kernel that somebody registers for an operator in place of the router is not looked for.
-
-    Args:
-        args: An operator's arguments.
-
-    Returns:
-        False if the router may be called directly.
-    """
-    if _listened():
-        return True
-    for value in args:
-        kind = type(value)
-        if kind is list and value:
-            if not _TENSORS.issuperset(map(type, value)) or value[0].is_meta:
-                return True
-            if any(map(_is_lazy, value)):
-                return True
-        elif kind in _TENSORS:
-            if value.is_meta or _is_lazy(value):
-                return True
-        elif kind not in _PLAIN:
-            return True
-    return False

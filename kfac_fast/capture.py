@@ -85,6 +85,9 @@ class InputGrams:
         Returns:
             The sum and the number of its terms; None if the layer has no factor of its inputs.
         """
+        what = layer.input_key(output)
+        if what is None:
+            return None
         state = _state(x)
         if state is None:
             return layer.input_gram(x.detach(), output)
@@ -95,7 +98,7 @@ class InputGrams:
             latest = self._latest[owner] = state, {}
         sums = latest[1]
         view = x.storage_offset(), x.shape, x.stride(), x.dtype, x.is_neg()
-        key = view, layer.input_key(output)
+        key = view, what
         if key not in sums:
             sums[key] = layer.input_gram(x.detach(), output)
         return sums[key]

@@ -96,7 +96,7 @@ def _split_damping(
 ) -> tuple[Tensor, Tensor]:
     """As :func:`factored_damping`, from average eigenvalues and the root of the damping."""
     ratio = input_mean / gradient_mean
-    usable = (input_mean > 0) & (gradient_mean > 0) & ratio.isfinite() & (ratio > 0)
+    usable = (input_mean > 0) & (ratio > 0) & ratio.isfinite()
     pi = torch.where(usable, ratio, 1).sqrt()
     return root * pi, root / pi
 
@@ -131,16 +131,16 @@ def refresh_inverses(layers: Sequence[Inverted], damping: Damping, mode: str = "
         mode: ``"factored"`` as :func:`factored_damping`; ``"plain"`` adds ``damping`` to each
             factor. A layer with a single factor has it in both modes.
     """
-    systems = _systems(layers, damping, mode)
-    if not systems:
+    if not layers:
         return
     factors, inverses, slices = _flat(layers)
+    raised = _raised(inverses)
+    systems = _systems(layers, damping, mode, raised)
     matrices, failed = _invert(systems)
     # Numbers of a matrix each are entries of one array for all of them.
     counts = [inverse.raised.numel() for inverse in inverses]
     counted = _counted(factors, slices, counts)
     failed = failed & counted
-    raised = torch.hstack([inverse.raised for inverse in inverses])
     valid = counted & ~failed
     if known_true(valid) and known_true(raised == 0):  # as mostly: there is nothing to count
         torch._foreach_copy_([inverse.matrix for inverse in inverses], matrices)
@@ -178,7 +178,8 @@ def refine_inverses(
     Source: Higham (2008), Functions of Matrices, section 7.3; Ben-Israel (1965).
     """
     inverses = [inverse for _, own in layers for inverse in own]
-    for inverse, (covariance, shift) in zip(inverses, _systems(layers, damping, mode), strict=True):
+    systems = _systems(layers, damping, mode, _raised(inverses)) if layers else []
+    for inverse, (covariance, shift) in zip(inverses, systems, strict=True):
         if covariance.dim() == 1:
             inverse.matrix.copy_(1 / (covariance + shift))
             continue
@@ -213,6 +214,11 @@ def apply_inverses(
     return multiply_sides(grads, right, left)
 
 
+def _raised(inverses: Sequence[Inverse]) -> Tensor:
+    """Of each matrix, by how many powers of ten its damping is raised."""
+    return torch.hstack([inverse.raised for inverse in inverses])
+
+
 def _of_each(inverses: Sequence[Inverse], joined: Tensor) -> list[Tensor]:
     """The numbers of each inverse's matrices, of the batch shape, from one array for all."""
     shapes = [inverse.raised.shape for inverse in inverses]
@@ -242,12 +248,10 @@ def _flat(layers: Sequence[Inverted]) -> tuple[list[Factor], list[Inverse], list
 
 
 def _systems(
-    layers: Sequence[Inverted], damping: Damping, mode: str
+    layers: Sequence[Inverted], damping: Damping, mode: str, raised: Tensor
 ) -> list[tuple[Tensor, Tensor]]:
     """Every factor's covariance, and its damping of the batch shape."""
     factors, inverses, slices = _flat(layers)
-    if not factors:
-        return []
     covariances = [factor.mean for factor in factors]
     joined_means = ops.mean_eigenvalues(covariances)
     means = joined_means.split([inverse.raised.numel() for inverse in inverses])
@@ -269,8 +273,9 @@ def _systems(
         for side, split in enumerate(_split_damping(inputs, gradients, roots)):
             for i, share in zip(pairs, split.split(lengths), strict=True):
                 shares[i + side] = share
-    raised = torch.hstack([inverse.raised for inverse in inverses])
-    total = raised_damping(torch.cat(shares), joined_means, raised)
+    total = torch.cat(shares)
+    if not known_true(raised == 0):
+        total = raised_damping(total, joined_means, raised)
     return list(zip(covariances, _of_each(inverses, total), strict=True))
 
 

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "kfac_fast"
 
 # Lower rooms first: a module imports from its own room and from those before it.
 ROOMS = [
-    {"checks", "list_checks", "conv", "checkpoint", "compiled", "host_copy", "options"},
+    {"checks", "list_checks", "conv", "dispatch", "checkpoint", "compiled", "host_copy", "options"},
     {"schema", "reference", "conv_kernels", "_C"},
     {"kernels"},
     {"backends"},

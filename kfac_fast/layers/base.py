@@ -107,7 +107,8 @@ class Layer(ABC):
             output: The module's output; only its shape is used.
 
         Returns:
-            A key; layers of equal keys have equal sums and counts for one input.
+            A key; layers of equal keys have equal sums and counts for one input. None if there is
+            no such factor.
         """
 
     @abstractmethod
@@ -208,13 +209,13 @@ class Layer(ABC):
         weight, *biases = tensors
         if weight is None:
             raise TypeError(f"{self.name}: the weight's tensor must be there, got None")
-        matrix = self.weight_matrix(self.own(weight)).to(dtype)
+        matrix = self.weight_matrix(self.own(weight))
         if not self.has_bias:
-            return matrix.contiguous()
+            return matrix.to(dtype).contiguous()
         shape = (*matrix.shape[:-1], 1)
         bias = biases[0]
         column = matrix.new_zeros(shape) if bias is None else self.own(bias).reshape(shape)
-        return torch.cat([matrix, column.to(dtype)], -1)
+        return torch.cat([matrix, column], -1).to(dtype)
 
     def parts(
         self, tensors: Sequence[Tensor | None], matrix: Tensor
@@ -296,5 +297,13 @@ def gradient_gram(
     """Gram of output gradients ``[N, *shared, out]``, or of their sums over positions."""
     if approx == "expand" or (rows.dim() == 2 and sharing.segments is None):
         return ops.gram(rows, groups=groups, mask=sharing.mask, alpha=scale)
-    kinds = sharing._asdict()
-    return ops.shared_gram(rows, reduction="sum", groups=groups, alpha=scale, **kinds)
+    mask, segments, examples = sharing
+    return ops.shared_gram(
+        rows,
+        reduction="sum",
+        groups=groups,
+        mask=mask,
+        segments=segments,
+        num_segments=examples,
+        alpha=scale,
+    )

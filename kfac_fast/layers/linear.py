@@ -28,8 +28,14 @@ class LinearLayer(RowLayer):
         if self.approx == "expand" or (x.dim() == 2 and segments is None):
             total = ops.gram(x, bias=self.has_bias, mask=mask)
             return total, math.prod(x.shape[:-1]) if mask is None else mask.sum()
-        kinds = self.sharing._asdict()
-        total = ops.shared_gram(x, reduction="mean", bias=self.has_bias, **kinds)
+        total = ops.shared_gram(
+            x,
+            reduction="mean",
+            bias=self.has_bias,
+            mask=mask,
+            segments=segments,
+            num_segments=examples,
+        )
         if segments is not None and examples is not None:
             return total, examples
         return total, len(x) if mask is None else mask.flatten(1).any(1).sum()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Hashable
 from typing import Any, cast
 
 import torch
@@ -47,9 +46,8 @@ class NormLayer(Layer):
     def input_gram(self, x: Tensor, output: Tensor) -> None:
         """None, there is a single factor."""
 
-    def input_key(self, output: Tensor) -> Hashable:
-        """Alike in all."""
-        return type(self)
+    def input_key(self, output: Tensor) -> None:
+        """None, there is a single factor."""
 
     def gradient_gram(self, gradient: Tensor, scale: float, x: Tensor | None = None) -> Tensor:
         """Blocks of all units, ``[units, 1 (+ 1), 1 (+ 1)]``."""
@@ -75,7 +73,7 @@ class NormLayer(Layer):
 
     def weight_from_matrix(self, matrix: Tensor) -> Tensor:
         """In the weight's shape."""
-        return matrix.reshape(self.weight.shape)
+        return matrix.reshape(self.module.weight.shape)
 
     def factor_shapes(self) -> dict[str, tuple[int, ...]]:
         """A factor for weight and bias together."""
