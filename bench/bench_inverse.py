@@ -8,14 +8,10 @@ import baselines
 import pytest
 import torch
 from measure import Case, poisoned
-from shapes import INVERSES, NETWORKS, Layer
+from shapes import INVERSES, NETWORKS, factor_sizes, layers_of
 from torch import Tensor
 
 DAMPING = 1e-3
-
-
-def _layers(network: str) -> list[Layer]:
-    return [layer for layer in NETWORKS[network] for _ in range(layer.count)]
 
 
 def _covariance(size: int, device: str) -> Tensor:
@@ -32,7 +28,7 @@ def _sizes(shape: str) -> list[int]:
     if shape in INVERSES:
         count, size = INVERSES[shape]
         return count * [size]
-    return [size for layer in _layers(shape) for size in (layer.inputs, layer.outputs)]
+    return factor_sizes(shape)
 
 
 def _each(*ops: str, shapes: Sequence[str]) -> list[tuple[str, str]]:
@@ -60,7 +56,7 @@ def bench_damped(op: str, shape: str, compare: Callable[[Case], None], device: s
     ("op", "shape"), _each("precondition", "cholesky_precondition", shapes=list(NETWORKS))
 )
 def bench_precondition(op: str, shape: str, compare: Callable[[Case], None], device: str) -> None:
-    layers = _layers(shape)
+    layers = layers_of(shape)
     grads = [torch.randn(layer.outputs, layer.inputs, device=device) for layer in layers]
     # Times and rounding do not ask whether these are inverses.
     sides = [

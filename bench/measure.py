@@ -45,6 +45,7 @@ class Case:
         beside: Calls whose times are recorded beside ours, because a bar names them or is made of
             them. They take ``out`` like ways; their results are not looked at.
         peaks: Calls whose peak memory is recorded beside ours.
+        moved: Bytes that must be read or written; those of the arguments and the result if None.
     """
 
     op: str
@@ -56,6 +57,7 @@ class Case:
     flops: int
     beside: Ways = field(default_factory=dict, kw_only=True)
     peaks: Ways = field(default_factory=dict, kw_only=True)
+    moved: int | None = field(default=None, kw_only=True)
 
     def run(self, arguments: Sequence[Any], out: Tensor | list[Tensor]) -> Any:
         """Call the public operator."""
@@ -202,7 +204,7 @@ def _speed(case: Case, device: str, seconds: float) -> dict[str, float]:
     """The record's rates for a call that took ``seconds``."""
     dtypes = {torch.float32, results_of(case.arguments)[0].dtype}
     matrix_rate = max(machine.product_rate(device, dtype) for dtype in dtypes)
-    moved = _bytes(case.arguments) + _bytes(case.out)
+    moved = case.moved or _bytes(case.arguments) + _bytes(case.out)
     floor = max(case.flops / matrix_rate, moved / machine.copy_rate(device))
     return {
         "gflop": case.flops / 1e9,

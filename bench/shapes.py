@@ -1,4 +1,4 @@
-"""The shapes the benchmarks run over: layers of real networks; data only."""
+"""The shapes the benchmarks run over: layers of real networks."""
 
 from __future__ import annotations
 
@@ -203,3 +203,13 @@ INVERSES = {
     "1x2304": (1, 2304),
     "1x4608": (1, 4608),
 }
+
+
+def layers_of(network: str) -> list[Layer]:
+    """Each layer of a network, as often as it is there."""
+    return [layer for layer in NETWORKS[network] for _ in range(layer.count)]
+
+
+def factor_sizes(network: str) -> list[int]:
+    """Sizes of the factors of all layers."""
+    return [size for layer in layers_of(network) for size in (layer.inputs, layer.outputs)]

@@ -24,6 +24,8 @@ OPERATORS = {
     "shared_gram",
     "feature_norm_gram",
     "channel_norm_gram",
+    "mean_eigenvalues",
+    "update_averages",
     "conv_expand_gram",
     "conv_reduce_gram",
     "conv_window_sum",
