@@ -20,7 +20,19 @@ def update_averages(
     skipped: Sequence[Tensor],
 ) -> Ways:
     """Ways to average in a batch of all factors, where it is finite."""
-    one, loop_weights = weights[0].new_ones(()), [weight.clone() for weight in weights]
+    one = weights[0].new_ones(())
+    loop_weights, sum_weights = ([weight.clone() for weight in weights] for _ in range(2))
+
+    def in_place(out: Sequence[Tensor]) -> Sequence[Tensor]:
+        lists = (sums, terms, out, sum_weights, skipped)
+        for total, count, average, weight, skips in zip(*lists, strict=True):
+            if total.diagonal().isfinite().all():
+                weight.lerp_(one, 1 - decay)
+                rate = (1 - decay) / weight.item()
+                average.mul_(1 - rate).add_(total, alpha=rate / count)
+            else:
+                skips += 1
+        return out
 
     def loop(out: Sequence[Tensor]) -> Sequence[Tensor]:
         lists = (sums, terms, out, loop_weights, skipped)
@@ -36,7 +48,11 @@ def update_averages(
         reference.update_averages(sums, terms, decay, True, out, weights, skipped)
         return out
 
-    return {"lerp, one by one": loop, "reference": run_reference}
+    return {
+        "lerp, one by one": loop,
+        "mul and add, one by one": in_place,
+        "reference": run_reference,
+    }
 
 
 def mean_eigenvalues(matrices: Sequence[Tensor]) -> Ways:

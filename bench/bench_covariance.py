@@ -20,7 +20,7 @@ DECAY = 0.95
 
 @dataclass(frozen=True)
 class Update(Case):
-    """Averages that change with every call, as their weights do, which each dtype has its own of.
+    """Averages that change with every call, and so do their weights: each dtype has its own.
 
     Attributes:
         states: ``weights`` and ``skipped`` by dtype.
@@ -50,7 +50,20 @@ def bench_update(shape: str, compare: Callable[[Case], None], device: str) -> No
     options = _state(len(sums), torch.float32, device)
     ways = baselines.update_averages(*arguments, **_state(len(sums), torch.float32, device))
     flops = 4 * sum(n * n for n in sizes)
-    compare(Update("update_averages", shape, arguments, options, out, ways, flops, states=states))
+    moved = 3 * 4 * sum(n * n for n in sizes)  # the averages are read and written
+    compare(
+        Update(
+            "update_averages",
+            shape,
+            arguments,
+            options,
+            out,
+            ways,
+            flops,
+            states=states,
+            moved=moved,
+        )
+    )
 
 
 @pytest.mark.parametrize("shape", NETWORKS)

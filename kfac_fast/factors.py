@@ -92,11 +92,6 @@ def _numbered(average: RunningAverage, total: Tensor, terms: Count) -> tuple[Ten
     return total, terms
 
 
-def known_true(flags: Tensor) -> bool:
-    """Whether all are true, as far as the host knows without waiting for a device."""
-    return flags.is_cpu and bool(flags.all())
-
-
 def of_each(damping: Damping, layers: Sequence[object]) -> Sequence[float]:
     """The damping of each layer, where one number may stand for all."""
     return [damping] * len(layers) if isinstance(damping, int | float) else damping

@@ -1,4 +1,4 @@
-"""Numbers that the host gets without waiting for them."""
+"""What the host gets to know without waiting for a device."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import ctypes
 
 import torch
 from torch import Tensor
+
+
+def known_true(flags: Tensor) -> bool:
+    """Whether all are true, as far as the host knows without waiting for a device."""
+    return flags.is_cpu and bool(flags.all())
 
 
 class HostCopy:

@@ -17,10 +17,10 @@ from kfac_fast import ops
 from kfac_fast.factors import (
     Damping,
     Factor,
-    known_true,
     multiply_sides,
     of_each,
 )
+from kfac_fast.host_copy import known_true
 from kfac_fast.reference import diagonal_of
 
 

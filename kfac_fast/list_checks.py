@@ -26,7 +26,8 @@ def _check_squares(op: str, argument: str, matrices: Sequence[Tensor], like: Ten
 
 def _check_length(op: str, argument: str, values: Sequence[object], expected: int) -> None:
     if len(values) != expected:
-        raise refused(op, argument, f"{expected} entries", len(values))
+        kind = "numbers" if argument == "terms" else "tensors"
+        raise refused(op, argument, f"{expected} {kind}", len(values))
 
 
 def check_averages(
@@ -52,8 +53,10 @@ def check_averages(
         _check_entry(op, f"sums[{i}]", total, out[0])
         if total.shape != average.shape:
             raise refused(op, f"sums[{i}]", f"of shape {tuple(average.shape)}", tuple(total.shape))
-        if not total.is_contiguous() or total.numel() == 0:
-            raise refused(op, f"sums[{i}]", "contiguous and not empty", f"{tuple(total.shape)}")
+        if total.numel() == 0:
+            raise refused(op, f"sums[{i}]", "not empty", tuple(total.shape))
+        if not total.is_contiguous():
+            raise refused(op, f"sums[{i}]", "contiguous", f"strides {total.stride()}")
         check_out(op, f"out[{i}]", average, average.shape, average.dtype, [])
         check_out(op, f"weights[{i}]", weights[i], (), average.dtype, [average])
         check_out(op, f"skipped[{i}]", skipped[i], (), torch.int64, [average])
@@ -70,8 +73,8 @@ def check_mean_eigenvalues(op: str, matrices: Sequence[Tensor], out: Tensor) -> 
 
 
 def number_of_matrices(matrices: Sequence[Tensor]) -> int:
-    """How many square matrices a list of stacked batches ``[*, n, n]`` holds."""
-    if sum(map(Tensor.dim, matrices)) == 2 * len(matrices):
+    """How many matrices a list of stacked batches ``[*, n, n]`` and of diagonals ``[n]`` holds."""
+    if max([0, *map(Tensor.dim, matrices)]) <= 2:
         return len(matrices)
     return sum(math.prod(matrix.shape[:-2]) for matrix in matrices)
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kfac_fast.conv import ConvGeometry
+from kfac_fast.host_copy import known_true
 from kfac_fast.list_checks import of_each
 
 LARGEST_BATCHED = 128
@@ -305,11 +306,12 @@ def update_averages(
     witnesses = [diagonal_of(total) if covariances else total for total in sums]
     largest = torch._foreach_norm(witnesses, math.inf)
     finite = torch.stack(torch._foreach_div(largest, numbers)).isfinite()
-    means = torch._foreach_div(list(sums), numbers)
-    taken = [torch.where(*each) for each in zip(finite.unbind(), means, out, strict=True)]
+    means = list(torch._foreach_div(list(sums), numbers))
+    if not known_true(finite):
+        means = [torch.where(*each) for each in zip(finite.unbind(), means, out, strict=True)]
     before = torch.stack(list(weights))
     after = decay * before + (1 - decay)
-    torch._foreach_lerp_(list(out), taken, list(((1 - decay) / after).unbind()))
+    torch._foreach_lerp_(list(out), means, list(((1 - decay) / after).unbind()))
     torch._foreach_copy_(list(weights), list(torch.where(finite, after, before).unbind()))
     torch._foreach_add_(list(skipped), list((~finite).to(torch.int64).unbind()))
 

@@ -11,7 +11,7 @@ from unittest.mock import patch
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kfac_fast import backends, factors, inverses
+from kfac_fast import backends, inverses, reference
 
 # The last two read values inside their own kernels.
 WAITING = ("_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "multinomial")
@@ -33,7 +33,7 @@ def waits_refused() -> Iterator[None]:
 def never_waits() -> Iterator[None]:
     """On a CPU, as if it were a device: refuse every operator that would make the host wait."""
     with (
-        patch.object(factors, "known_true", lambda flags: False),
+        patch.object(reference, "known_true", lambda flags: False),
         patch.object(inverses, "known_true", lambda flags: False),
         _NeverWaits(),
     ):

@@ -180,7 +180,7 @@ def covariances(kfac: KFAC) -> dict[str, Factors]:
     """Each layer's running averages, ``[groups, n, n]``."""
     return {
         block.layer.name: tuple(
-            factor.mean.reshape(-1, *factor.mean.shape[-2:]) for factor in block.factors
+            factor.mean.clone().reshape(-1, *factor.mean.shape[-2:]) for factor in block.factors
         )
         for block in kfac._blocks
         if block.factors

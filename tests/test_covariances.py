@@ -17,6 +17,7 @@ from oracle import (
 )
 from torch import Tensor
 
+import kfac_fast
 from kfac_fast import ops, reference, schema
 from kfac_fast.backends import native
 
@@ -46,13 +47,9 @@ def started(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor], list[Tensor
     )
 
 
-@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("decay", [0.0, 0.3, 0.5, 0.95])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_kernel_averages_as_the_reference(
-    dtype: torch.dtype, decay: float, threads: int
-) -> None:
-    torch.set_num_threads(threads)
+def test_the_kernel_averages_as_the_reference(dtype: torch.dtype, decay: float) -> None:
     ours, plain, exact = started(dtype), started(dtype), started(torch.float64)
     for batch in range(4):
         sums, terms = sums_of(dtype), [float(batch + i + 1) for i in range(len(SHAPES))]
@@ -170,14 +167,34 @@ def test_what_the_check_refuses_the_kernel_refuses(changed: dict[str, Any]) -> N
     assert all(not tensor.any() for kind in refused[4:] for tensor in kind)
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"terms": [torch.tensor(2.0)]}, "terms must be float or int, got Tensor"),
+        ({"terms": ["a"]}, "terms must be float or int, got str"),
+        ({"decay": None}, "decay must be float or int, got NoneType"),
+        ({"covariances": 1}, "covariances must be bool, got int"),
+    ],
+)
+def test_other_types_are_refused(changed: dict[str, Any], message: str) -> None:
+    sums, terms, decay, covariances, out, weights, skipped = arguments(**changed)
+    with pytest.raises(TypeError, match=f"^update_averages: {message}$"):
+        ops.update_averages(
+            *(sums, terms, decay),
+            out=out,
+            weights=weights,
+            skipped=skipped,
+            covariances=covariances,
+        )
+    assert not out[0].any()
+
+
 def test_no_averages_are_no_error() -> None:
     assert ops.update_averages([], [], 0.9, out=[], weights=[], skipped=[]) == []
 
 
-@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_mean_eigenvalues(dtype: torch.dtype, threads: int) -> None:
-    torch.set_num_threads(threads)
+def test_mean_eigenvalues(dtype: torch.dtype) -> None:
     stack = positive_definite(2, 3, 6, 6)[..., ::2, ::2]
     exact = [*sums_of(torch.float64), stack.transpose(0, 1), spread(torch.rand(9).double())]
     exact = [matrix.to(dtype).double() for matrix in exact]
@@ -192,6 +209,28 @@ def test_mean_eigenvalues(dtype: torch.dtype, threads: int) -> None:
     plain = torch.empty_like(out)
     reference.mean_eigenvalues(matrices, plain)
     torch.testing.assert_close(plain, out)
+
+
+def test_a_new_result_has_a_number_for_each_matrix_of_stacks_and_diagonals() -> None:
+    matrices = [torch.full((7,), 2.0), 3 * torch.eye(4).expand(3, 4, 4), torch.full((5,), 4.0)]
+    assert ops.mean_eigenvalues(matrices).tolist() == [2, 3, 3, 3, 4]
+    with kfac_fast.use("reference"):
+        assert ops.mean_eigenvalues(matrices).tolist() == [2, 3, 3, 3, 4]
+
+
+def test_threads_share_long_diagonals() -> None:
+    torch.set_num_threads(2)
+    sums = [torch.rand(size) for size in (60_000, 70_000, 40_000)]
+    sums[1][69_999] = math.nan
+    out, weights = [torch.zeros_like(s) for s in sums], [torch.zeros(()) for _ in sums]
+    skipped = [torch.tensor(0) for _ in sums]
+    ops.update_averages(sums, [3, 3, 3], 0.9, out=out, weights=weights, skipped=skipped)
+    assert [int(count) for count in skipped] == [0, 1, 0]
+    assert torch.equal(out[0], sums[0] / 3) and torch.equal(out[2], sums[2] / 3)
+    assert not out[1].any()
+    values = ops.mean_eigenvalues([sums[0], out[1], sums[2]]).double()
+    exact = torch.stack([s.double().mean() for s in (sums[0], out[1], sums[2])])
+    torch.testing.assert_close(values, exact, rtol=1e-6, atol=0)
 
 
 def test_a_mean_that_is_not_finite_stays_alone() -> None:

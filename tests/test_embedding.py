@@ -10,6 +10,7 @@ from oracle import assert_same
 from plain_kfac import assert_solved, covariances
 from torch import Tensor, nn
 
+from kfac_fast import KFAC
 from kfac_fast.layers import RULES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -104,3 +105,13 @@ def test_the_damped_frequency_divides_the_gradient() -> None:
     frequencies = torch.tensor([0, 2, 0, 0, 1, 0, 0]).double()
     expected = frequencies / 3**0.5 / (frequencies / 3 + DAMPING) / (1 + DAMPING)
     assert_solved(embedding.weight.grad[:, 0], expected)
+
+
+def test_diagonal_and_stacked_factors_are_refreshed_together() -> None:
+    model = nn.Sequential(nn.Embedding(11, 6), nn.LayerNorm(6), nn.Linear(6, 11))
+    kfac = KFAC(model, damping=0.1)
+    model(torch.arange(8).view(4, 2)).square().sum((1, 2)).mean().backward()
+    kfac.step()
+    for block in kfac._blocks:
+        for factor, inverse in zip(block.factors, block.inverses, strict=True):
+            assert inverse.failed == 0 and not torch.equal(inverse.matrix, factor.mean)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from enum import IntEnum
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from oracle import bits, poisoned
@@ -135,6 +137,30 @@ def test_a_result_that_nobody_gave_is_new(dtype: torch.dtype) -> None:
         ops.gram(x, beta=0.5)
     with torch.inference_mode():
         assert ops.gram(x).is_inference()
+
+
+NOT_EXACTLY: dict[str, Callable[[], Any]] = {
+    "groups": lambda: ops.gram(torch.ones(5, 4), groups=np.int64(2)),
+    "bias": lambda: ops.gram(torch.ones(5, 4), bias=np.bool_(True)),
+    "reduction": lambda: ops.shared_gram(torch.ones(5, 2, 4), reduction=b"sum"),
+    "num_groups": lambda: ops.channel_norm_gram(*2 * [torch.ones(5, 4)], num_groups=np.int64(2)),
+}
+
+
+@pytest.mark.parametrize("argument", NOT_EXACTLY)
+def test_what_could_be_made_an_int_a_bool_or_a_str_is_refused(argument: str) -> None:
+    for implementation in (None, "cpp", "reference"):
+        with kfac_fast.use(implementation) if implementation else nullcontext():
+            with pytest.raises(TypeError, match=rf"^\w+: {argument} must be "):
+                NOT_EXACTLY[argument]()
+
+
+def test_nothing_is_made_for_a_call_that_is_refused() -> None:
+    """The result would have 36 TB."""
+    with pytest.raises(TypeError, match=r"^gram: x must be float32"):
+        ops.gram(torch.zeros(1, 3 * 10**6, dtype=torch.int32))
+    with pytest.raises(TypeError, match=r"^gram: mask must be bool"):
+        ops.gram(torch.zeros(1, 3 * 10**6), mask=torch.ones(1))
 
 
 def test_lazy_tensors_have_their_values() -> None:

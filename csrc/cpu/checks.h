@@ -29,12 +29,6 @@ inline ScalarType result_type(ScalarType type) {
   return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// Whether the result is of these sizes, or has been made so. Its dtype waits for the memory's
-// check.
-inline bool result_passes(const Tensor& x, Result& out, const Sizes& sizes) {
-  return out.is_of(sizes, result_type(x.scalar_type()));
-}
-
 inline bool inputs_pass(ListCheck& check, std::initializer_list<const Tensor*> inputs) {
   if (!is_floating(check.type())) return false;
   for (const Tensor* input : inputs) {
@@ -43,27 +37,33 @@ inline bool inputs_pass(ListCheck& check, std::initializer_list<const Tensor*> i
   return true;
 }
 
-// The dtypes, alike in all inputs, and that the result shares memory with nothing.
-inline bool memory_passes(std::initializer_list<const Tensor*> inputs,
-                          const std::optional<Tensor>& mask, const std::optional<Tensor>& segments,
-                          const Result& out) {
+// Whether the result is of these sizes, or has been made so, and shares memory with nothing. What
+// is read has been checked, so that nothing is made for a call that is refused.
+inline bool result_passes(ListCheck& check, Result& out, const Sizes& sizes) {
+  const ScalarType type = result_type(check.type());
+  return out.is_of(sizes, type) && check.writes(out.tensor(), type) && check.apart();
+}
+
+// The dtypes, alike in all inputs, and the result.
+inline bool tensors_pass(std::initializer_list<const Tensor*> inputs,
+                         const std::optional<Tensor>& mask, const std::optional<Tensor>& segments,
+                         Result& out, const Sizes& sizes) {
   ListCheck check((*inputs.begin())->scalar_type());
   return inputs_pass(check, inputs) && (!mask || check.reads(*mask, ScalarType::Bool)) &&
          (!segments || check.reads(*segments, ScalarType::Long)) &&
-         check.writes(out.tensor(), result_type(check.type())) && check.apart();
+         result_passes(check, out, sizes);
 }
 
 // The same of inputs and of others, in the dtype of the result, that may be there.
-inline bool memory_passes(std::initializer_list<const Tensor*> inputs,
-                          std::initializer_list<const std::optional<Tensor>*> others,
-                          const Result& out) {
+inline bool tensors_pass(std::initializer_list<const Tensor*> inputs,
+                         std::initializer_list<const std::optional<Tensor>*> others, Result& out,
+                         const Sizes& sizes) {
   ListCheck check((*inputs.begin())->scalar_type());
   if (!inputs_pass(check, inputs)) return false;
-  const ScalarType result = result_type(check.type());
   for (const auto* other : others) {
-    if (*other && !check.reads(**other, result)) return false;
+    if (*other && !check.reads(**other, result_type(check.type()))) return false;
   }
-  return check.writes(out.tensor(), result) && check.apart();
+  return result_passes(check, out, sizes);
 }
 
 // The segment of every row of x [R, D] and their number, or -1 without them.

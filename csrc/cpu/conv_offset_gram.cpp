@@ -17,10 +17,7 @@ ConvKernel conv_offset_gram(const std::vector<int64_t>& plan, const std::vector<
     int64_t edge = x.size(1) / groups;
     for (const OffsetAxis& axis : axes) edge *= axis.taps;
     edge += bias;
-    if (!result_passes(x, out, stack_of_squares(groups, edge)) ||
-        !memory_passes({&x}, {}, {}, out)) {
-      return false;
-    }
+    if (!tensors_pass({&x}, {}, {}, out, stack_of_squares(groups, edge))) return false;
     for_dtype(x, [&]<typename In, typename T>() {
       const SymmetricStore<T> store{static_cast<T>(alpha), static_cast<T>(beta), edge};
       const ImageSource<In> source = image_of<In>(x);

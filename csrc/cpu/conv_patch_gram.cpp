@@ -16,10 +16,7 @@ ConvKernel conv_patch_gram(const std::vector<int64_t>& plan, const std::vector<i
     int64_t columns = x.size(1), rows = x.size(0);
     for (const PatchAxis& axis : axes) columns *= axis.taps, rows *= axis.outputs;
     const int64_t edge = columns / groups + bias;
-    if (!result_passes(x, out, stack_of_squares(groups, edge)) ||
-        !memory_passes({&x}, {}, {}, out)) {
-      return false;
-    }
+    if (!tensors_pass({&x}, {}, {}, out, stack_of_squares(groups, edge))) return false;
     for_dtype(x, [&]<typename In, typename T>() {
       const SymmetricStore<T> store{static_cast<T>(alpha), static_cast<T>(beta), edge};
       T* data = static_cast<T*>(out.data());

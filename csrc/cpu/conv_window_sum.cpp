@@ -76,11 +76,9 @@ ConvKernel conv_window_sum(const std::vector<int64_t>& plan, const std::vector<i
                            int64_t groups) {
   const Convolution convolution(plan, sizes, groups);
   return [=](const Tensor& x, bool bias, double alpha, double beta, Result& out) {
-    if (!images_pass(x, sizes, groups) ||
-        !result_passes(x, out, stack_of_rows(x.size(0), groups, convolution.width(x, bias))) ||
-        !memory_passes({&x}, {}, {}, out)) {
-      return false;
-    }
+    if (!images_pass(x, sizes, groups)) return false;
+    const Sizes rows = stack_of_rows(x.size(0), groups, convolution.width(x, bias));
+    if (!tensors_pass({&x}, {}, {}, out, rows)) return false;
     for_dtype(x, [&]<typename In, typename T>() {
       sum_windows<In, T>(image_of<In>(x), convolution,
                          {static_cast<T*>(out.data()), groups, bias, static_cast<T>(alpha),
@@ -94,11 +92,9 @@ ConvKernel conv_reduce_gram(const std::vector<int64_t>& plan, const std::vector<
                             int64_t groups) {
   const Convolution convolution(plan, sizes, groups);
   return [=](const Tensor& x, bool bias, double alpha, double beta, Result& out) {
-    if (!images_pass(x, sizes, groups) ||
-        !result_passes(x, out, stack_of_squares(groups, convolution.width(x, bias))) ||
-        !memory_passes({&x}, {}, {}, out)) {
-      return false;
-    }
+    if (!images_pass(x, sizes, groups)) return false;
+    const Sizes squares = stack_of_squares(groups, convolution.width(x, bias));
+    if (!tensors_pass({&x}, {}, {}, out, squares)) return false;
     for_dtype(x, [&]<typename In, typename T>() {
       reduce_gram_of<In, T>(x, convolution, bias, alpha, beta, static_cast<T*>(out.data()));
     });

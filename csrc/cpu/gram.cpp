@@ -32,10 +32,7 @@ bool gram(const Tensor& x, const std::optional<Tensor>& mask, int64_t groups, bo
           double alpha, double beta, Result& out) {
   if (!rows_pass(x, mask, groups)) return false;
   const int64_t width = x.size(x.dim() - 1) / groups + bias;
-  if (!result_passes(x, out, stack_of_squares(groups, width)) ||
-      !memory_passes({&x}, mask, {}, out)) {
-    return false;
-  }
+  if (!tensors_pass({&x}, mask, {}, out, stack_of_squares(groups, width))) return false;
   for_dtype(x, [&]<typename In, typename T>() {
     gram_of<In, T>(x, mask, groups, bias, alpha, beta, out);
   });

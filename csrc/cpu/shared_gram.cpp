@@ -155,10 +155,7 @@ bool shared_gram(const Tensor& x, const std::optional<Tensor>& mask,
   if (x.dim() < 2 || (reduction != "mean" && reduction != "sum")) return false;
   if (!segments_pass(x, segments, num_segments) || !rows_pass(x, mask, groups)) return false;
   const Arguments a{x, mask, segments, num_segments, reduction == "mean", groups, bias};
-  if (!result_passes(x, out, stack_of_squares(groups, a.width())) ||
-      !memory_passes({&x}, mask, segments, out)) {
-    return false;
-  }
+  if (!tensors_pass({&x}, mask, segments, out, stack_of_squares(groups, a.width()))) return false;
   for_dtype(x, [&]<typename In, typename T>() {
     shared_gram_of<In, T>(a, alpha, beta, static_cast<T*>(out.data()));
   });

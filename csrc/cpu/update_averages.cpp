@@ -1,6 +1,7 @@
 // Running averages of many tensors on the CPU: one pass over what is averaged in, once it is known
 // to be finite.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <vector>

@@ -17,6 +17,10 @@
 namespace kfac_fast {
 namespace {
 
+using Integer = Exactly<int64_t>;
+using Flag = Exactly<bool>;
+using Text = Exactly<std::string>;
+
 // Runs a kernel apart from the interpreter's lock.
 template <typename Kernel>
 bool run(const Kernel& kernel) {
@@ -57,55 +61,56 @@ py::object accumulate(Number beta, const std::optional<Output>& out, const Kerne
   Result result([&](const Sizes& sizes, ScalarType type) {
     const py::gil_scoped_acquire lock;
     made = Torch::get().empty(sizes, type);
-    return *Torch::get().view(made);
+    return Torch::get().view(made).value();
   });
   if (!run([&] { return kernel(result); })) return py::none();
   return made;
 }
 
-py::object call_gram(const Tensor& x, const std::optional<Tensor>& mask, int64_t groups, bool bias,
+py::object call_gram(const Tensor& x, const std::optional<Tensor>& mask, Integer groups, Flag bias,
                      Number alpha, Number beta, const std::optional<Output>& out) {
   return accumulate(beta, out, [&](Result& result) {
-    return gram(x, mask, groups, bias, alpha.value, beta.value, result);
+    return gram(x, mask, groups.value, bias.value, alpha.value, beta.value, result);
   });
 }
 
 py::object call_shared_gram(const Tensor& x, const std::optional<Tensor>& mask,
-                            const std::optional<Tensor>& segments, int64_t num_segments,
-                            const std::string& reduction, int64_t groups, bool bias, Number alpha,
-                            Number beta, const std::optional<Output>& out) {
+                            const std::optional<Tensor>& segments, Integer num_segments,
+                            Text reduction, Integer groups, Flag bias, Number alpha, Number beta,
+                            const std::optional<Output>& out) {
   return accumulate(beta, out, [&](Result& result) {
-    return shared_gram(x, mask, segments, num_segments, reduction, groups, bias, alpha.value,
-                       beta.value, result);
+    return shared_gram(x, mask, segments, num_segments.value, reduction.value, groups.value,
+                       bias.value, alpha.value, beta.value, result);
   });
 }
 
 py::object call_feature_norm_gram(const Tensor& x, const Tensor& gradient,
                                   const std::optional<Tensor>& mask,
-                                  const std::optional<Tensor>& segments, int64_t num_segments,
-                                  Number eps, bool center, bool bias, Number alpha, Number beta,
+                                  const std::optional<Tensor>& segments, Integer num_segments,
+                                  Number eps, Flag center, Flag bias, Number alpha, Number beta,
                                   const std::optional<Output>& out) {
   return accumulate(beta, out, [&](Result& result) {
-    return feature_norm_gram(x, gradient, mask, segments, num_segments, eps.value, center, bias,
-                             alpha.value, beta.value, result);
+    return feature_norm_gram(x, gradient, mask, segments, num_segments.value, eps.value,
+                             center.value, bias.value, alpha.value, beta.value, result);
   });
 }
 
 py::object call_channel_norm_gram(const Tensor& x, const Tensor& gradient,
                                   const std::optional<Tensor>& mean,
-                                  const std::optional<Tensor>& variance, int64_t num_groups,
-                                  Number eps, bool bias, Number alpha, Number beta,
+                                  const std::optional<Tensor>& variance, Integer num_groups,
+                                  Number eps, Flag bias, Number alpha, Number beta,
                                   const std::optional<Output>& out) {
   return accumulate(beta, out, [&](Result& result) {
-    return channel_norm_gram(x, gradient, mean, variance, num_groups, eps.value, bias, alpha.value,
-                             beta.value, result);
+    return channel_norm_gram(x, gradient, mean, variance, num_groups.value, eps.value, bias.value,
+                             alpha.value, beta.value, result);
   });
 }
 
-py::object call_conv_kernel(const ConvKernel& kernel, const Tensor& x, bool bias, Number alpha,
+py::object call_conv_kernel(const ConvKernel& kernel, const Tensor& x, Flag bias, Number alpha,
                             Number beta, const std::optional<Output>& out) {
-  return accumulate(
-      beta, out, [&](Result& result) { return kernel(x, bias, alpha.value, beta.value, result); });
+  return accumulate(beta, out, [&](Result& result) {
+    return kernel(x, bias.value, alpha.value, beta.value, result);
+  });
 }
 
 py::object true_or_none(bool done) { return done ? py::object(py::bool_(true)) : py::none(); }
@@ -115,7 +120,7 @@ py::object call_mean_eigenvalues(const std::vector<Tensor>& matrices, const Outp
 }
 
 py::object call_update_averages(const std::vector<Tensor>& sums, const std::vector<Number>& terms,
-                                Number decay, bool covariances, const std::vector<Output>& out,
+                                Number decay, Flag covariances, const std::vector<Output>& out,
                                 const std::vector<Output>& weights,
                                 const std::vector<Output>& skipped) {
   py::list written = objects(out);
@@ -125,8 +130,8 @@ py::object call_update_averages(const std::vector<Tensor>& sums, const std::vect
   std::vector<double> numbers;
   for (const Number& number : terms) numbers.push_back(number.value);
   return true_or_none(run(written, [&] {
-    return update_averages(sums, numbers, decay.value, covariances, tensors(out), tensors(weights),
-                           tensors(skipped));
+    return update_averages(sums, numbers, decay.value, covariances.value, tensors(out),
+                           tensors(weights), tensors(skipped));
   }));
 }
 
@@ -165,7 +170,7 @@ ConvKernel make_conv_kernel(const std::string& name, const std::vector<int64_t>&
 
 py::object call_conv(ConvCalls& calls, const Tensor& x, py::handle kernel_size, py::handle stride,
                      py::handle padding, py::handle padding_mode, py::handle dilation,
-                     py::handle groups, py::handle transposed, py::handle output_padding, bool bias,
+                     py::handle groups, py::handle transposed, py::handle output_padding, Flag bias,
                      Number alpha, Number beta, const std::optional<Output>& out) {
   if (!is_floating(x.scalar_type())) return py::none();
   const auto kernel = calls.find(x, {kernel_size, stride, padding, padding_mode, dilation, groups,

@@ -5,7 +5,9 @@
 
 #include <pybind11/pybind11.h>
 
+#include <cstdint>
 #include <optional>
+#include <string>
 #include <type_traits>
 #include <vector>
 
@@ -126,6 +128,12 @@ struct Number {
   double value = 0;
 };
 
+// An int, a bool or a str, and nothing that could be made one.
+template <typename T>
+struct Exactly {
+  T value{};
+};
+
 }  // namespace kfac_fast
 
 namespace pybind11::detail {
@@ -167,6 +175,25 @@ struct type_caster<kfac_fast::Number> {
       return false;
     }
     return true;
+  }
+};
+
+template <typename T>
+struct type_caster<kfac_fast::Exactly<T>> {
+  PYBIND11_TYPE_CASTER(kfac_fast::Exactly<T>, make_caster<T>::name);
+
+  bool load(handle object, bool) {
+    make_caster<T> exact;
+    if (!is_one(object.ptr()) || !exact.load(object, false)) return false;
+    value.value = cast_op<T>(exact);
+    return true;
+  }
+
+ private:
+  static bool is_one(PyObject* object) {
+    if constexpr (std::is_same_v<T, bool>) return PyBool_Check(object);
+    if constexpr (std::is_same_v<T, int64_t>) return PyLong_Check(object);
+    return PyUnicode_Check(object);
   }
 };
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kfac_fast import schema
 from kfac_fast.backends import call, public, quick
 from kfac_fast.list_checks import number_of_matrices
 from kfac_fast.ops.matrices import all_detached
@@ -30,14 +31,14 @@ def update_averages(
         w_i \leftarrow \rho w_i + (1 - \rho), \qquad
         M_i \leftarrow M_i + \frac{1 - \rho}{w_i} \left(\frac{C_i}{m_i} - M_i\right)
 
-    where :math:`C_i / m_i` is finite; elsewhere no bit changes and the batch is counted. From a
-    weight of zero on, :math:`M_i` is the weighted mean of all batches, without the bias towards
-    zero that averages have at their start.
+    where :math:`C_i / m_i` is finite, of covariances on the diagonal; elsewhere no bit changes and
+    the batch is counted. From a weight of zero on, :math:`M_i` is the weighted mean of all batches,
+    without the bias towards zero that averages have at their start.
 
     Equivalent to::
 
         for total, count, average, weight, skips in zip(sums, terms, out, weights, skipped):
-            if (total / count).isfinite().all():
+            if (total / count).diagonal().isfinite().all():
                 weight.lerp_(torch.ones(()), 1 - decay)
                 average.lerp_(total / count, (1 - decay) / weight)
             else:
@@ -64,10 +65,13 @@ def update_averages(
     Source: Martens & Grosse (2015), section 5; Kingma & Ba (2015), section 3, for the correction.
     """
     # The kernels' views live as long as these lists hold the tensors.
-    sums, terms, out = list(sums), list(terms), list(out)
-    options = terms, decay, covariances, out, list(weights), list(skipped)
-    if quick("update_averages", sums, *options) is None:
-        call("update_averages", [x.contiguous() for x in all_detached(sums)], *options)
+    op, sums, out = "update_averages", list(sums), list(out)
+    options = tuple(terms), decay, covariances, out, list(weights), list(skipped)
+    if quick(op, sums, *options) is None:
+        for number in options[0]:
+            schema.check_types(op, terms=number)
+        schema.check_types(op, decay=decay, covariances=covariances)
+        call(op, [x.contiguous() for x in all_detached(sums)], *options)
     return out
 
 
@@ -79,7 +83,7 @@ def mean_eigenvalues(matrices: Sequence[Tensor], *, out: Tensor | None = None) -
 
     Equivalent to::
 
-        return torch.stack([matrix.trace() / len(matrix) for matrix in matrices])
+        return torch.stack([matrix.trace() / len(matrix) for matrix in matrices])  # no stacks
 
     Args:
         matrices: Square matrices ``[*, n, n]`` of any mix of sizes and strides, all float32 or all
