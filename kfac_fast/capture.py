@@ -85,8 +85,8 @@ class InputGrams:
         Returns:
             The sum and the number of its terms; None if the layer has no factor of its inputs.
         """
-        what = layer.input_key(output)
-        if what is None:
+        input_key = layer.input_key(output)
+        if input_key is None:
             return None
         state = _state(x)
         if state is None:
@@ -98,7 +98,7 @@ class InputGrams:
             latest = self._latest[owner] = state, {}
         sums = latest[1]
         view = x.storage_offset(), x.shape, x.stride(), x.dtype, x.is_neg()
-        key = view, what
+        key = view, input_key
         if key not in sums:
             sums[key] = layer.input_gram(x.detach(), output)
         return sums[key]
