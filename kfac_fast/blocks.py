@@ -235,7 +235,7 @@ def _restore(part: Part, saved: dict[str, Tensor], where: str) -> None:
                 f"load_state_dict: {where}.{field} must have shape {tuple(own.shape)}, "
                 f"got {tuple(value.shape)}"
             )
-        setattr(part, field, value.detach().to(own.device, own.dtype, copy=True))
+        setattr(part, field, torch.empty_like(own).copy_(value.detach()))
 
 
 def _plus(total: Sum | None, term: Sum | None) -> Sum | None:

@@ -307,11 +307,15 @@ def update_averages(
     largest = torch._foreach_norm(witnesses, math.inf)
     finite = torch.stack(torch._foreach_div(largest, numbers)).isfinite()
     means = list(torch._foreach_div(list(sums), numbers))
-    if not known_true(finite):
-        means = [torch.where(*each) for each in zip(finite.unbind(), means, out, strict=True)]
     before = torch.stack(list(weights))
     after = decay * before + (1 - decay)
-    torch._foreach_lerp_(list(out), means, list(((1 - decay) / after).unbind()))
+    rates = list(((1 - decay) / after).unbind())
+    if known_true(finite):
+        torch._foreach_lerp_(list(out), means, rates)
+    else:
+        moved = torch._foreach_lerp(list(out), means, rates)
+        for flag, new, average in zip(finite.unbind(), moved, out, strict=True):
+            torch.where(flag, new, average, out=average)
     torch._foreach_copy_(list(weights), list(torch.where(finite, after, before).unbind()))
     torch._foreach_add_(list(skipped), list((~finite).to(torch.int64).unbind()))
 

@@ -78,15 +78,19 @@ def test_the_first_mean_is_the_batch_itself(decay: float) -> None:
 
 @pytest.mark.parametrize("value", BAD)
 @pytest.mark.parametrize("covariances", [True, False])
-def test_only_what_is_not_finite_is_left_out(value: float, covariances: bool) -> None:
+@pytest.mark.parametrize("implementation", [native, reference], ids=["cpp", "reference"])
+def test_only_what_is_not_finite_is_left_out(
+    implementation: Any, value: float, covariances: bool
+) -> None:
     state = started(torch.float32)
     terms = [2.0] * len(SHAPES)
-    assert native.update_averages(sums_of(torch.float32), terms, 0.9, True, *state)
+    implementation.update_averages(sums_of(torch.float32), terms, 0.9, True, *state)
+    state[0][0][0, 1] = -0.0
     before = [[bits(tensor).clone() for tensor in kind] for kind in state]
     sums = sums_of(torch.float32)
     sums[0][4, 4] = value
     sums[4][69, 3] = value  # off the diagonal
-    assert native.update_averages(sums, terms, 0.9, covariances, *state)
+    implementation.update_averages(sums, terms, 0.9, covariances, *state)
     bad = [0] if covariances else [0, 4]
     assert [i for i, count in enumerate(state[2]) if count == 1] == bad
     for i in range(len(SHAPES)):
@@ -170,9 +174,12 @@ def test_what_the_check_refuses_the_kernel_refuses(changed: dict[str, Any]) -> N
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"terms": [torch.tensor(2.0)]}, "terms must be float or int, got Tensor"),
-        ({"terms": ["a"]}, "terms must be float or int, got str"),
-        ({"decay": None}, "decay must be float or int, got NoneType"),
+        (
+            {"terms": [torch.tensor(2.0)]},
+            "terms must be .* got Tensor",
+        ),
+        ({"terms": ["a"]}, "terms must be .* got str"),
+        ({"decay": None}, "decay must be float or int or SymFloat, got NoneType"),
         ({"covariances": 1}, "covariances must be bool, got int"),
     ],
 )
@@ -212,10 +219,10 @@ def test_mean_eigenvalues(dtype: torch.dtype) -> None:
 
 
 def test_a_new_result_has_a_number_for_each_matrix_of_stacks_and_diagonals() -> None:
-    matrices = [torch.full((7,), 2.0), 3 * torch.eye(4).expand(3, 4, 4), torch.full((5,), 4.0)]
-    assert ops.mean_eigenvalues(matrices).tolist() == [2, 3, 3, 3, 4]
+    matrices = [torch.full((7,), 2.0), 3 * torch.eye(4).expand(3, 4, 4)]
+    assert ops.mean_eigenvalues(matrices).tolist() == [2, 3, 3, 3]
     with kfac_fast.use("reference"):
-        assert ops.mean_eigenvalues(matrices).tolist() == [2, 3, 3, 3, 4]
+        assert ops.mean_eigenvalues(matrices).tolist() == [2, 3, 3, 3]
 
 
 def test_threads_share_long_diagonals() -> None:

@@ -11,6 +11,7 @@ from plain_kfac import assert_solved, covariances
 from torch import Tensor, nn
 
 from kfac_fast import KFAC
+from kfac_fast.inverses import Inverse, refresh_inverses
 from kfac_fast.layers import RULES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -113,5 +114,8 @@ def test_diagonal_and_stacked_factors_are_refreshed_together() -> None:
     model(torch.arange(8).view(4, 2)).square().sum((1, 2)).mean().backward()
     kfac.step()
     for block in kfac._blocks:
-        for factor, inverse in zip(block.factors, block.inverses, strict=True):
-            assert inverse.failed == 0 and not torch.equal(inverse.matrix, factor.mean)
+        alone = tuple(Inverse(factor.mean) for factor in block.factors)
+        refresh_inverses([(block.factors, alone)], 0.1)
+        for inverse, expected in zip(block.inverses, alone, strict=True):
+            torch.testing.assert_close(inverse.matrix, expected.matrix)
+            assert not torch.equal(expected.matrix, Inverse(expected.matrix).matrix)
