@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from baselines import Ways, by_reference
@@ -21,36 +22,36 @@ def update_averages(
 ) -> Ways:
     """Ways to average in a batch of all factors, where it is finite."""
     one = weights[0].new_ones(())
-    loop_weights, sum_weights = ([weight.clone() for weight in weights] for _ in range(2))
 
-    def in_place(out: Sequence[Tensor]) -> Sequence[Tensor]:
-        lists = (sums, terms, out, sum_weights, skipped)
-        for total, count, average, weight, skips in zip(*lists, strict=True):
-            if total.diagonal().isfinite().all():
-                weight.lerp_(one, 1 - decay)
-                rate = (1 - decay) / weight.item()
-                average.mul_(1 - rate).add_(total, alpha=rate / count)
-            else:
-                skips += 1
-        return out
+    def one_by_one(add: Callable[[Tensor, Tensor, float, Tensor], Any]) -> Callable[[Any], Any]:
+        own_weights = [weight.clone() for weight in weights]
 
-    def loop(out: Sequence[Tensor]) -> Sequence[Tensor]:
-        lists = (sums, terms, out, loop_weights, skipped)
-        for total, count, average, weight, skips in zip(*lists, strict=True):
-            if total.diagonal().isfinite().all():
-                weight.lerp_(one, 1 - decay)
-                average.lerp_(total / count, (1 - decay) / weight)
-            else:
-                skips += 1
-        return out
+        def run(out: Sequence[Tensor]) -> Sequence[Tensor]:
+            lists = (sums, terms, out, own_weights, skipped)
+            for total, count, average, weight, skips in zip(*lists, strict=True):
+                if total.diagonal().isfinite().all():
+                    weight.lerp_(one, 1 - decay)
+                    add(average, total, count, weight)
+                else:
+                    skips += 1
+            return out
+
+        return run
+
+    def interpolate(average: Tensor, total: Tensor, count: float, weight: Tensor) -> None:
+        average.lerp_(total / count, (1 - decay) / weight)
+
+    def multiply_and_add(average: Tensor, total: Tensor, count: float, weight: Tensor) -> None:
+        rate = (1 - decay) / weight.item()
+        average.mul_(1 - rate).add_(total, alpha=rate / count)
 
     def run_reference(out: Sequence[Tensor]) -> Sequence[Tensor]:
         reference.update_averages(sums, terms, decay, True, out, weights, skipped)
         return out
 
     return {
-        "lerp, one by one": loop,
-        "mul and add, one by one": in_place,
+        "lerp, one by one": one_by_one(interpolate),
+        "mul and add, one by one": one_by_one(multiply_and_add),
         "reference": run_reference,
     }
 

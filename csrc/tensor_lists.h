@@ -57,6 +57,14 @@ bool is_vector(const Tensor& tensor, int64_t size) {
   return tensor.dim() == 1 && tensor.size(0) == size;
 }
 
+// The number of entries of the first `dims` dimensions of a stack.
+template <typename Tensor>
+int64_t stack_size(const Tensor& tensor, int64_t dims) {
+  int64_t count = 1;
+  for (int64_t d = 0; d < dims; ++d) count *= tensor.size(d);
+  return count;
+}
+
 // The entry `index` of the first `dims` dimensions of a stack.
 template <typename T, typename Tensor>
 const T* entry_of(const Tensor& tensor, int64_t dims, int64_t index) {
@@ -152,9 +160,7 @@ bool damped_lists_pass(const std::vector<Tensor>& matrices, const std::vector<Te
     const Tensor& shift = damping[damping.size() == 1 ? 0 : i];
     if (shift.dim() != 0 && !same_shape(shift, matrices[i], dims - 2)) return false;
     if (i < damping.size() && !check.reads(shift)) return false;
-    int64_t batch = 1;
-    for (int64_t d = 0; d < dims - 2; ++d) batch *= matrices[i].size(d);
-    total += batch;
+    total += stack_size(matrices[i], dims - 2);
   }
   if (!is_vector(info, total) || !check.writes(info, ScalarType::Int)) return false;
   if (logdet && (!is_vector(*logdet, total) || !check.writes(*logdet))) return false;

@@ -9,17 +9,13 @@ import math
 from collections.abc import Iterator, Sequence
 from functools import reduce
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kfac_fast import ops
-from kfac_fast.factors import (
-    Damping,
-    Factor,
-    multiply_sides,
-    of_each,
-)
+from kfac_fast.factors import Damping, Factor, multiply_sides, of_each
 from kfac_fast.host_copy import known_true
 from kfac_fast.reference import diagonal_of
 
@@ -133,23 +129,20 @@ def refresh_inverses(layers: Sequence[Inverted], damping: Damping, mode: str = "
     """
     if not layers:
         return
-    factors, inverses, slices = _flat(layers)
-    raised = _raised(inverses)
-    systems = _systems(layers, damping, mode, raised)
-    matrices, failed = _invert(systems)
-    # Numbers of a matrix each are entries of one array for all of them.
-    counts = [inverse.raised.numel() for inverse in inverses]
-    counted = _counted(factors, slices, counts)
+    joined = _join(layers)
+    inverses, slices = joined.inverses, joined.slices
+    matrices, failed = _invert(_systems(joined, of_each(damping, layers), mode))
+    counted = _counted(joined)
     failed = failed & counted
     valid = counted & ~failed
-    if known_true(valid) and known_true(raised == 0):  # as mostly: there is nothing to count
+    if joined.none_raised and known_true(valid):  # as mostly: there is nothing to count
         torch._foreach_copy_([inverse.matrix for inverse in inverses], matrices)
         return
-    raised = (raised + torch.where(failed, 1, -1)).clamp(0, Inverse.MOST_RAISED)
+    raised = (joined.raised + torch.where(failed, 1, -1)).clamp(0, Inverse.MOST_RAISED)
     sums = [own.sum() if own.dim() else own for own in _of_each(inverses, failed.long())]
     torch._foreach_copy_([inverse.raised for inverse in inverses], _of_each(inverses, raised))
     torch._foreach_add_([inverse.failed for inverse in inverses], sums)
-    valid = valid.split(counts)
+    valid = valid.split(joined.counts)
     for own in slices:
         taken = reduce(torch.logical_and, valid[own])
         for inverse, matrix in zip(inverses[own], matrices[own], strict=True):
@@ -177,9 +170,11 @@ def refine_inverses(
 
     Source: Higham (2008), Functions of Matrices, section 7.3; Ben-Israel (1965).
     """
-    inverses = [inverse for _, own in layers for inverse in own]
-    systems = _systems(layers, damping, mode, _raised(inverses)) if layers else []
-    for inverse, (covariance, shift) in zip(inverses, systems, strict=True):
+    if not layers:
+        return
+    joined = _join(layers)
+    systems = _systems(joined, of_each(damping, layers), mode)
+    for inverse, (covariance, shift) in zip(joined.inverses, systems, strict=True):
         if covariance.dim() == 1:
             inverse.matrix.copy_(1 / (covariance + shift))
             continue
@@ -214,9 +209,34 @@ def apply_inverses(
     return multiply_sides(grads, right, left)
 
 
-def _raised(inverses: Sequence[Inverse]) -> Tensor:
-    """Of each matrix, by how many powers of ten its damping is raised."""
-    return torch.hstack([inverse.raised for inverse in inverses])
+class _Joined(NamedTuple):
+    """All layers together; numbers of a matrix each are entries of one array for all of them.
+
+    Attributes:
+        factors: Those of all layers.
+        inverses: Of each factor.
+        slices: Where those of each layer are.
+        counts: Number of each factor's matrices.
+        raised: Of each matrix, by how many powers of ten its damping is raised.
+        none_raised: Whether that is known to be zero for all.
+    """
+
+    factors: list[Factor]
+    inverses: list[Inverse]
+    slices: list[slice]
+    counts: list[int]
+    raised: Tensor
+    none_raised: bool
+
+
+def _join(layers: Sequence[Inverted]) -> _Joined:
+    factors = [factor for own, _ in layers for factor in own]
+    inverses = [inverse for _, own in layers for inverse in own]
+    ends = list(accumulate(len(own) for own, _ in layers))
+    slices = [slice(a, b) for a, b in zip([0, *ends], ends, strict=False)]
+    counts = [inverse.raised.numel() for inverse in inverses]
+    raised = torch.hstack([inverse.raised for inverse in inverses])
+    return _Joined(factors, inverses, slices, counts, raised, known_true(raised == 0))
 
 
 def _of_each(inverses: Sequence[Inverse], joined: Tensor) -> list[Tensor]:
@@ -228,36 +248,25 @@ def _of_each(inverses: Sequence[Inverse], joined: Tensor) -> list[Tensor]:
     return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def _counted(factors: Sequence[Factor], slices: Sequence[slice], counts: Sequence[int]) -> Tensor:
+def _counted(joined: _Joined) -> Tensor:
     """Of each matrix, whether all factors of its layer have seen a finite batch."""
-    seen = torch.stack([factor.weight for factor in factors]) > 0
+    seen = torch.stack([factor.weight for factor in joined.factors]) > 0
     if known_true(seen):
-        return seen.new_ones(sum(counts))
-    each = seen.unbind()
+        return seen.new_ones(sum(joined.counts))
+    each, counts = seen.unbind(), joined.counts
     return torch.cat(
-        [reduce(torch.logical_and, each[own]).expand(sum(counts[own])) for own in slices]
+        [reduce(torch.logical_and, each[own]).expand(sum(counts[own])) for own in joined.slices]
     )
 
 
-def _flat(layers: Sequence[Inverted]) -> tuple[list[Factor], list[Inverse], list[slice]]:
-    """All factors, all inverses, and where those of each layer are."""
-    factors = [factor for own, _ in layers for factor in own]
-    inverses = [inverse for _, own in layers for inverse in own]
-    ends = list(accumulate(len(own) for own, _ in layers))
-    return factors, inverses, [slice(a, b) for a, b in zip([0, *ends], ends, strict=False)]
-
-
-def _systems(
-    layers: Sequence[Inverted], damping: Damping, mode: str, raised: Tensor
-) -> list[tuple[Tensor, Tensor]]:
-    """Every factor's covariance, and its damping of the batch shape."""
-    factors, inverses, slices = _flat(layers)
-    covariances = [factor.mean for factor in factors]
+def _systems(joined: _Joined, damping: Sequence[float], mode: str) -> list[tuple[Tensor, Tensor]]:
+    """Every factor's covariance, and its damping of the batch shape, from that of each layer."""
+    covariances = [factor.mean for factor in joined.factors]
     joined_means = ops.mean_eigenvalues(covariances)
-    means = joined_means.split([inverse.raised.numel() for inverse in inverses])
+    means = joined_means.split(joined.counts)
     shares = list(means)  # of the same shapes; each is replaced
     pairs, numbers = [], []
-    for own, number in zip(slices, of_each(damping, layers), strict=True):
+    for own, number in zip(joined.slices, damping, strict=True):
         if mode == "factored" and own.stop - own.start == 2:
             pairs.append(own.start)
             numbers.append(number)
@@ -269,14 +278,14 @@ def _systems(
         if len(set(numbers)) > 1:
             each = zip(pairs, map(math.sqrt, numbers), strict=True)
             roots = torch.cat([torch.full_like(means[i], root) for i, root in each])
-        lengths = [means[i].numel() for i in pairs]
+        lengths = [joined.counts[i] for i in pairs]
         for side, split in enumerate(_split_damping(inputs, gradients, roots)):
             for i, share in zip(pairs, split.split(lengths), strict=True):
                 shares[i + side] = share
     total = torch.cat(shares)
-    if not known_true(raised == 0):
-        total = raised_damping(total, joined_means, raised)
-    return list(zip(covariances, _of_each(inverses, total), strict=True))
+    if not joined.none_raised:
+        total = raised_damping(total, joined_means, joined.raised)
+    return list(zip(covariances, _of_each(joined.inverses, total), strict=True))
 
 
 def _invert(systems: Sequence[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], Tensor]:

@@ -237,8 +237,9 @@ bool channel_norm_gram(const Tensor& x, const Tensor& gradient, const std::optio
   for (const auto* given : {&mean, &variance}) {
     if (*given && !is_vector(**given, x.size(1))) return false;
   }
-  if (!tensors_pass({&x, &gradient}, {&mean, &variance}, out, {x.size(1), 1 + bias, 1 + bias}))
+  if (!tensors_pass({&x, &gradient}, {&mean, &variance}, out, {x.size(1), 1 + bias, 1 + bias})) {
     return false;
+  }
   const Arguments a{x, gradient, mean, variance, num_groups, eps, bias};
   for_dtype(x, [&]<typename In, typename T>() {
     const SymmetricStore<T> store{static_cast<T>(alpha), static_cast<T>(beta), 1 + bias};

@@ -40,8 +40,7 @@ std::vector<Matrix<T>> matrices_of(const std::vector<Tensor>& matrices,
   for (size_t i = 0; i < matrices.size(); ++i) {
     const Tensor& x = matrices[i];
     const int64_t batch_dims = x.dim() - 2, size = x.size(batch_dims);
-    int64_t count = 1;
-    for (int64_t d = 0; d < batch_dims; ++d) count *= x.size(d);
+    const int64_t count = stack_size(x, batch_dims);
     const Tensor& shift = damping[damping.size() == 1 ? 0 : i];
     T* result = static_cast<T*>(out[i].mutable_data_ptr());
     for (int64_t n = 0; n < count; ++n) {

@@ -171,8 +171,9 @@ bool feature_norm_gram(const Tensor& x, const Tensor& gradient, const std::optio
   if (mask && !same_shape(*mask, x, x.dim() - 1)) return false;
   if (!segments_pass(x, segments, num_segments)) return false;
   const Arguments a{x, gradient, mask, segments, num_segments, eps, center, bias};
-  if (!tensors_pass({&x, &gradient}, mask, segments, out, {a.units(), 1 + bias, 1 + bias}))
+  if (!tensors_pass({&x, &gradient}, mask, segments, out, {a.units(), 1 + bias, 1 + bias})) {
     return false;
+  }
   for_dtype(x, [&]<typename In, typename T>() {
     feature_norm_gram_of<In, T>(a, alpha, beta, static_cast<T*>(out.data()));
   });

@@ -10,14 +10,10 @@
 namespace kfac_fast {
 namespace {
 
-// The matrices of a list; one that is given by its diagonal is a vector.
+// One that is given by its diagonal is a vector.
 int64_t dims_of_stack(const Tensor& tensor) { return tensor.dim() - (tensor.dim() > 1 ? 2 : 1); }
 
-int64_t matrices_in(const Tensor& tensor) {
-  int64_t count = 1;
-  for (int64_t d = 0; d < dims_of_stack(tensor); ++d) count *= tensor.size(d);
-  return count;
-}
+int64_t matrices_in(const Tensor& tensor) { return stack_size(tensor, dims_of_stack(tensor)); }
 
 bool matrices_pass(const std::vector<Tensor>& matrices, const Tensor& out) {
   if (matrices.empty()) return false;

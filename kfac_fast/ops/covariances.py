@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from kfac_fast import schema
 from kfac_fast.backends import call, public, quick
 from kfac_fast.list_checks import number_of_matrices
-from kfac_fast.ops.matrices import all_detached
+from kfac_fast.ops.matrices import all_detached, first_of
 
 
 @public
@@ -101,8 +100,7 @@ def mean_eigenvalues(matrices: Sequence[Tensor], *, out: Tensor | None = None) -
     """
     matrices = list(matrices)  # the kernels' views live as long as this list holds the tensors
     if out is None:
-        like = matrices[0] if matrices else torch.empty(0)
-        out = like.new_empty(number_of_matrices(matrices))
+        out = first_of(matrices).new_empty(number_of_matrices(matrices))
     if quick("mean_eigenvalues", matrices, out) is None:
         call("mean_eigenvalues", all_detached(matrices), out)
     return out

@@ -12,11 +12,17 @@ from torch import Tensor
 from kfac_fast.backends import call, public, quick
 from kfac_fast.checks import refused
 from kfac_fast.list_checks import number_of_matrices
+from kfac_fast.ops.accumulation import detached
 
 
 def all_detached(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The tensors apart from any graph."""
-    return [x.detach() if x.requires_grad else x for x in tensors]
+    return [detached(x) for x in tensors]
+
+
+def first_of(tensors: Sequence[Tensor]) -> Tensor:
+    """The tensor that results are like: the first one, or without any an empty one."""
+    return tensors[0] if tensors else torch.empty(0)
 
 
 class DampedInverses(NamedTuple):
@@ -52,7 +58,7 @@ def _damping_tensors(op: str, damping: Damping, matrices: Sequence[Tensor]) -> l
             raise TypeError(f"{op}: damping must be numbers or tensors, got {value!r}")
         if isinstance(value, int | float) and not 0 < value < math.inf:
             raise refused(op, "damping", "positive and finite", value)
-    like = matrices[0] if matrices else torch.empty(0)
+    like = first_of(matrices)
     if any(isinstance(value, Tensor) for value in values):
         return [_alone(value, like) for value in values]
     if len(set(values)) == 1:
@@ -81,7 +87,7 @@ def _damped(
 ) -> DampedInverses:
     matrices = list(matrices)  # the kernels' views live as long as this list holds the tensors
     results = _contiguous_like(matrices) if out is None else list(out)
-    like = matrices[0] if matrices else torch.empty(0)
+    like = first_of(matrices)
     total = number_of_matrices(matrices)
     info = torch.empty(total, dtype=torch.int32, device=like.device)
     logdets = torch.empty(total, dtype=like.dtype, device=like.device) if logdet else None
@@ -196,7 +202,7 @@ def _preconditioned(
     # The kernels' views live as long as these lists hold the tensors.
     grads, input_sides, gradient_sides = list(grads), list(input_sides), list(gradient_sides)
     results = _contiguous_like(grads) if out is None else list(out)
-    like = grads[0] if grads else torch.empty(0)
+    like = first_of(grads)
     inner = torch.zeros((), dtype=like.dtype, device=like.device)
     if quick(op, grads, input_sides, gradient_sides, results, inner) is None:
         call(op, all_detached(grads), input_sides, gradient_sides, results, inner)
