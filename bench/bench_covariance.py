@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import baselines_covariance as baselines
 import pytest
 import torch
-from measure import Case, poisoned
+from measure import Call, Case, poisoned
 from shapes import NETWORKS, factor_sizes
 from torch import Tensor
 
@@ -28,9 +29,10 @@ class Update(Case):
 
     states: dict[torch.dtype, dict[str, list[Tensor]]] = field(kw_only=True)
 
-    def run(self, arguments: Sequence[Any], out: Tensor | list[Tensor]) -> Any:
-        """Call the public operator."""
-        return kfac_fast.update_averages(*arguments, **self.states[out[0].dtype], out=out)
+    def call(self, arguments: Sequence[Any], out: Tensor | list[Tensor]) -> Call:
+        """The call of the public operator."""
+        state = self.states[out[0].dtype]
+        return partial(kfac_fast.update_averages, *arguments, **state, out=out)
 
 
 def _state(count: int, dtype: torch.dtype, device: str) -> dict[str, list[Tensor]]:

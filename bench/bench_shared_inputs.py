@@ -8,12 +8,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from baselines import Ways
-from measure import Case, poisoned
+from measure import Call, Case, poisoned
 from shapes import Rows
 from torch import Tensor, nn
 
@@ -70,9 +71,9 @@ class Step(Case):
 
     training: Training = field(kw_only=True)
 
-    def run(self, arguments: Sequence[Any], out: Tensor | list[Tensor]) -> list[Tensor]:
-        """Feed one tensor to all projections."""
-        return self.training(*arguments, *arguments, *arguments)
+    def call(self, arguments: Sequence[Any], out: Tensor | list[Tensor]) -> Call:
+        """A step that feeds one tensor to all projections."""
+        return partial(self.training, *arguments, *arguments, *arguments)
 
 
 def _apart(training: Training, x: Tensor) -> Ways:

@@ -59,9 +59,9 @@ class Case:
     peaks: Ways = field(default_factory=dict, kw_only=True)
     moved: int | None = field(default=None, kw_only=True)
 
-    def run(self, arguments: Sequence[Any], out: Tensor | list[Tensor]) -> Any:
-        """Call the public operator."""
-        return getattr(kfac_fast, self.op)(*arguments, **self.options, out=out)
+    def call(self, arguments: Sequence[Any], out: Tensor | list[Tensor]) -> Call:
+        """The call of the public operator."""
+        return partial(getattr(kfac_fast, self.op), *arguments, **self.options, out=out)
 
     def bound(self, ways: Ways) -> dict[str, Call]:
         """Calls of ``ways``, each with a result of its own."""
@@ -233,7 +233,7 @@ def times(ours: list[float], baseline: list[float]) -> dict[str, Any]:
 def _oracle(case: Case) -> list[Tensor]:
     """The result by the pure-PyTorch version in float64."""
     with kfac_fast.use("reference"):
-        return results_of(case.run(*map_tensors(Tensor.double, (case.arguments, case.out))))
+        return results_of(case.call(*map_tensors(Tensor.double, (case.arguments, case.out)))())
 
 
 def measure(
@@ -249,7 +249,7 @@ def measure(
     """
     implementation, way = _implementation(case)
     timer, oracle = timer_of(device), _oracle(case)
-    ours = partial(case.run, case.arguments, map_tensors(Tensor.clone, case.out))
+    ours = case.call(case.arguments, map_tensors(Tensor.clone, case.out))
     ways = case.bound(case.ways)
 
     # The first calls also warm up, and tell the ways that are too slow for a closer look.

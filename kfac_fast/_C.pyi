@@ -38,8 +38,5 @@ class ConvKernel:
         self, x: Tensor, bias: bool, alpha: float, beta: float, out: Tensor | None
     ) -> Tensor | None: ...
 
-class ConvCalls:
-    """A convolution operator, and the kernels of the geometries that it was called with."""
-
-    def __init__(self, op: str, plan: Callable[..., ConvKernel]) -> None: ...
-    def __call__(self, *args: object) -> Tensor | None: ...
+def conv_calls(op: str, plan: Callable[..., ConvKernel]) -> Callable[..., Tensor | None]:
+    """A convolution operator, which keeps the kernels of the geometries that it is called with."""

@@ -64,7 +64,7 @@ def test_a_geometry_is_planned_once(monkeypatch: pytest.MonkeyPatch) -> None:
         planned.append(args)
         return backends._conv_kernel(*args)
 
-    calls = native.ConvCalls("conv_window_sum", plan)
+    calls = native.conv_calls("conv_window_sum", plan)
     x, out = torch.randn(2, 4, 5, 6), torch.empty(2, 36)
     for _ in range(3):
         assert calls(x, *GEOMETRY, False, 1.0, 0.0, out) is out
@@ -121,6 +121,32 @@ def test_other_tensors_do_not_go_the_quick_way(strange: Callable[[], Tensor]) ->
     assert native.gram(x, None, 1, False, 1.0, 0.0, out) is None
     assert native.damped_inverse([x], [torch.tensor(0.1)], [out], torch.empty(1), None) is None
     assert out.isnan().all()
+
+
+TRANSFORMED: dict[str, Callable[..., Any]] = {
+    "vmap": lambda call, x: torch.func.vmap(call)(x.expand(2, 5, 4)),
+    "grad": lambda call, x: torch.func.grad(call)(x),
+    "jvp": lambda call, x: torch.func.jvp(call, (x,), (x,)),
+    "functionalize": lambda call, x: torch.func.functionalize(call)(x),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMED.values(), ids=TRANSFORMED)
+def test_what_a_transform_wraps_does_not_go_the_quick_way(transform: Callable[..., Any]) -> None:
+    x, out = torch.ones(5, 4), poisoned(4, 4)
+    results: list[Tensor | None] = []
+
+    def call(wrapped: Tensor) -> Tensor:
+        plain = torch.tensor(0.1)
+        results.append(native.gram(wrapped, None, 1, False, 1.0, 0.0, None))
+        results.append(native.gram(wrapped, None, 1, False, 1.0, 0.0, out))
+        results.append(native.damped_inverse([wrapped], [plain], [out], torch.empty(1), None))
+        results.append(native.gram(x, None, 1, False, 1.0, 0.0, wrapped[:4]))
+        return wrapped.sum()
+
+    transform(call, x)
+    assert results == [None] * 4
+    assert out.isnan().all() and torch.equal(x, torch.ones(5, 4))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])

@@ -12,10 +12,16 @@
 #include "../cpu/checks.h"
 #include "../cpu/operators.h"
 #include "conv_calls.h"
+#include "fast_function.h"
 #include "python_tensor.h"
 
 namespace kfac_fast {
 namespace {
+
+template <typename Function>
+py::object fast_function(const std::string& name, Function function) {
+  return FastFunction<Function>::make(name, std::move(function));
+}
 
 using Integer = Exactly<int64_t>;
 using Flag = Exactly<bool>;
@@ -135,9 +141,10 @@ py::object call_update_averages(const std::vector<Tensor>& sums, const std::vect
   }));
 }
 
-py::object call_damped(decltype(damped_inverse)& op, const std::vector<Tensor>& matrices,
-                       const std::vector<Tensor>& damping, const std::vector<Output>& out,
-                       const Output& info, const std::optional<Output>& logdet) {
+template <decltype(damped_inverse)& op>
+py::object call_damped(const std::vector<Tensor>& matrices, const std::vector<Tensor>& damping,
+                       const std::vector<Output>& out, const Output& info,
+                       const std::optional<Output>& logdet) {
   py::list written = objects(out);
   append(written, info);
   std::optional<Tensor> logdets;
@@ -149,7 +156,8 @@ py::object call_damped(decltype(damped_inverse)& op, const std::vector<Tensor>& 
       run(written, [&] { return op(matrices, damping, tensors(out), info, logdets); }));
 }
 
-py::object call_precondition(decltype(precondition)& op, const std::vector<Tensor>& grads,
+template <decltype(precondition)& op>
+py::object call_precondition(const std::vector<Tensor>& grads,
                              const std::vector<Tensor>& input_sides,
                              const std::vector<Tensor>& gradient_sides,
                              const std::vector<Output>& out, const Output& inner) {
@@ -168,59 +176,45 @@ ConvKernel make_conv_kernel(const std::string& name, const std::vector<int64_t>&
   throw py::value_error("ConvKernel: there is no kernel " + name);
 }
 
-py::object call_conv(ConvCalls& calls, const Tensor& x, py::handle kernel_size, py::handle stride,
-                     py::handle padding, py::handle padding_mode, py::handle dilation,
-                     py::handle groups, py::handle transposed, py::handle output_padding, Flag bias,
-                     Number alpha, Number beta, const std::optional<Output>& out) {
-  if (!is_floating(x.scalar_type())) return py::none();
-  const auto kernel = calls.find(x, {kernel_size, stride, padding, padding_mode, dilation, groups,
-                                     transposed, output_padding});
-  if (!kernel) return py::none();
-  return call_conv_kernel(*kernel, x, bias, alpha, beta, out);
+// A convolution operator, which calls `plan` for every geometry that it has not met: see ConvCalls.
+py::object conv_calls(const py::str& op, const py::object& plan) {
+  return fast_function(
+      op,
+      [calls = ConvCalls(op, plan)](const Tensor& x, py::handle kernel_size, py::handle stride,
+                                    py::handle padding, py::handle padding_mode,
+                                    py::handle dilation, py::handle groups, py::handle transposed,
+                                    py::handle output_padding, Flag bias, Number alpha, Number beta,
+                                    const std::optional<Output>& out) mutable -> py::object {
+        if (!is_floating(x.scalar_type())) return py::none();
+        const auto kernel = calls.find(x, {kernel_size, stride, padding, padding_mode, dilation,
+                                           groups, transposed, output_padding});
+        if (!kernel) return py::none();
+        return call_conv_kernel(*kernel, x, bias, alpha, beta, out);
+      });
 }
-
-py::none refuse(const py::args&) { return {}; }
 
 }  // namespace
 
 void bind_operators(py::module_& module) {
   const auto bind = [&](const char* name, const auto& function) {
-    module.def(name, function);
-    module.def(name, &refuse);
+    module.attr(name) = fast_function(name, function);
   };
   bind("gram", &call_gram);
   bind("shared_gram", &call_shared_gram);
   bind("feature_norm_gram", &call_feature_norm_gram);
   bind("channel_norm_gram", &call_channel_norm_gram);
-  const auto damped = [](auto& op) {
-    return [&op](const std::vector<Tensor>& matrices, const std::vector<Tensor>& damping,
-                 const std::vector<Output>& out, const Output& info,
-                 const std::optional<Output>& logdet) {
-      return call_damped(op, matrices, damping, out, info, logdet);
-    };
-  };
   bind("mean_eigenvalues", &call_mean_eigenvalues);
   bind("update_averages", &call_update_averages);
-  bind("damped_inverse", damped(damped_inverse));
-  bind("damped_cholesky", damped(damped_cholesky));
-  const auto layers = [](auto& op) {
-    return [&op](const std::vector<Tensor>& grads, const std::vector<Tensor>& input_sides,
-                 const std::vector<Tensor>& gradient_sides, const std::vector<Output>& out,
-                 const Output& inner) {
-      return call_precondition(op, grads, input_sides, gradient_sides, out, inner);
-    };
-  };
-  bind("precondition", layers(precondition));
-  bind("cholesky_precondition", layers(cholesky_precondition));
+  bind("damped_inverse", &call_damped<damped_inverse>);
+  bind("damped_cholesky", &call_damped<damped_cholesky>);
+  bind("precondition", &call_precondition<precondition>);
+  bind("cholesky_precondition", &call_precondition<cholesky_precondition>);
   py::class_<ConvKernel, std::shared_ptr<ConvKernel>>(module, "ConvKernel")
       .def(py::init(&make_conv_kernel), py::arg("name"), py::arg("plan"), py::arg("sizes"),
            py::arg("groups"))
       .def("__call__", &call_conv_kernel)
       .def("__call__", [](const ConvKernel&, const py::args&) { return py::none(); });
-  py::class_<ConvCalls>(module, "ConvCalls")
-      .def(py::init<py::str, py::object>(), py::arg("op"), py::arg("plan"))
-      .def("__call__", &call_conv)
-      .def("__call__", [](const ConvCalls&, const py::args&) { return py::none(); });
+  module.def("conv_calls", &conv_calls, py::arg("op"), py::arg("plan"));
 }
 
 }  // namespace kfac_fast

@@ -21,10 +21,7 @@ def _conv(
     beta: float,
     out: Tensor | None,
 ) -> Tensor:
-    """Run a convolution operator."""
-    result: Tensor | None = quick(op, x, *geometry, bias, alpha, beta, out)
-    if result is not None:
-        return result
+    """Run a convolution operator that is not for the compiled kernel alone."""
     schema.check_types(op, x=x)
     arguments = schema.conv_arguments(op, x.dim(), bias, *geometry)
     return accumulate(op, (x, *arguments), alpha, beta, out)
@@ -88,6 +85,9 @@ def conv_expand_gram(
     Source: Grosse & Martens (2016), section 3; Eschenhagen et al. (2023), section 3.2.
     """
     conv = kernel_size, stride, padding, padding_mode, dilation, groups, transposed, output_padding
+    result: Tensor | None = quick("conv_expand_gram", x, *conv, bias, alpha, beta, out)
+    if result is not None:
+        return result
     return _conv("conv_expand_gram", x, conv, bias, alpha, beta, out)
 
 
@@ -148,6 +148,9 @@ def conv_reduce_gram(
     Source: Eschenhagen et al. (2023), section 3.3.
     """
     conv = kernel_size, stride, padding, padding_mode, dilation, groups, transposed, output_padding
+    result: Tensor | None = quick("conv_reduce_gram", x, *conv, bias, alpha, beta, out)
+    if result is not None:
+        return result
     return _conv("conv_reduce_gram", x, conv, bias, alpha, beta, out)
 
 
@@ -204,4 +207,7 @@ def conv_window_sum(
     Source: Eschenhagen et al. (2023), section 3.3.
     """
     conv = kernel_size, stride, padding, padding_mode, dilation, groups, transposed, output_padding
+    result: Tensor | None = quick("conv_window_sum", x, *conv, bias, alpha, beta, out)
+    if result is not None:
+        return result
     return _conv("conv_window_sum", x, conv, bias, alpha, beta, out)
