@@ -140,16 +140,15 @@ def _inverses(
         For each, the inverses by name, without those of zeros; None where one fails.
     """
     factors = [matrix for kron in krons for matrix in (kron.A, kron.B)]
-    traces = torch.stack([matrix.trace() for matrix in factors])
-    means = (traces / traces.new_tensor([matrix.shape[0] for matrix in factors])).view(-1, 2)
-    pi = (means[:, 0] / means[:, 1]).sqrt()
+    means = ops.mean_eigenvalues(factors)
+    pi = (means[::2] / means[1::2]).sqrt()
     shares = torch.stack([pi, 1 / pi], 1).mul_(damping**0.5).clamp_(min=eps)
     shares[(pi == 0) | (pi == torch.inf)] = damping
     names = ["A", "B"] * len(krons)
     asked = [
         i
-        for i, trace in enumerate(traces.tolist())
-        if names[i] in sides and (trace != 0 or torch.any(factors[i]))
+        for i, mean in enumerate(means.tolist())
+        if names[i] in sides and (mean != 0 or torch.any(factors[i]))
     ]
     found: list[dict[str, Tensor]] = [{} for _ in krons]
     if not asked:
