@@ -38,5 +38,5 @@ class ConvKernel:
         self, x: Tensor, bias: bool, alpha: float, beta: float, out: Tensor | None
     ) -> Tensor | None: ...
 
-def conv_calls(op: str, plan: Callable[..., ConvKernel]) -> Callable[..., Tensor | None]:
+def conv_operator(op: str, plan: Callable[..., ConvKernel]) -> Callable[..., Tensor | None]:
     """A convolution operator, which keeps the kernels of the geometries that it is called with."""

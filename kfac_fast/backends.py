@@ -93,7 +93,7 @@ def _cpp(op: str) -> Implementation:
     if not EXTENSION_BUILT:
         return Implementation("cpp", _checked(op, lambda *args: None), NOT_BUILT)
     conv = op.startswith("conv_")
-    quick = native.conv_calls(op, _conv_kernel) if conv else getattr(native, op)
+    quick = native.conv_operator(op, _conv_kernel) if conv else getattr(native, op)
     return Implementation("cpp", _checked(op, quick), way=way, quick=quick)
 
 

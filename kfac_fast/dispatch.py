@@ -10,23 +10,24 @@ _TENSORS = {torch.Tensor, torch.nn.Parameter}
 _PLAIN = _TENSORS | {int, float, bool, str, tuple, list, type(None)}
 
 
-# Under names of this module: torch's own are looked up in large dictionaries. Asked for are those
-# that answer fastest when a step of training has taken them from the processor's caches.
-_is_compiling = torch.compiler.is_dynamo_compiling  # what else compiles has a dispatch mode
-_profiler = torch.autograd.profiler
+# Under names of this module: torch's own are looked up in large dictionaries. Of those that answer
+# the same, the ones that are fastest once a step of training has displaced them from the caches.
+_is_compiling = torch.compiler.is_dynamo_compiling  # whatever else compiles has a mode
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 _transform = torch._C._functorch.peek_interpreter_stack
+_is_profiling = torch._C._autograd._profiler_enabled
 _is_tracing = torch._C._is_tracing
 
 
 def is_listened() -> bool:
-    """Whether the compiler, a tracer, a mode or a profiler listens to all calls."""
+    """Whether the compiler, a tracer, a mode, a transform or a profiler listens to calls."""
     return (
         _is_compiling()
         or _dispatch_modes() > 0
         or _function_modes() > 0
-        or _profiler._is_profiler_enabled
+        or _transform() is not None
+        or _is_profiling()
         or _is_tracing()
     )
 
@@ -48,7 +49,7 @@ def dispatched(args: tuple[Any, ...]) -> bool:
     Returns:
         False if the router may be called directly.
     """
-    if is_listened() or _transform() is not None:
+    if is_listened():
         return True
     for value in args:
         kind = type(value)

@@ -64,7 +64,7 @@ def test_a_geometry_is_planned_once(monkeypatch: pytest.MonkeyPatch) -> None:
         planned.append(args)
         return backends._conv_kernel(*args)
 
-    calls = native.conv_calls("conv_window_sum", plan)
+    calls = native.conv_operator("conv_window_sum", plan)
     x, out = torch.randn(2, 4, 5, 6), torch.empty(2, 36)
     for _ in range(3):
         assert calls(x, *GEOMETRY, False, 1.0, 0.0, out) is out
@@ -147,6 +147,33 @@ def test_what_a_transform_wraps_does_not_go_the_quick_way(transform: Callable[..
     transform(call, x)
     assert results == [None] * 4
     assert out.isnan().all() and torch.equal(x, torch.ones(5, 4))
+
+
+# functionalize() itself refuses operators that write.
+@pytest.mark.parametrize("transform", [TRANSFORMED[name] for name in ("vmap", "grad", "jvp")])
+def test_what_a_transform_does_not_wrap_has_its_values(transform: Callable[..., Any]) -> None:
+    rows, image = rows_and_image()
+    calls: tuple[Callable[[], Tensor], ...] = (
+        lambda: ops.gram(rows, bias=True),
+        lambda: ops.gram(rows, out=poisoned(4, 4)),
+        lambda: ops.shared_gram(image),
+        lambda: ops.conv_expand_gram(image, (3, 2)),
+        lambda: ops.conv_window_sum(image, (2, 5)),
+        lambda: ops.mean_eigenvalues([rows[:4]]),
+        lambda: ops.damped_inverse([2 * torch.eye(3)], 0.5).matrices[0],
+    )
+    results: list[Tensor] = []
+
+    def call(wrapped: Tensor) -> Tensor:
+        results.extend(call() for call in calls)
+        return wrapped.sum()
+
+    transform(call, torch.ones(5, 4))
+    expected = [call() for call in calls]
+    with kfac_fast.use("reference"):
+        for found, again, call_again in zip(results, expected, calls, strict=True):
+            torch.testing.assert_close(found, again)
+            torch.testing.assert_close(again, call_again())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])

@@ -177,7 +177,7 @@ ConvKernel make_conv_kernel(const std::string& name, const std::vector<int64_t>&
 }
 
 // A convolution operator, which calls `plan` for every geometry that it has not met: see ConvCalls.
-py::object conv_calls(const py::str& op, const py::object& plan) {
+py::object conv_operator(const py::str& op, const py::object& plan) {
   return fast_function(
       op,
       [calls = ConvCalls(op, plan)](const Tensor& x, py::handle kernel_size, py::handle stride,
@@ -214,7 +214,7 @@ void bind_operators(py::module_& module) {
            py::arg("groups"))
       .def("__call__", &call_conv_kernel)
       .def("__call__", [](const ConvKernel&, const py::args&) { return py::none(); });
-  module.def("conv_calls", &conv_calls, py::arg("op"), py::arg("plan"));
+  module.def("conv_operator", &conv_operator, py::arg("op"), py::arg("plan"));
 }
 
 }  // namespace kfac_fast

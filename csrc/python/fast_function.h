@@ -1,7 +1,7 @@
 #pragma once
 // Functions of Python that cost little to call: their arguments are positional and loaded in order,
-// and where one does not load they return None. pybind11's choice among overloads takes as long as
-// a small kernel once it has left the processor's caches.
+// and where one does not load, or there are more or fewer, they return None. pybind11's choice
+// among overloads takes as long as a small kernel once it has left the processor's caches.
 
 #include <pybind11/pybind11.h>
 
@@ -21,7 +21,9 @@ class FastFunction {
   static py::object make(const std::string& name, Function function) {
     auto* self = new FastFunction(name, std::move(function));
     const py::capsule owner(self, [](void* it) { delete static_cast<FastFunction*>(it); });
-    return py::reinterpret_steal<py::object>(PyCFunction_New(&self->method_, owner.ptr()));
+    const py::str module("kfac_fast._C");
+    return py::reinterpret_steal<py::object>(
+        PyCFunction_NewEx(&self->method_, owner.ptr(), module.ptr()));
   }
 
  private:
@@ -38,6 +40,8 @@ class FastFunction {
       return self->call(args, count, Signature{}).release().ptr();
     } catch (py::error_already_set& error) {
       error.restore();
+    } catch (const py::builtin_exception& error) {
+      error.set_error();
     } catch (const std::bad_alloc&) {
       PyErr_NoMemory();
     } catch (const std::exception& error) {
@@ -47,11 +51,11 @@ class FastFunction {
   }
 
   template <typename>
-  struct Takes {};
-  using Signature = Takes<py::detail::function_signature_t<Function>>;
+  struct Type {};  // says which, as an argument
+  using Signature = Type<py::detail::function_signature_t<Function>>;
 
   template <typename... Args>
-  py::object call(PyObject* const* args, Py_ssize_t count, Takes<py::object(Args...)>) {
+  py::object call(PyObject* const* args, Py_ssize_t count, Type<py::object(Args...)>) {
     if (count != sizeof...(Args)) return py::none();
     std::tuple<py::detail::make_caster<Args>...> loaders;
     return call_loaded<Args...>(args, loaders, std::index_sequence_for<Args...>{});

@@ -12,7 +12,7 @@ from kfac_fast.backends import public, quick
 from kfac_fast.ops.accumulation import accumulate
 
 
-def _conv(
+def _routed(
     op: str,
     x: Tensor,
     geometry: tuple[Any, ...],
@@ -21,7 +21,7 @@ def _conv(
     beta: float,
     out: Tensor | None,
 ) -> Tensor:
-    """Run a convolution operator that is not for the compiled kernel alone."""
+    """Run a call that the compiled kernel has not taken."""
     schema.check_types(op, x=x)
     arguments = schema.conv_arguments(op, x.dim(), bias, *geometry)
     return accumulate(op, (x, *arguments), alpha, beta, out)
@@ -88,7 +88,7 @@ def conv_expand_gram(
     result: Tensor | None = quick("conv_expand_gram", x, *conv, bias, alpha, beta, out)
     if result is not None:
         return result
-    return _conv("conv_expand_gram", x, conv, bias, alpha, beta, out)
+    return _routed("conv_expand_gram", x, conv, bias, alpha, beta, out)
 
 
 @public
@@ -151,7 +151,7 @@ def conv_reduce_gram(
     result: Tensor | None = quick("conv_reduce_gram", x, *conv, bias, alpha, beta, out)
     if result is not None:
         return result
-    return _conv("conv_reduce_gram", x, conv, bias, alpha, beta, out)
+    return _routed("conv_reduce_gram", x, conv, bias, alpha, beta, out)
 
 
 @public
@@ -210,4 +210,4 @@ def conv_window_sum(
     result: Tensor | None = quick("conv_window_sum", x, *conv, bias, alpha, beta, out)
     if result is not None:
         return result
-    return _conv("conv_window_sum", x, conv, bias, alpha, beta, out)
+    return _routed("conv_window_sum", x, conv, bias, alpha, beta, out)
