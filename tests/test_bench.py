@@ -43,7 +43,7 @@ BESIDE = {
         "x.sum ms",
         "fill_ ms",
     },
-    "conv_window_sum": {"unfold + sum ms", "einconv ms", "x.sum ms"},
+    "conv_window_sum": {"unfold + sum ms", "einconv ms", "x.sum ms", "fill_ ms"},
 }
 PEAKS = {"conv_expand_gram": {"peak MB", "unfold peak MB"}}
 # Batch, channels, size, kernel, stride, padding, dilation, groups.
