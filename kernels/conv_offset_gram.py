@@ -168,9 +168,9 @@ class Tasks(NamedTuple):
     count: int
 
 
-@functools.lru_cache(maxsize=256)
+@functools.cache
 def _tasks(tables: Tables, batch: int, tiling: launch.Tiling, tiles: int, slots: int) -> Tasks:
-    """Cut the cells into parts; kept, so that repeated calls copy nothing to the device."""
+    """Cut the cells into parts; kept for repeated calls and for graphs captured with them."""
     steps_per_run = [-(-cell.run * batch // tiling.depth) for cell in tables.cells]
     steps = [cell.runs * own for cell, own in zip(tables.cells, steps_per_run, strict=True)]
     length = launch.choose_part(steps, tiles, 4 * tiling.block**2, slots)
@@ -271,7 +271,13 @@ def _sum_rows(
         left = tl.load(left_first + offset, mask=left_exists & exists[None, :], other=0.0)
         right = tl.load(right_first + offset, mask=right_exists & exists[:, None], other=0.0)
         chain = product(left, right, chain, PRODUCTS)
-        if (step - begin) % FLUSH == FLUSH - 1:
+        flush = (step - begin) % FLUSH == FLUSH - 1
+        if COLUMN_SUMS and right.dtype != tl.float32:
+            # Triton gives an operand that is also summed one buffer too few for a product that is
+            # left running. Where each step asks for its result, none is; nor is one of float32.
+            total += tl.where(flush, chain, 0.0)
+            chain = tl.where(flush, 0.0, chain)
+        elif flush:
             total += chain
             chain = tl.zeros((BLOCK, BLOCK), tl.float32)
         if COLUMN_SUMS:

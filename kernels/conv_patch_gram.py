@@ -112,7 +112,10 @@ def _sum_patches(
     total = tl.zeros((BLOCK, BLOCK), tl.float32)
     chain = tl.zeros((BLOCK, BLOCK), tl.float32)
     column_sums = tl.zeros((BLOCK,), tl.float32)
-    for step in range(begin, end):
+    # Not pipelined where columns are summed, too, and operands are not of float32: Triton gives
+    # them one buffer too few for a product that is left running.
+    alone: tl.constexpr = COLUMN_SUMS and left_first.dtype.element_ty != tl.float32
+    for step in tl.range(begin, end, num_stages=1 if alone else None):
         offsets, first = _patch_offsets(
             step, outputs_z, outputs_y, outputs_x, batch_stride, move_z, move_y, move_x, DEPTH
         )
@@ -147,7 +150,7 @@ def tap_partial_kernel(
     BLOCK: tl.constexpr, DEPTH: tl.constexpr, FLUSH: tl.constexpr, PRODUCTS: tl.constexpr,
     CHUNK: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Sum one part of one tile of a pair of taps; grid (strips * side * side, pairs, split).
+    """Sum one part of one tile of a pair of taps; grid (pairs * strips * side * side, split).
 
     ``partials`` is ``[pairs, split, strips, side, side, BLOCK, BLOCK]``, ``column_sums`` ``[pairs,
     split, strips, side, BLOCK]``. Strides and the ``width`` of a group come divided by ``CHUNK``,
@@ -161,8 +164,9 @@ def tap_partial_kernel(
     step_z = step_z.to(tl.int64) * CHUNK
     step_y = step_y.to(tl.int64) * CHUNK
     step_x = step_x.to(tl.int64) * CHUNK
-    tile = tl.program_id(0)
-    pair = tl.program_id(1)
+    tiles = strips * side * side
+    tile = tl.program_id(0) % tiles
+    pair = tl.program_id(0) // tiles  # there may be more than the grid's other sides hold
     strip = (tile // (side * side)).to(tl.int64)
     i = tile // side % side
     j = tile % side
@@ -172,7 +176,7 @@ def tap_partial_kernel(
         return  # never read
     steps = tl.cdiv(patches, DEPTH).to(tl.int32)
     steps_per_part = tl.cdiv(steps, split)
-    begin = tl.program_id(2) * steps_per_part
+    begin = tl.program_id(1) * steps_per_part
     end = tl.minimum(begin + steps_per_part, steps)
     left_column = i * BLOCK + tl.arange(0, BLOCK)
     right_column = j * BLOCK + tl.arange(0, BLOCK)
@@ -183,7 +187,7 @@ def tap_partial_kernel(
     right_first = x + right_offset + right_column
     left_exists = left_column[:, None] < width
     right_exists = right_column[None, :] < width
-    part = pair.to(tl.int64) * split + tl.program_id(2)
+    part = pair.to(tl.int64) * split + tl.program_id(1)
     if BIAS and left_tap == right_tap and i == j:
         total, sums = _sum_patches(
             left_first[:, None], right_first[None, :], left_exists, right_exists, begin, end,
@@ -198,7 +202,7 @@ def tap_partial_kernel(
             BLOCK, DEPTH, FLUSH, PRODUCTS, False,
         )  # fmt: skip
     entry = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    first = (part * tl.num_programs(0) + tile) * (BLOCK * BLOCK)
+    first = (part * tiles + tile) * (BLOCK * BLOCK)
     tl.store(partials + first + entry, total)
 
 
@@ -344,7 +348,7 @@ def _gram_of_taps(
     )
     starts = torch.arange(cells + 1, dtype=torch.int32, device=x.device) * split
     parts = Parts.empty(out, strips, starts, cells * split, bias)
-    tap_partial_kernel[(strips.tiles, cells, split)](
+    tap_partial_kernel[(cells * strips.tiles, split)](
         x,
         parts.tiles,
         parts.column_sums,

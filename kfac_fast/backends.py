@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import cache, partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -195,7 +195,10 @@ def _cuda_window_sum(x: torch.Tensor, *args: Any) -> None:
     torch.ops.kfac_fast_native.conv_window_sum.default(x, *numbers, *target)
 
 
-@lru_cache(maxsize=256)
+# Tables on a device are kept for good: graphs captured with them read them at each replay.
+
+
+@cache
 def _window_sum_plan(
     shape: tuple[int, ...], device: torch.device, *arguments: Any
 ) -> tuple[Any, ...]:
@@ -244,13 +247,13 @@ def _triton(
     return Implementation("triton", run or run_itself, missing, refuses, way)
 
 
-@lru_cache(maxsize=256)
+@cache
 def _offset_tables(geometry: ConvGeometry, size: tuple[int, ...], device: torch.device) -> Any:
     plans = [axis.offsets() for axis in geometry.axes(size)]
     return _kernels("conv_offset_gram").tables(plans, device)
 
 
-@lru_cache(maxsize=256)
+@cache
 def _sum_tables(geometry: ConvGeometry, size: tuple[int, ...], device: torch.device) -> Any:
     plans = [axis.sums() for axis in geometry.axes(size)]
     return _kernels("conv_window_sum").tables(plans, device)

@@ -40,7 +40,8 @@ def register(recorder: Recorder) -> int:
 
 
 def _define(schema: str, run: Callable[..., Tensor], fake: Callable[..., Tensor]) -> None:
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    # A replayed graph of a GPU's work would leave out what they do in Python.
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe))
     name = schema.partition("(")[0]
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"kfac_fast_capture::{name}", fake, lib=_library)

@@ -96,6 +96,12 @@ class Twice(nn.Module):
         return self.layer(self.layer(x).tanh())
 
 
+@pytest.mark.parametrize("name", ["begin", "record"])
+def test_a_graph_of_the_gpus_work_leaves_the_operators_out(name: str) -> None:
+    tags = getattr(torch.ops.kfac_fast_capture, name).default.tags
+    assert torch.Tag.cudagraph_unsafe in tags
+
+
 @pytest.mark.parametrize("fisher", ["empirical", "exact"])
 def test_two_calls_in_a_pass_are_two_calls(fisher: str) -> None:
     results = []

@@ -29,6 +29,7 @@ from triton_kernels import (  # noqa: E402
 from kfac_fast.conv import ConvGeometry  # noqa: E402
 from kfac_fast.kernels import (  # noqa: E402
     conv_offset_gram,
+    conv_patch_gram,
     launch,
 )
 from kfac_fast.schema import result_shape  # noqa: E402
@@ -137,6 +138,19 @@ def test_one_compilation_serves_all_sizes(kernel: str) -> None:
         for name, own in _compile(kernel, 90, x, beta=0.9, geometry=geometry).items():
             compiled[name].add(own.hash)
     assert {name: len(hashes) for name, hashes in compiled.items()} == dict.fromkeys(compiled, 1)
+
+
+def test_as_many_pairs_of_taps_as_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second and third side of a grid hold 65535."""
+    grids: list[tuple[int, ...]] = []
+
+    def take_down(*args: Any, grid: tuple[int, ...], **options: Any) -> None:
+        grids.append(grid)
+
+    monkeypatch.setattr(conv_patch_gram.tap_partial_kernel, "run", take_down)
+    geometry = ConvGeometry.normalize("test", 2, 20, stride=20)
+    _compile("conv_patch_gram", 90, _images(32, torch.bfloat16, 1, 40), geometry=geometry)
+    assert [grid[0] for grid in grids] == [400 * 401 // 2] and max(grids[0][1:]) <= 65535
 
 
 @interpreter

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -56,7 +57,24 @@ def assert_no_spills(
         record_property(name, line)
         print(f"sm_{capability} {name}: {line}")
         assert stack == 0 and shared <= SHARED_BYTES[capability]
+        _assert_running_products_keep_their_operands(kernels[name].asm["ttgir"])
     return all_statistics
+
+
+def _assert_running_products_keep_their_operands(ttgir: str) -> None:
+    """Check that loops which leave a product running have as many buffers for all of its operands.
+
+    Triton may give an operand that something else reads, too, one buffer less, and loads into the
+    one that the product still reads: https://github.com/triton-lang/triton/issues/6691.
+    """
+    buffers: list[int] = []
+    for line in ttgir.splitlines():
+        if found := re.search(r"ttg\.local_alloc.*memdesc<(\d+)x\d+x\d+x\w+", line):
+            buffers.append(int(found[1]))
+        elif re.search(r"warp_group_dot_wait.*pendings = [1-9]", line):
+            assert len(set(buffers)) == 1, line
+        elif "local_dealloc" in line:
+            buffers.clear()
 
 
 def assert_multiplies_on_tensor_cores(statistics: Statistics, capability: int, block: int) -> None:

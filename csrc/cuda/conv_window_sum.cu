@@ -31,12 +31,12 @@ struct Arguments {
 
 template <typename In, typename Acc, int kVector>
 void launch(const WindowInput<In>& in, const WindowTiling& tiling, const WindowOutput<Acc>& out,
-            cudaStream_t stream) {
+            int most_bytes, cudaStream_t stream) {
   const auto kernel = window_sum_kernel<In, Acc, kVector>;
   constexpr int without_asking = 48 * 1024;
-  if (tiling.bytes > without_asking) {
-    const int bytes = static_cast<int>(tiling.bytes);
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), kOp);
+  if (tiling.bytes > without_asking) {  // always for as much: another thread may launch, too
+    const auto attribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
+    check(cudaFuncSetAttribute(kernel, attribute, most_bytes), kOp);
   }
   const dim3 block(tiling.lanes, tiling.walkers);
   kernel<<<tiling.blocks(), block, tiling.bytes, stream>>>(in, tiling, out);
@@ -45,18 +45,18 @@ void launch(const WindowInput<In>& in, const WindowTiling& tiling, const WindowO
 
 template <typename In, typename Acc>
 void launch(const WindowInput<In>& in, const WindowTiling& tiling, const WindowOutput<Acc>& out,
-            cudaStream_t stream) {
+            int most_bytes, cudaStream_t stream) {
   switch (tiling.vector) {
     case 8:
-      if constexpr (sizeof(In) == 2) launch<In, Acc, 8>(in, tiling, out, stream);
+      if constexpr (sizeof(In) == 2) launch<In, Acc, 8>(in, tiling, out, most_bytes, stream);
       return;
     case 4:
-      if constexpr (sizeof(In) <= 4) launch<In, Acc, 4>(in, tiling, out, stream);
+      if constexpr (sizeof(In) <= 4) launch<In, Acc, 4>(in, tiling, out, most_bytes, stream);
       return;
     case 2:
-      return launch<In, Acc, 2>(in, tiling, out, stream);
+      return launch<In, Acc, 2>(in, tiling, out, most_bytes, stream);
     default:
-      return launch<In, Acc, 1>(in, tiling, out, stream);
+      return launch<In, Acc, 1>(in, tiling, out, most_bytes, stream);
   }
 }
 
@@ -105,7 +105,7 @@ void run(const Arguments& a) {
     const int64_t planes = shape.batch * shape.channels;
     out.parts = allocate<Acc>(a.out, tiling.parts() * planes * shape.taps(), workspace);
   }
-  launch(in, tiling, out, stream);
+  launch(in, tiling, out, static_cast<int>(limits.most_bytes), stream);
   if (out.parts) finish(out, a, tiling.parts(), device, stream);
 }
 

@@ -63,7 +63,10 @@ def _damping_tensors(op: str, damping: Damping, matrices: Sequence[Tensor]) -> l
         return [_alone(value, like) for value in values]
     if len(set(values)) == 1:
         return [like.new_full((), values[0])]  # one for all is read faster than many
-    return list(torch.tensor(values, dtype=like.dtype, device=like.device).unbind())
+    if like.device.type == "cpu":
+        return list(torch.tensor(values, dtype=like.dtype).unbind())
+    made = {value: like.new_full((), value) for value in set(values)}  # a copy would be waited for
+    return [made[value] for value in values]
 
 
 def _alone(value: float | Tensor, like: Tensor) -> Tensor:
@@ -71,7 +74,9 @@ def _alone(value: float | Tensor, like: Tensor) -> Tensor:
     if isinstance(value, Tensor) and not value.requires_grad:
         if (value.device, value.dtype) == (like.device, like.dtype):
             return value
-    return torch.as_tensor(value).detach().to(like.device, like.dtype)
+    if not isinstance(value, Tensor):
+        return like.new_full((), value)
+    return value.detach().to(like.device, like.dtype)
 
 
 def _contiguous_like(tensors: Sequence[Tensor]) -> list[Tensor]:
