@@ -152,12 +152,21 @@ def test_more_elements_than_int32_counts(gram: Callable[..., None]) -> None:
         assert torch.equal(out, expected)  # sums of few small whole numbers are exact
 
 
-def test_repeats_bit_for_bit(gram: Callable[..., None]) -> None:
-    x = torch.randn(30000, 520, device="cuda")
-    results = [poisoned(521, 521, device="cuda") for _ in range(3)]
+@pytest.mark.parametrize("dtype", FLOATING)
+def test_repeats_bit_for_bit(gram: Callable[..., None], dtype: torch.dtype) -> None:
+    x = torch.randn(30000, 520, dtype=dtype, device="cuda")
+    results = [poisoned(521, 521, dtype=result_dtype(dtype), device="cuda") for _ in range(3)]
     for out in results:
         gram(x, None, 1, True, 1.0, 0.0, out)
     assert all(torch.equal(out, results[0]) for out in results)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_few_steps_with_a_bias(gram: Callable[..., None], dtype: torch.dtype) -> None:
+    """The last loads of a loop follow each other fastest, and may not overtake its products."""
+    for rows in range(64, 256, 8):
+        for _ in range(20):
+            _check(gram, torch.randn(rows, 768, dtype=dtype, device="cuda"), bias=True)
 
 
 def test_graph_capture_on_a_side_stream(gram: Callable[..., None]) -> None:

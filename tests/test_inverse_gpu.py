@@ -137,8 +137,9 @@ def test_graph_capture_on_a_side_stream() -> None:
 def test_the_host_does_not_wait() -> None:
     matrices = [_matrix(size) for size in (40, 300)]
     damping = torch.tensor(1e-3, device="cuda")
-    with waits_refused():
-        _run(matrices, damping)
+    for each in (damping, 1e-3, [1e-3, 2e-3], [1e-3, damping]):
+        with waits_refused():
+            _run(matrices, each)
 
 
 @pytest.mark.large
