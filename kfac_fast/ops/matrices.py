@@ -71,11 +71,10 @@ def _damping_tensors(op: str, damping: Damping, matrices: Sequence[Tensor]) -> l
 
 def _alone(value: float | Tensor, like: Tensor) -> Tensor:
     """A number as a tensor of this device and dtype, apart from any graph."""
-    if isinstance(value, Tensor) and not value.requires_grad:
-        if (value.device, value.dtype) == (like.device, like.dtype):
-            return value
     if not isinstance(value, Tensor):
         return like.new_full((), value)
+    if (value.device, value.dtype) == (like.device, like.dtype):
+        return detached(value)
     return value.detach().to(like.device, like.dtype)
 
 
