@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kfac_fast.kernels import launch
-from kfac_fast.kernels.product import PRODUCTS, product
+from kfac_fast.kernels.product import PRODUCTS, flush, product
 from kfac_fast.kernels.triangle import TriangleParts, triangle_row
 
 COLUMNS = tl.constexpr(launch.Line.COLUMNS)
@@ -51,15 +51,8 @@ def _sum_rows(
         left = tl.load(left_first + offset, mask=left_exists & left_counts, other=0.0)
         right = tl.load(right_first + offset, mask=right_exists & right_counts, other=0.0)
         chain = product(left, right, chain, PRODUCTS)
-        flush = (step - begin) % FLUSH == FLUSH - 1
-        if COLUMN_SUMS and right.dtype != tl.float32:
-            # Triton gives an operand that is also summed one buffer too few for a product that is
-            # left running. Where each step asks for its result, none is; nor is one of float32.
-            total += tl.where(flush, chain, 0.0)
-            chain = tl.where(flush, 0.0, chain)
-        elif flush:
-            total += chain
-            chain = tl.zeros((BLOCK, BLOCK), tl.float32)
+        due = (step - begin) % FLUSH == FLUSH - 1
+        total, chain = flush(total, chain, due, COLUMN_SUMS and right.dtype != tl.float32)
         if COLUMN_SUMS:
             column_sums += tl.sum(right.to(tl.float32), 0)
     return total + chain, column_sums

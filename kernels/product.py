@@ -40,3 +40,19 @@ def product(left, right, total, PRODUCTS: tl.constexpr):
         total = _dot(left_middle, right_high, total)
         total = _dot(left_high, right_middle, total)
     return _dot(left_high, right_high, total)
+
+
+@triton.jit
+def flush(total, chain, due, AWAITED: tl.constexpr):
+    """``total + chain`` and zeros where that is ``due``; ``AWAITED`` waits for the product first.
+
+    Triton gives an operand that is also summed one buffer too few for a product that is left
+    running, unless that is of float32. Where each step asks for its result, none is.
+    """
+    if AWAITED:
+        total += tl.where(due, chain, 0.0)
+        chain = tl.where(due, 0.0, chain)
+    elif due:
+        total += chain
+        chain = tl.zeros_like(chain)
+    return total, chain
