@@ -44,12 +44,10 @@ def product(left, right, total, PRODUCTS: tl.constexpr):
 
 @triton.jit
 def flush(total, chain, due, AWAITED: tl.constexpr):
-    """``total + chain`` and zeros where that is ``due``; ``AWAITED`` waits for the product first.
-
-    Triton gives an operand that is also summed one buffer too few for a product that is left
-    running, unless that is of float32. Where each step asks for its result, none is.
-    """
+    """``total + chain`` and zeros where that is ``due``; ``AWAITED`` waits for the product first."""
     if AWAITED:
+        # Triton gives an operand that is also summed one buffer too few for a product that is left
+        # running, unless that is of float32. Where each step asks for its result, none is.
         total += tl.where(due, chain, 0.0)
         chain = tl.where(due, 0.0, chain)
     elif due:
