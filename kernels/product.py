@@ -44,7 +44,7 @@ def product(left, right, total, PRODUCTS: tl.constexpr):
 
 @triton.jit
 def flush(total, chain, due, AWAITED: tl.constexpr):
-    """``total + chain`` and zeros where that is ``due``; ``AWAITED`` waits for the product first."""
+    """``total + chain`` and zeros where ``due``; ``AWAITED`` waits for the product first."""
     if AWAITED:
         # Triton gives an operand that is also summed one buffer too few for a product that is left
         # running, unless that is of float32. Where each step asks for its result, none is.
