@@ -19,11 +19,11 @@
 
 namespace kfac_fast {
 
-// The plan of an input with given strides; "outer" stands for the axes z and y together.
+// The plan of a geometry, of inputs with any strides; "outer" stands for the axes z and y together.
 template <typename T>
 struct SumPlan {
   struct Rows {  // neighbouring rows of one cell
-    int64_t offset, stride, count, cell;
+    int64_t z, y, count, cell;
     bool first;  // of its cell
   };
   struct Columns {  // neighbouring pixels of one cell
@@ -50,10 +50,8 @@ struct SumPlan {
   std::vector<Rows> rows;
   std::vector<Columns> columns;
   std::vector<Square> squares;
-  int64_t reach = 0;  // elements from the first of a plane to the end of its last row's blocks
 
-  SumPlan(const Axes<SumAxis>& axes, const std::array<int64_t, spatial_axes>& strides,
-          int64_t pixels_a_block)
+  SumPlan(const Axes<SumAxis>& axes, int64_t pixels_a_block)
       : width(axes[2].size),
         block(pixels_a_block),
         blocks(divide_up(width, block)),
@@ -61,7 +59,7 @@ struct SumPlan {
         outer_cells(axes[0].cells * axes[1].cells),
         taps(axes[2].taps),
         outer_taps(axes[0].taps * axes[1].taps) {
-    list_rows(axes[0], axes[1], strides);
+    list_rows(axes[0], axes[1]);
     list_columns(axes[2]);
     list_squares();
     list_terms(axes);
@@ -85,19 +83,15 @@ struct SumPlan {
   // Sums of this many terms at most, which are then added to the others': less rounding.
   static constexpr int64_t chain = 32;
 
-  void list_rows(const SumAxis& along_z, const SumAxis& along_y,
-                 const std::array<int64_t, spatial_axes>& strides) {
+  void list_rows(const SumAxis& along_z, const SumAxis& along_y) {
     std::vector<bool> seen(outer_cells);
     for (const SumAxis::Run& run_z : along_z.runs) {
       for (int64_t z = run_z.begin; z < run_z.end; ++z) {
         for (const SumAxis::Run& run_y : along_y.runs) {
           const int64_t cell = run_z.cell * along_y.cells + run_y.cell;
           for (int64_t y = run_y.begin; y < run_y.end; y += chain) {
-            const int64_t offset = z * strides[0] + y * strides[1];
-            const int64_t count = std::min(chain, run_y.end - y);
-            rows.push_back({offset, strides[1], count, cell, !seen[cell]});
+            rows.push_back({z, y, std::min(chain, run_y.end - y), cell, !seen[cell]});
             seen[cell] = true;
-            reach = std::max(reach, offset + (count - 1) * strides[1] + blocks * block);
           }
         }
       }
@@ -195,7 +189,13 @@ struct Channels {
   const In* end;  // of the input's memory
   int64_t count;
   int64_t stride;
-  int64_t pixel_stride;  // along x
+  std::array<int64_t, spatial_axes> strides;  // of a channel's pixels
+  int64_t reach;  // elements from a channel's first to the end of its last row's blocks
+
+  template <typename Rows>
+  int64_t offset(const Rows& rows) const {
+    return rows.z * strides[0] + rows.y * strides[1];
+  }
 };
 
 // Vectors of neighbouring channels that are summed together.
@@ -208,7 +208,7 @@ template <typename In, typename T>
 struct WindowSumFunctions {
   using Function = void (*)(const SumPlan<T>& plan, const Channels<In>& channels, T alpha, T beta,
                             T* scratch, T* target);
-  int64_t lanes, pixels_a_block;
+  int64_t lanes;
   Function of_planes, of_pixels;
 };
 
@@ -217,14 +217,28 @@ WindowSumFunctions<In, T> window_sum_functions(InstructionSet set) {
   constexpr int64_t size = sizeof(T);
 #if defined(__x86_64__)
   if (set == InstructionSet::avx512) {
-    return {64 / size, 32 / size, avx512::sum_planes<In, T>, avx512::sum_pixels<In, T>};
+    return {64 / size, avx512::sum_planes<In, T>, avx512::sum_pixels<In, T>};
   }
   if (set == InstructionSet::avx2) {
-    return {32 / size, 32 / size, avx2::sum_planes<In, T>, avx2::sum_pixels<In, T>};
+    return {32 / size, avx2::sum_planes<In, T>, avx2::sum_pixels<In, T>};
   }
 #endif
-  return {16 / size, 16 / size, portable::sum_planes<In, T>, portable::sum_pixels<In, T>};
+  return {16 / size, portable::sum_planes<In, T>, portable::sum_pixels<In, T>};
 }
+
+// A geometry's plans, whichever instruction set is in use when it is called.
+template <typename T>
+class SumPlans {
+ public:
+  explicit SumPlans(const Axes<SumAxis>& axes)
+      : short_blocks_(axes, 16 / sizeof(T)), long_blocks_(axes, 32 / sizeof(T)) {}
+  const SumPlan<T>& of(InstructionSet set) const {
+    return set == InstructionSet::portable ? short_blocks_ : long_blocks_;
+  }
+
+ private:
+  SumPlan<T> short_blocks_, long_blocks_;
+};
 
 // out[n][channel · taps + tap] <- beta · out + alpha · sum, after each group's sums one entry more,
 // which the number of positions goes to, if there is a bias.
@@ -241,15 +255,17 @@ struct WindowSumTarget {
 template <typename In, typename T>
 class WindowSum {
  public:
-  WindowSum(const ImageSource<In>& source, const Axes<SumAxis>& axes, InstructionSet set,
-            const WindowSumTarget<T>& target)
+  WindowSum(const ImageSource<In>& source, const Axes<SumAxis>& axes, const SumPlans<T>& plans,
+            InstructionSet set, const WindowSumTarget<T>& target)
       : source_(source),
         functions_(window_sum_functions<In, T>(set)),
-        plan_(axes, source.strides, functions_.pixels_a_block),
+        plan_(plans.of(set)),
         target_(target),
         // Where no entry for a bias comes between, groups are channels side by side.
         groups_(target.bias ? target.groups : 1),
         end_(source.end({axes[0].size, axes[1].size, axes[2].size})),
+        reach_((axes[0].size - 1) * source.strides[0] + (axes[1].size - 1) * source.strides[1] +
+               plan_.blocks * plan_.block),
         channels_a_group_(source.channels / groups_) {
     constexpr int64_t pixels_a_task = 1 << 14;
     const int64_t pixels = std::max<int64_t>(axes[0].size * axes[1].size * axes[2].size, 1);
@@ -275,8 +291,12 @@ class WindowSum {
     const int64_t group = task / tasks_a_group_ % groups_;
     const int64_t first = task % tasks_a_group_ * channels_a_task_;
     const int64_t count = std::min(channels_a_task_, channels_a_group_ - first);
-    const Channels<In> channels{source_.at(example, group * channels_a_group_ + first), end_, count,
-                                source_.channel_stride, source_.strides[2]};
+    const Channels<In> channels{source_.at(example, group * channels_a_group_ + first),
+                                end_,
+                                count,
+                                source_.channel_stride,
+                                source_.strides,
+                                reach_};
     const int64_t taps = plan_.outer_taps * plan_.taps;
     const int64_t width = channels_a_group_ * taps + target_.bias;
     T* row = target_.out + (example * groups_ + group) * width;
@@ -293,10 +313,11 @@ class WindowSum {
  private:
   const ImageSource<In>& source_;
   const WindowSumFunctions<In, T> functions_;
-  const SumPlan<T> plan_;
+  const SumPlan<T>& plan_;
   const WindowSumTarget<T> target_;
   const int64_t groups_;
   const In* const end_;
+  const int64_t reach_;
   const int64_t channels_a_group_;
   int64_t channels_a_task_, tasks_a_group_;
 };

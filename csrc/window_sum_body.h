@@ -17,20 +17,21 @@ struct PixelBlock {
 // sums[cell][block] = Σ of the cell's rows, of PLANES planes and BLOCKS blocks side by side. Not
 // inlined: its loop needs all registers.
 template <typename In, typename T, int PLANES, int BLOCKS>
-KFAC_FAST_TARGET __attribute__((noinline)) void sum_rows(const SumPlan<T>& plan, const In* plane,
-                                                         int64_t plane_stride, T* sums) {
+KFAC_FAST_TARGET __attribute__((noinline)) void sum_rows(const SumPlan<T>& plan,
+                                                         const Channels<In>& channels,
+                                                         const In* plane, T* sums) {
   using Block = PixelBlock<T>;
   using Vector = typename Block::Vector;
   constexpr int64_t distance = Block::SIZE * Block::LANES;
   for (const typename SumPlan<T>::Rows& rows : plan.rows) {
-    const In* row = plane + rows.offset;
+    const In* row = plane + channels.offset(rows);
     Vector total[PLANES][BLOCKS] = {};
-    for (int64_t r = 0; r < rows.count; ++r, row += rows.stride) {
+    for (int64_t r = 0; r < rows.count; ++r, row += channels.strides[1]) {
 #pragma GCC unroll 8
       for (int p = 0; p < PLANES; ++p) {
 #pragma GCC unroll 8
         for (int b = 0; b < BLOCKS; ++b) {
-          const In* pixels = row + p * plane_stride + b * Block::SIZE;
+          const In* pixels = row + p * channels.stride + b * Block::SIZE;
           if constexpr (std::is_same_v<In, T>) {
             total[p][b] += *reinterpret_cast<const Vector*>(pixels);
           } else {
@@ -53,16 +54,17 @@ KFAC_FAST_TARGET __attribute__((noinline)) void sum_rows(const SumPlan<T>& plan,
 
 // The same of one plane with pixels at any distance, or where no whole block may be read.
 template <typename In, typename T>
-KFAC_FAST_TARGET void sum_rows_one_by_one(const SumPlan<T>& plan, const In* plane,
-                                          int64_t pixel_stride, T* sums) {
+KFAC_FAST_TARGET void sum_rows_one_by_one(const SumPlan<T>& plan, const Channels<In>& channels,
+                                          const In* plane, T* sums) {
   using Block = PixelBlock<T>;
   constexpr int64_t distance = Block::SIZE * Block::LANES;
   for (const typename SumPlan<T>::Rows& rows : plan.rows) {
     T* target = sums + rows.cell * plan.blocks * distance;
     for (int64_t x = 0; x < plan.width; ++x) {
-      const In* pixel = plane + rows.offset + x * pixel_stride;
+      const In* pixel = plane + channels.offset(rows) + x * channels.strides[2];
       T total = 0;
-      for (int64_t r = 0; r < rows.count; ++r) total += static_cast<T>(pixel[r * rows.stride]);
+      for (int64_t r = 0; r < rows.count; ++r)
+        total += static_cast<T>(pixel[r * channels.strides[1]]);
       T& sum = target[x / Block::SIZE * distance + x % Block::SIZE];
       sum = rows.first ? total : sum + total;
     }
@@ -170,12 +172,12 @@ KFAC_FAST_TARGET void sum_planes_rows(const SumPlan<T>& plan, const Channels<In>
   constexpr int PLANES = std::min(Block::SIZE, BLOCKS <= 2 ? 8 : BLOCKS == 3 ? 2 : 1);
   for (int64_t p = 0; p < planes;) {
     const In* plane = first + p * channels.stride;
-    const int64_t room = channels.end - plane - plan.reach;
+    const int64_t room = channels.end - plane - channels.reach;
     if (p + PLANES <= planes && (PLANES - 1) * channels.stride <= room) {
-      sum_rows<In, T, PLANES, BLOCKS>(plan, plane, channels.stride, sums + Block::place(p));
+      sum_rows<In, T, PLANES, BLOCKS>(plan, channels, plane, sums + Block::place(p));
       p += PLANES;
     } else {
-      sum_rows<In, T, 1, BLOCKS>(plan, plane, channels.stride, sums + Block::place(p));
+      sum_rows<In, T, 1, BLOCKS>(plan, channels, plane, sums + Block::place(p));
       ++p;
     }
   }
@@ -191,8 +193,9 @@ KFAC_FAST_TARGET void sum_rows_of_planes(const SumPlan<T>& plan, const Channels<
                                       sum_planes_rows<In, T, 5>, sum_planes_rows<In, T, 6>,
                                       sum_planes_rows<In, T, 7>, sum_planes_rows<In, T, 8>};
   int64_t whole = 0;  // planes of which whole blocks may be read
-  if (channels.pixel_stride == 1) {
-    while (whole < planes && first + whole * channels.stride + plan.reach <= channels.end) ++whole;
+  if (channels.strides[2] == 1) {
+    while (whole < planes && first + whole * channels.stride + channels.reach <= channels.end)
+      ++whole;
   }
   for (int64_t b = 0, together; b < plan.blocks; b += together) {
     together = std::min<int64_t>(plan.blocks - b, std::size(of_blocks));
@@ -200,8 +203,7 @@ KFAC_FAST_TARGET void sum_rows_of_planes(const SumPlan<T>& plan, const Channels<
                             sums + b * Block::SIZE * Block::LANES);
   }
   for (int64_t p = whole; p < planes; ++p) {
-    sum_rows_one_by_one(plan, first + p * channels.stride, channels.pixel_stride,
-                        sums + Block::place(p));
+    sum_rows_one_by_one(plan, channels, first + p * channels.stride, sums + Block::place(p));
   }
 }
 
@@ -341,8 +343,8 @@ KFAC_FAST_TARGET void sum_planes(const SumPlan<T>& plan, const Channels<In>& cha
 // The pixels of VECTORS vectors of neighbouring channels summed by cells, along x first. `chains`
 // is room for the sums of some rows, which then are added to the cells: less rounding.
 template <typename In, typename T, int VECTORS>
-KFAC_FAST_TARGET void sum_cells_of_pixels(const SumPlan<T>& plan, const In* data,
-                                          int64_t pixel_stride, typename VectorOf<T>::type* cells,
+KFAC_FAST_TARGET void sum_cells_of_pixels(const SumPlan<T>& plan, const Channels<In>& channels,
+                                          const In* data, typename VectorOf<T>::type* cells,
                                           typename VectorOf<T>::type* chains) {
   using Vector = typename VectorOf<T>::type;
   constexpr int LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
@@ -350,14 +352,14 @@ KFAC_FAST_TARGET void sum_cells_of_pixels(const SumPlan<T>& plan, const In* data
   Vector* lost = cells + VECTORS * count;
   std::fill_n(cells, 2 * VECTORS * count, Vector{});
   for (const typename SumPlan<T>::Rows& rows : plan.rows) {
-    const In* row = data + rows.offset;
+    const In* row = data + channels.offset(rows);
     std::fill_n(chains, VECTORS * plan.columns.size(), Vector{});
-    for (int64_t r = 0; r < rows.count; ++r, row += rows.stride) {
+    for (int64_t r = 0; r < rows.count; ++r, row += channels.strides[1]) {
       Vector* chain = chains;
       for (const typename SumPlan<T>::Columns& columns : plan.columns) {
         Vector total[VECTORS] = {};
-        const In* pixel = row + columns.begin * pixel_stride;
-        for (int64_t x = columns.begin; x < columns.end; ++x, pixel += pixel_stride) {
+        const In* pixel = row + columns.begin * channels.strides[2];
+        for (int64_t x = columns.begin; x < columns.end; ++x, pixel += channels.strides[2]) {
 #pragma GCC unroll 4
           for (int v = 0; v < VECTORS; ++v) total[v] += load_vector<In, T>(pixel + v * LANES);
         }
@@ -388,10 +390,10 @@ KFAC_FAST_TARGET void sum_cells_of_few(const SumPlan<T>& plan, const Channels<In
       for (int64_t i = 0; i < width; ++i) {
         T chain = 0;
         for (int64_t r = 0; r < rows.count; ++r) {
-          const In* row = data + rows.offset + r * rows.stride + i;
+          const In* row = data + channels.offset(rows) + r * channels.strides[1] + i;
           T total = 0;
           for (int64_t x = columns.begin; x < columns.end; ++x) {
-            total += static_cast<T>(row[x * channels.pixel_stride]);
+            total += static_cast<T>(row[x * channels.strides[2]]);
           }
           chain += total;
         }
@@ -417,9 +419,9 @@ KFAC_FAST_TARGET void sum_pixels(const SumPlan<T>& plan, const Channels<In>& cha
     next = c + (left >= TOGETHER * LANES ? TOGETHER * LANES : std::min(LANES, left));
     const In* data = channels.data + c;
     if (left >= TOGETHER * LANES) {
-      sum_cells_of_pixels<In, T, TOGETHER>(plan, data, channels.pixel_stride, cells, chains);
+      sum_cells_of_pixels<In, T, TOGETHER>(plan, channels, data, cells, chains);
     } else if (left >= LANES) {
-      sum_cells_of_pixels<In, T, 1>(plan, data, channels.pixel_stride, cells, chains);
+      sum_cells_of_pixels<In, T, 1>(plan, channels, data, cells, chains);
     } else {
       sum_cells_of_few(plan, channels, data, left, reinterpret_cast<T*>(cells));
     }

@@ -1,6 +1,7 @@
 """Native kernels of kfac_fast, built from csrc/module.cpp; import torch first."""
 
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 
 from torch import Tensor
 
@@ -40,3 +41,10 @@ class ConvKernel:
 
 def conv_operator(op: str, plan: Callable[..., ConvKernel]) -> Callable[..., Tensor | None]:
     """A convolution operator, which keeps the kernels of the geometries that it is called with."""
+
+def quick_calls(
+    kernels: dict[str, Callable[..., object]],
+    listeners: Sequence[Callable[[], int]],
+    requests: Sequence[ContextVar[object]],
+) -> Callable[[str, tuple[object, ...]], object]:
+    """Calls of kernels, which return None if a listener says so or a request is not None."""

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 
-from kfac_fast import conv_kernels, reference, schema
+from kfac_fast import conv_kernels, dispatch, reference, schema
 from kfac_fast.conv import ConvGeometry
-from kfac_fast.dispatch import as_plain, dispatched, is_listened
+from kfac_fast.dispatch import as_plain, dispatched, is_compiling, profiler
 
 if TYPE_CHECKING:
     from kfac_fast._C import ConvKernel
@@ -505,7 +505,16 @@ for _op in schema.OPERATORS:
     schema.LIBRARY.impl(_op, partial(_route, _op), "CompositeExplicitAutograd")
 
 
-def quick(op: str, *args: Any) -> Any:
+# Of plain calls on the CPU.
+QUICK_KERNELS = {op: k for op in schema.OPERATORS if (k := TABLE[op, "cpu"][0].quick) is not None}
+_quick_call: Callable[[str, tuple[Any, ...]], Any] = (
+    native.quick_calls(QUICK_KERNELS, dispatch.LISTENERS, (_forced, _explanation))
+    if EXTENSION_BUILT
+    else lambda op, args: None
+)
+
+
+def quick(op: str, args: tuple[Any, ...]) -> Any:
     """Run an operator by the compiled kernel for the CPU, if the call is plain.
 
     The kernel checks the arguments, for each line of Python between it and the caller that has left
@@ -513,7 +522,7 @@ def quick(op: str, *args: Any) -> Any:
 
     Args:
         op: Name of the operator.
-        *args: Its dispatcher arguments; those of a geometry may be as in :mod:`kfac_fast.ops`.
+        args: Its dispatcher arguments; those of a geometry may be as in :mod:`kfac_fast.ops`.
 
     Returns:
         As :attr:`Implementation.quick`; None, too, if something listens at the dispatcher or
@@ -523,10 +532,10 @@ def quick(op: str, *args: Any) -> Any:
         ValueError: If a geometry is refused.
         TypeError: If an option of one is of another type than its name asks for.
     """
-    kernel = TABLE[op, "cpu"][0].quick
-    if kernel is None or is_listened() or _forced.get() or _explanation.get() is not None:
+    # Dynamo, which does not see what a compiled function does, must find this here.
+    if is_compiling() or profiler._is_profiler_enabled:
         return None
-    return kernel(*args)
+    return _quick_call(op, args)
 
 
 def call(op: str, *args: Any) -> None:

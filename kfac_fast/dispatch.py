@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,25 +11,26 @@ _TENSORS = {torch.Tensor, torch.nn.Parameter}
 _PLAIN = _TENSORS | {int, float, bool, str, tuple, list, type(None)}
 
 
-# Under names of this module: torch's own are looked up in large dictionaries. Of those that answer
-# the same, the ones that are fastest once a step of training has displaced them from the caches.
-_is_compiling = torch.compiler.is_dynamo_compiling  # whatever else compiles has a mode
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_function_modes = torch._C._len_torch_function_stack
-_transform = torch._C._functorch.peek_interpreter_stack
-_is_profiling = torch._C._autograd._profiler_enabled
-_is_tracing = torch._C._is_tracing
+# They say whether Dynamo and the profilers listen. Whatever else compiles has a mode.
+is_compiling = torch.compiler.is_dynamo_compiling
+profiler = torch.autograd.profiler
+
+# What listens to calls of the thread: modes and tracers. The transforms of torch.func listen, too,
+# but only to tensors that they have wrapped.
+LISTENERS: tuple[Callable[[], int], ...] = (
+    torch._C._len_torch_dispatch_stack,
+    torch._C._len_torch_function_stack,
+    torch._C._is_tracing,
+)
 
 
 def is_listened() -> bool:
     """Whether the compiler, a tracer, a mode, a transform or a profiler listens to calls."""
     return (
-        _is_compiling()
-        or _dispatch_modes() > 0
-        or _function_modes() > 0
-        or _transform() is not None
-        or _is_profiling()
-        or _is_tracing()
+        is_compiling()
+        or profiler._is_profiler_enabled
+        or any(listens() for listens in LISTENERS)
+        or torch._C._functorch.peek_interpreter_stack() is not None
     )
 
 

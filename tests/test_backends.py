@@ -37,6 +37,7 @@ ROW = (
 @pytest.fixture
 def row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(backends.TABLE, ("gram", "cpu"), ROW)
+    monkeypatch.delitem(backends.QUICK_KERNELS, "gram", raising=False)
 
 
 def served_by(x: torch.Tensor = X) -> float:

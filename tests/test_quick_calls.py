@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from contextvars import ContextVar
 from enum import IntEnum
 from typing import Any
 
@@ -55,6 +56,31 @@ def test_plain_calls_are_quick(call: Callable[[], Tensor], monkeypatch: pytest.M
         expected = call()
     monkeypatch.setattr(backends, "dispatched", no_other_way)
     torch.testing.assert_close(call(), expected)
+
+
+def test_a_call_is_quick_unless_something_listens_or_is_asked_for() -> None:
+    heard: list[bool] = []
+    request: ContextVar[object] = ContextVar("request", default=None)
+    calls = native.quick_calls({"pair": lambda *args: args}, [lambda: bool(heard)], [request])
+    assert calls("pair", (1, "a")) == (1, "a")
+    assert calls("another", (1, "a")) is None
+    assert calls("pair", [1, "a"]) is None
+    token = request.set("reference")
+    assert calls("pair", ()) is None
+    request.reset(token)
+    assert calls("pair", ()) == ()
+    heard.append(True)
+    assert calls("pair", ()) is None
+
+
+def test_what_a_kernel_or_a_listener_raises_is_seen() -> None:
+    for kernel, listener in ((lambda: 1 // 0, int), (int, lambda: 1 // 0)):
+        with pytest.raises(ZeroDivisionError):
+            native.quick_calls({"op": kernel}, [listener], [])("op", ())
+    with pytest.raises(TypeError, match="unhashable"):
+        native.quick_calls({}, [], [])([], ())
+    with pytest.raises(TypeError, match="ContextVar"):
+        native.quick_calls({}, [], [None])("op", ())
 
 
 def test_a_geometry_is_planned_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 // Window sums of a convolution's input on the CPU, and the Gram matrix of their means; see
 // window_sum.h and block_gram.h.
 
+#include <tuple>
 #include <vector>
 
 #include "block_gram.h"
@@ -15,13 +16,16 @@ namespace {
 struct Convolution {
   int64_t groups, outputs;
   Axes<SumAxis> axes;
+  std::tuple<SumPlans<float>, SumPlans<double>> plans;
 
   Convolution(const std::vector<int64_t>& plan, const std::vector<int64_t>& sizes, int64_t groups)
-      : groups(groups) {
-    PlanNumbers numbers(plan.data());
-    outputs = numbers.next();
-    axes = read_axes<SumAxis>(numbers, static_cast<int64_t>(sizes.size()));
-  }
+      : Convolution(PlanNumbers(plan.data()), static_cast<int64_t>(sizes.size()), groups) {}
+
+  Convolution(PlanNumbers numbers, int64_t dims, int64_t groups)
+      : groups(groups),
+        outputs(numbers.next()),
+        axes(read_axes<SumAxis>(numbers, dims)),
+        plans(SumPlans<float>(axes), SumPlans<double>(axes)) {}
 
   int64_t taps() const { return axes[0].taps * axes[1].taps * axes[2].taps; }
   int64_t width(const Tensor& x, bool bias) const { return x.size(1) / groups * taps() + bias; }
@@ -30,7 +34,8 @@ struct Convolution {
 template <typename In, typename T>
 void sum_windows(const ImageSource<In>& source, const Convolution& convolution,
                  const WindowSumTarget<T>& target) {
-  const WindowSum<In, T> sum(source, convolution.axes, instruction_set_in_use(), target);
+  const WindowSum<In, T> sum(source, convolution.axes, std::get<SumPlans<T>>(convolution.plans),
+                             instruction_set_in_use(), target);
   // Reading a pixel takes the time of some multiply-adds of a product, a plane that of some more.
   double pixels = 10;
   for (const SumAxis& axis : convolution.axes) pixels *= axis.size;

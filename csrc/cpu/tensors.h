@@ -65,14 +65,19 @@ using Sizes = std::vector<int64_t>;
 // What an operator writes: the caller's tensor, or one that is made once its sizes are known.
 class Result {
  public:
-  using Make = std::function<Tensor(const Sizes& sizes, ScalarType type)>;
+  // Of these sizes; empty if what is made has no memory of its own.
+  using Make = std::function<std::optional<Tensor>(const Sizes& sizes, ScalarType type)>;
 
   explicit Result(const Tensor& given) : tensor_(given) {}
   explicit Result(Make make) : make_(std::move(make)) {}
 
-  // Whether the tensor is of these sizes, which one that is made always is.
+  // Whether there is a tensor of these sizes.
   bool is_of(const Sizes& sizes, ScalarType type) {
-    if (make_) tensor_ = make_(sizes, type);
+    if (make_) {
+      const auto made = make_(sizes, type);
+      if (!made) return false;
+      tensor_ = *made;
+    }
     if (tensor_.dim() != static_cast<int64_t>(sizes.size())) return false;
     for (int64_t d = 0; d < tensor_.dim(); ++d) {
       if (tensor_.size(d) != sizes[d]) return false;

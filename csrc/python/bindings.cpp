@@ -8,12 +8,14 @@
 #include <pybind11/stl.h>
 
 #include <string>
+#include <utility>
 
 #include "../cpu/checks.h"
 #include "../cpu/operators.h"
 #include "conv_calls.h"
 #include "fast_function.h"
 #include "python_tensor.h"
+#include "quick_calls.h"
 
 namespace kfac_fast {
 namespace {
@@ -67,7 +69,7 @@ py::object accumulate(Number beta, const std::optional<Output>& out, const Kerne
   Result result([&](const Sizes& sizes, ScalarType type) {
     const py::gil_scoped_acquire lock;
     made = Torch::get().empty(sizes, type);
-    return Torch::get().view(made).value();
+    return Torch::get().view(made);  // empty if a transform of torch.func has wrapped it
   });
   if (!run([&] { return kernel(result); })) return py::none();
   return made;
@@ -193,6 +195,14 @@ py::object conv_operator(const py::str& op, const py::object& plan) {
       });
 }
 
+py::object quick_calls(py::dict kernels, QuickCalls::Objects listeners,
+                       QuickCalls::Objects requests) {
+  const QuickCalls calls(std::move(kernels), std::move(listeners), std::move(requests));
+  return fast_function("quick_call", [calls](py::handle op, const py::tuple& args) -> py::object {
+    return calls(op, args);
+  });
+}
+
 }  // namespace
 
 void bind_operators(py::module_& module) {
@@ -215,6 +225,8 @@ void bind_operators(py::module_& module) {
       .def("__call__", &call_conv_kernel)
       .def("__call__", [](const ConvKernel&, const py::args&) { return py::none(); });
   module.def("conv_operator", &conv_operator, py::arg("op"), py::arg("plan"));
+  module.def("quick_calls", &quick_calls, py::arg("kernels"), py::arg("listeners"),
+             py::arg("requests"));
 }
 
 }  // namespace kfac_fast

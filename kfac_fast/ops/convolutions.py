@@ -12,19 +12,12 @@ from kfac_fast.backends import public, quick
 from kfac_fast.ops.accumulation import accumulate
 
 
-def _routed(
-    op: str,
-    x: Tensor,
-    geometry: tuple[Any, ...],
-    bias: bool,
-    alpha: float,
-    beta: float,
-    out: Tensor | None,
-) -> Tensor:
+def _routed(op: str, x: Tensor, *arguments: Any) -> Tensor:
     """Run a call that the compiled kernel has not taken."""
+    *geometry, bias, alpha, beta, out = arguments
     schema.check_types(op, x=x)
-    arguments = schema.conv_arguments(op, x.dim(), bias, *geometry)
-    return accumulate(op, (x, *arguments), alpha, beta, out)
+    inputs = schema.conv_arguments(op, x.dim(), bias, *geometry)
+    return accumulate(op, (x, *inputs), alpha, beta, out)
 
 
 @public
@@ -85,10 +78,11 @@ def conv_expand_gram(
     Source: Grosse & Martens (2016), section 3; Eschenhagen et al. (2023), section 3.2.
     """
     conv = kernel_size, stride, padding, padding_mode, dilation, groups, transposed, output_padding
-    result: Tensor | None = quick("conv_expand_gram", x, *conv, bias, alpha, beta, out)
+    arguments = x, *conv, bias, alpha, beta, out
+    result: Tensor | None = quick("conv_expand_gram", arguments)
     if result is not None:
         return result
-    return _routed("conv_expand_gram", x, conv, bias, alpha, beta, out)
+    return _routed("conv_expand_gram", *arguments)
 
 
 @public
@@ -148,10 +142,11 @@ def conv_reduce_gram(
     Source: Eschenhagen et al. (2023), section 3.3.
     """
     conv = kernel_size, stride, padding, padding_mode, dilation, groups, transposed, output_padding
-    result: Tensor | None = quick("conv_reduce_gram", x, *conv, bias, alpha, beta, out)
+    arguments = x, *conv, bias, alpha, beta, out
+    result: Tensor | None = quick("conv_reduce_gram", arguments)
     if result is not None:
         return result
-    return _routed("conv_reduce_gram", x, conv, bias, alpha, beta, out)
+    return _routed("conv_reduce_gram", *arguments)
 
 
 @public
@@ -207,7 +202,8 @@ def conv_window_sum(
     Source: Eschenhagen et al. (2023), section 3.3.
     """
     conv = kernel_size, stride, padding, padding_mode, dilation, groups, transposed, output_padding
-    result: Tensor | None = quick("conv_window_sum", x, *conv, bias, alpha, beta, out)
+    arguments = x, *conv, bias, alpha, beta, out
+    result: Tensor | None = quick("conv_window_sum", arguments)
     if result is not None:
         return result
-    return _routed("conv_window_sum", x, conv, bias, alpha, beta, out)
+    return _routed("conv_window_sum", *arguments)

@@ -66,7 +66,7 @@ def update_averages(
     # The kernels' views live as long as these lists hold the tensors.
     op, sums, out = "update_averages", list(sums), list(out)
     options = tuple(terms), decay, covariances, out, list(weights), list(skipped)
-    if quick(op, sums, *options) is None:
+    if quick(op, (sums, *options)) is None:
         for number in options[0]:
             schema.check_types(op, terms=number)
         schema.check_types(op, decay=decay, covariances=covariances)
@@ -101,6 +101,6 @@ def mean_eigenvalues(matrices: Sequence[Tensor], *, out: Tensor | None = None) -
     matrices = list(matrices)  # the kernels' views live as long as this list holds the tensors
     if out is None:
         out = first_of(matrices).new_empty(number_of_matrices(matrices))
-    if quick("mean_eigenvalues", matrices, out) is None:
+    if quick("mean_eigenvalues", (matrices, out)) is None:
         call("mean_eigenvalues", all_detached(matrices), out)
     return out

@@ -96,7 +96,7 @@ def _damped(
     info = torch.empty(total, dtype=torch.int32, device=like.device)
     logdets = torch.empty(total, dtype=like.dtype, device=like.device) if logdet else None
     others = _damping_tensors(op, damping, matrices), results, info, logdets
-    if quick(op, matrices, *others) is None:
+    if quick(op, (matrices, *others)) is None:
         call(op, all_detached(matrices), *others)
     return DampedInverses(results, info, logdets)
 
@@ -208,7 +208,7 @@ def _preconditioned(
     results = _contiguous_like(grads) if out is None else list(out)
     like = first_of(grads)
     inner = torch.zeros((), dtype=like.dtype, device=like.device)
-    if quick(op, grads, input_sides, gradient_sides, results, inner) is None:
+    if quick(op, (grads, input_sides, gradient_sides, results, inner)) is None:
         call(op, all_detached(grads), input_sides, gradient_sides, results, inner)
     return Preconditioned(results, inner)
 

@@ -69,7 +69,7 @@ def feature_norm_gram(
     op = "feature_norm_gram"
     count = -1 if num_segments is None else num_segments
     inputs = (x, gradient, mask, segments, count, eps, center, bias)
-    result: Tensor | None = quick(op, *inputs, alpha, beta, out)
+    result: Tensor | None = quick(op, (*inputs, alpha, beta, out))
     if result is not None:
         return result
     schema.check_types(op, x=x, gradient=gradient, eps=eps, center=center, bias=bias, mask=mask)
@@ -134,7 +134,7 @@ def channel_norm_gram(
     op = "channel_norm_gram"
     groups = -1 if num_groups is None else num_groups
     inputs = (x, gradient, mean, variance, groups, eps, bias)
-    result: Tensor | None = None if num_groups == -1 else quick(op, *inputs, alpha, beta, out)
+    result: Tensor | None = None if num_groups == -1 else quick(op, (*inputs, alpha, beta, out))
     if result is not None:
         return result
     schema.check_types(op, x=x, gradient=gradient, eps=eps, bias=bias, num_groups=num_groups)

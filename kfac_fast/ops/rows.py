@@ -51,7 +51,7 @@ def gram(
 
     Source: Martens & Grosse (2015), section 3; Eschenhagen et al. (2023), section 3.
     """
-    result: Tensor | None = quick("gram", x, mask, groups, bias, alpha, beta, out)
+    result: Tensor | None = quick("gram", (x, mask, groups, bias, alpha, beta, out))
     if result is not None:
         return result
     schema.check_types("gram", x=x, bias=bias, groups=groups, mask=mask)
@@ -113,7 +113,7 @@ def shared_gram(
     """
     count = -1 if num_segments is None else num_segments
     inputs = (x, mask, segments, count, reduction, groups, bias)
-    result: Tensor | None = quick("shared_gram", *inputs, alpha, beta, out)
+    result: Tensor | None = quick("shared_gram", (*inputs, alpha, beta, out))
     if result is not None:
         return result
     schema.check_types("shared_gram", x=x, bias=bias, groups=groups, mask=mask, segments=segments)
