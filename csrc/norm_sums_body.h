@@ -19,52 +19,134 @@ KFAC_FAST_TARGET inline T sum_of(typename VectorOf<T>::type vector) {
   return sum_lanes<T>(reinterpret_cast<const T*>(&vector));
 }
 
-// Σ_i x_i.
-template <typename In, typename T>
-KFAC_FAST_TARGET T sum_entries(const In* x, int64_t count) {
-  using Vector = typename VectorOf<T>::type;
-  constexpr int64_t LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
-  Vector total{}, lost{};
-  int64_t i = 0;
-  while (i + LANES <= count) {
-    const int64_t end = std::min(count, i + vectors_a_chain * LANES);
-    Vector sums[2] = {};
-    for (; i + 2 * LANES <= end; i += 2 * LANES) {
-      sums[0] += load_vector<In, T>(x + i);
-      sums[1] += load_vector<In, T>(x + i + LANES);
-    }
-    for (; i + LANES <= end; i += LANES) sums[0] += load_vector<In, T>(x + i);
-    add_compensated(total, lost, sums[0] + sums[1]);
-  }
-  T sum = sum_of<T>(total);
-  for (; i < count; ++i) sum += static_cast<T>(x[i]);
-  return sum;
+// Of a vector whose last lanes hold entries that are left over: those, and zeros before them.
+template <typename T>
+KFAC_FAST_TARGET inline typename VectorOf<T>::type last_lanes(typename VectorOf<T>::type vector,
+                                                              int64_t left) {
+  using Integer = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  using Choice = typename VectorOf<Integer>::type;
+  constexpr int LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
+  Choice place;
+  for (int i = 0; i < LANES; ++i) place[i] = i;
+  return (typename VectorOf<T>::type)((Choice)vector &
+                                      (place >= static_cast<Integer>(LANES - left)));
 }
 
-// The sums of x_i - m, `rest`, and of its squares.
-template <typename In, typename T>
-KFAC_FAST_TARGET void sum_deviations(const In* x, int64_t count, T m, T& rest, T& squares) {
+// sums[r] = Σ_i (x_r,i - m_r) and, with SQUARES, those of its squares, of ROWS rows.
+template <typename In, typename T, int ROWS, bool SQUARES>
+KFAC_FAST_TARGET inline void sum_deviations(const In* const* x, int64_t count, const T* m, T* sums,
+                                            T* squares) {
   using Vector = typename VectorOf<T>::type;
   constexpr int64_t LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
-  Vector totals[2] = {}, lost[2] = {};
-  int64_t i = 0;
-  while (i + LANES <= count) {
-    const int64_t end = std::min(count, i + vectors_a_chain * LANES);
-    Vector sum{}, square{};
-    for (; i + LANES <= end; i += LANES) {
-      const Vector centred = load_vector<In, T>(x + i) - m;
-      sum += centred;
-      square += centred * centred;
+  constexpr int VECTORS = 4 / ROWS;  // side by side: an addition need not wait for the last one
+  Vector totals[2][ROWS] = {}, lost[2][ROWS] = {};
+  const int64_t whole = count - count % LANES;
+  for (int64_t begin = 0, end; begin < whole; begin = end) {
+    end = std::min(whole, begin + vectors_a_chain * LANES);
+    Vector chains[2][ROWS][VECTORS] = {};
+    const auto add = [&](int64_t i, int r, int v) KFAC_FAST_TARGET {
+      const Vector deviation = load_vector<In, T>(x[r] + i) - m[r];
+      chains[0][r][v] += deviation;
+      if constexpr (SQUARES) chains[1][r][v] += deviation * deviation;
+    };
+    int64_t i = begin;
+    for (; i + VECTORS * LANES <= end; i += VECTORS * LANES) {
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; ++v) add(i + v * LANES, r, v);
+      }
     }
-    add_compensated(totals[0], lost[0], sum);
-    add_compensated(totals[1], lost[1], square);
+    for (; i < end; i += LANES) {
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r) add(i, r, 0);
+    }
+#pragma GCC unroll 2
+    for (int part = 0; part < 1 + SQUARES; ++part) {
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r) {
+        Vector chain{};
+        for (const Vector& more : chains[part][r]) chain += more;
+        if (begin == 0) {
+          totals[part][r] = chain;
+        } else {
+          add_compensated(totals[part][r], lost[part][r], chain);
+        }
+      }
+    }
   }
-  rest = sum_of<T>(totals[0]);
-  squares = sum_of<T>(totals[1]);
-  for (; i < count; ++i) {
-    const T centred = static_cast<T>(x[i]) - m;
-    rest += centred;
-    squares += centred * centred;
+  const bool over = whole > 0 && whole < count;
+#pragma GCC unroll 4
+  for (int r = 0; r < ROWS; ++r) {
+    if (over) {
+      const Vector last = load_vector<In, T>(x[r] + count - LANES) - m[r];
+      const Vector deviation = last_lanes<T>(last, count - whole);
+      totals[0][r] += deviation;
+      totals[1][r] += deviation * deviation;
+    }
+    sums[r] = sum_of<T>(totals[0][r]);
+    if constexpr (SQUARES) squares[r] = sum_of<T>(totals[1][r]);
+    for (int64_t i = over ? count : whole; i < count; ++i) {
+      const T deviation = static_cast<T>(x[r][i]) - m[r];
+      sums[r] += deviation;
+      if constexpr (SQUARES) squares[r] += deviation * deviation;
+    }
+  }
+}
+
+// How the entries of rows are normalised: (x_i - shift) scale - offset.
+template <typename T>
+struct Normalizations {
+  T shift[most_rows_at_once] = {}, scale[most_rows_at_once], offset[most_rows_at_once];
+};
+
+// From row `first` on.
+template <typename In, typename T, int ROWS, bool CENTER>
+KFAC_FAST_TARGET inline void find_normalizations(const In* const* x, int64_t count, T eps,
+                                                 int64_t first, Normalizations<T>& of) {
+  const T entries = static_cast<T>(count);
+  T* shift = of.shift + first;
+  if constexpr (CENTER) {
+    T sums[ROWS];
+    sum_deviations<In, T, ROWS, false>(x, count, shift, sums, nullptr);
+    for (int r = 0; r < ROWS; ++r) shift[r] = sums[r] / entries;
+  }
+  T rest[ROWS], squares[ROWS];
+  sum_deviations<In, T, ROWS, true>(x, count, shift, rest, squares);
+  for (int r = 0; r < ROWS; ++r) {
+    const T mean = CENTER ? rest[r] / entries : 0;  // what rounding has left of it
+    const T scale = inverse_deviation(squares[r] / entries - mean * mean, eps);
+    of.scale[first + r] = scale;
+    of.offset[first + r] = mean * scale;
+  }
+}
+
+// products += Σ_r g_r z_r and sums += Σ_r g_r of VECTORS vectors of columns, from the first on,
+// with the normalised entries z_r of the rows; of the last `left` of them, if they are not all.
+template <typename In, typename T, int VECTORS>
+KFAC_FAST_TARGET inline void add_columns(const In* const* x, const In* const* g, int64_t rows,
+                                         const Normalizations<T>& of, int64_t first, T* products,
+                                         T* sums, int64_t left = 0) {
+  using Vector = typename VectorOf<T>::type;
+  constexpr int64_t LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
+  Vector product[VECTORS] = {}, sum[VECTORS] = {};
+  for (int64_t r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; ++v) {
+      const Vector gradient = load_vector<In, T>(g[r] + first + v * LANES);
+      const Vector centred = load_vector<In, T>(x[r] + first + v * LANES) - of.shift[r];
+      product[v] += gradient * (centred * of.scale[r] - of.offset[r]);
+      sum[v] += gradient;
+    }
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < VECTORS; ++v) {
+    if (left > 0) {
+      product[v] = last_lanes<T>(product[v], left);
+      sum[v] = last_lanes<T>(sum[v], left);
+    }
+    *reinterpret_cast<Vector*>(products + first + v * LANES) += product[v];
+    *reinterpret_cast<Vector*>(sums + first + v * LANES) += sum[v];
   }
 }
 
@@ -75,34 +157,25 @@ KFAC_FAST_TARGET void sum_deviations(const In* x, int64_t count, T m, T& rest, T
 template <typename In, typename T, bool CENTER>
 KFAC_FAST_TARGET void add_normalized(const In* const* x, const In* const* g, int64_t rows,
                                      int64_t count, T eps, T* products, T* sums) {
-  using Vector = typename VectorOf<T>::type;
   constexpr int64_t LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
-  const T entries = static_cast<T>(count);
-  T shift[most_rows_at_once] = {}, mean[most_rows_at_once] = {}, scale[most_rows_at_once];
-  if constexpr (CENTER) {
-    for (int64_t r = 0; r < rows; ++r) shift[r] = sum_entries<In, T>(x[r], count) / entries;
-  }
-  for (int64_t r = 0; r < rows; ++r) {
-    T rest, squares;
-    sum_deviations(x[r], count, shift[r], rest, squares);
-    if constexpr (CENTER) mean[r] = rest / entries;  // what rounding has left of it
-    scale[r] = inverse_deviation(squares / entries - mean[r] * mean[r], eps);
-  }
+  int64_t r = 0;
+  Normalizations<T> of;
+  for (; r + 4 <= rows; r += 4) find_normalizations<In, T, 4, CENTER>(x + r, count, eps, r, of);
+  for (; r < rows; ++r) find_normalizations<In, T, 1, CENTER>(x + r, count, eps, r, of);
   int64_t i = 0;
-  for (; i + LANES <= count; i += LANES) {
-    Vector product = load_vector<T, T>(products + i), sum = load_vector<T, T>(sums + i);
-    for (int64_t r = 0; r < rows; ++r) {
-      const Vector gradient = load_vector<In, T>(g[r] + i);
-      product += gradient * ((load_vector<In, T>(x[r] + i) - shift[r] - mean[r]) * scale[r]);
-      sum += gradient;
-    }
-    *reinterpret_cast<Vector*>(products + i) = product;
-    *reinterpret_cast<Vector*>(sums + i) = sum;
+  for (; i + 4 * LANES <= count; i += 4 * LANES) {
+    add_columns<In, T, 4>(x, g, rows, of, i, products, sums);
+  }
+  for (; i + LANES <= count; i += LANES) add_columns<In, T, 1>(x, g, rows, of, i, products, sums);
+  if (i < count && count >= LANES) {
+    add_columns<In, T, 1>(x, g, rows, of, count - LANES, products, sums, count - i);
+    i = count;
   }
   for (; i < count; ++i) {
     for (int64_t r = 0; r < rows; ++r) {
       const T gradient = g[r][i];
-      products[i] += gradient * ((static_cast<T>(x[r][i]) - shift[r] - mean[r]) * scale[r]);
+      const T centred = static_cast<T>(x[r][i]) - of.shift[r];
+      products[i] += gradient * (centred * of.scale[r] - of.offset[r]);
       sums[i] += gradient;
     }
   }
@@ -141,7 +214,9 @@ KFAC_FAST_TARGET RowMoments<T> row_moments(const In* x, const In* g, int64_t cou
   constexpr int64_t LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
   if (count == 1) return {static_cast<T>(x[0]), 0, 0, 0, static_cast<T>(g[0])};
   const auto entries = static_cast<T>(std::max<int64_t>(count, 1));
-  const T mean = sum_entries<In, T>(x, count) / entries;
+  T sum, zero = 0;
+  sum_deviations<In, T, 1, false>(&x, count, &zero, &sum, nullptr);
+  const T mean = sum / entries;
   Vector totals[4] = {}, lost[4] = {};
   int64_t i = 0;
   while (i + LANES <= count) {

@@ -52,11 +52,12 @@ class ExampleSums {
     const int64_t units = a_.units(), at_once = rows_at_once();
     T *lost = room, *chain = room + 2 * units;
     std::fill_n(sums, 2 * units, T{0});
-    std::fill_n(room, 4 * units, T{0});
     const In *x[most_rows_at_once], *g[most_rows_at_once];
     int64_t rows = 0, waiting = 0;
     const auto add_waiting = [&] {
-      if (rows > 0 && rows % rows_a_chain == 0) {
+      if (rows == rows_a_chain) {
+        std::fill_n(room, 4 * units, T{0});
+      } else if (rows > 0 && rows % rows_a_chain == 0) {
         functions_.end_chain(chain, 2 * units, sums, lost);
       }
       T* into = rows < rows_a_chain ? sums : chain;
@@ -76,8 +77,11 @@ class ExampleSums {
     if (rows > rows_a_chain) functions_.end_chain(chain, 2 * units, sums, lost);
   }
 
-  // What the nearest cache holds of short rows; a divisor of those of a chain.
-  int64_t rows_at_once() const { return a_.units() <= 512 ? most_rows_at_once : 1; }
+  // What the nearest cache holds of short rows, and the next one of longer ones; a divisor of those
+  // of a chain.
+  int64_t rows_at_once() const {
+    return a_.units() <= 512 ? most_rows_at_once : a_.units() <= 8192 ? 4 : 1;
+  }
 
   // total += the outer products of an example's sums, part by part.
   void multiply(const T* sums, T* total, T* lost) const {
