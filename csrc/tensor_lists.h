@@ -139,6 +139,12 @@ class ListCheck {
   std::vector<Span> spans_;
 };
 
+// Whether there is one tensor with the damping of each matrix, those of a stack in its order.
+template <typename Tensor>
+bool is_joint(const std::vector<Tensor>& damping, int64_t matrices) {
+  return damping.size() == 1 && is_vector(damping[0], matrices);
+}
+
 // The check of damped_inverse and damped_cholesky.
 template <typename Tensor>
 bool damped_lists_pass(const std::vector<Tensor>& matrices, const std::vector<Tensor>& damping,
@@ -146,7 +152,6 @@ bool damped_lists_pass(const std::vector<Tensor>& matrices, const std::vector<Te
                        const std::optional<Tensor>& logdet, std::optional<int32_t> gpu = {}) {
   const size_t count = matrices.size();
   if (count == 0 || out.size() != count) return false;
-  if (damping.size() != 1 && damping.size() != count) return false;
   const ScalarType type = matrices[0].scalar_type();
   if (type != ScalarType::Float && type != ScalarType::Double) return false;
   ListCheck check(type, gpu);
@@ -157,10 +162,17 @@ bool damped_lists_pass(const std::vector<Tensor>& matrices, const std::vector<Te
     if (matrices[i].size(dims - 1) == 0) return false;
     if (!check.reads(matrices[i]) || !check.writes(out[i])) return false;
     if (!same_shape(matrices[i], out[i], dims)) return false;
-    const Tensor& shift = damping[damping.size() == 1 ? 0 : i];
-    if (shift.dim() != 0 && !same_shape(shift, matrices[i], dims - 2)) return false;
-    if (i < damping.size() && !check.reads(shift)) return false;
     total += stack_size(matrices[i], dims - 2);
+  }
+  if (!is_joint(damping, total)) {
+    if (damping.size() != 1 && damping.size() != count) return false;
+    for (size_t i = 0; i < count; ++i) {
+      const Tensor& shift = damping[damping.size() == 1 ? 0 : i];
+      if (shift.dim() != 0 && !same_shape(shift, matrices[i], matrices[i].dim() - 2)) return false;
+    }
+  }
+  for (const Tensor& shift : damping) {
+    if (!check.reads(shift)) return false;
   }
   if (!is_vector(info, total) || !check.writes(info, ScalarType::Int)) return false;
   if (logdet && (!is_vector(*logdet, total) || !check.writes(*logdet))) return false;

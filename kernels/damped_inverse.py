@@ -230,11 +230,10 @@ def damped_inverse(
 ) -> None:
     """``out <- (M + damping I)^-1`` of every matrix, in float32.
 
-    Arguments are the checked ones of the operator. Stacks that no single stride describes are
-    copied first.
+    Arguments are the checked ones of the operator, and a damping for each entry of the list. Stacks
+    that no single stride describes are copied first.
     """
-    each = damping if len(damping) > 1 else list(damping) * len(matrices)
-    shifts = [d.expand(m.shape[:-2]).reshape(-1) for d, m in zip(each, matrices, strict=True)]
+    shifts = [d.expand(m.shape[:-2]).reshape(-1) for d, m in zip(damping, matrices, strict=True)]
     stacks, results = ([x.reshape(-1, *x.shape[-2:]) for x in xs] for xs in (matrices, out))
     entries = _matrices(stacks, shifts, results)
     if not entries:

@@ -23,6 +23,7 @@ import torch
 from kfac_fast import conv_kernels, dispatch, reference, schema
 from kfac_fast.conv import ConvGeometry
 from kfac_fast.dispatch import as_plain, dispatched, is_compiling, profiler
+from kfac_fast.list_checks import of_each
 
 if TYPE_CHECKING:
     from kfac_fast._C import ConvKernel
@@ -284,8 +285,9 @@ def _triton_sum(*args: Any, form: str = "conv_window_sum", **options: Any) -> No
     getattr(_kernels("conv_window_sum"), form)(call.x, tables, outputs, *target, **options)
 
 
-def _triton_inverse(*args: Any) -> None:
-    _kernels("damped_inverse").damped_inverse(*args)
+def _triton_inverse(matrices: list[torch.Tensor], damping: list[torch.Tensor], *args: Any) -> None:
+    each = of_each(damping, matrices)
+    _kernels("damped_inverse").damped_inverse(matrices, each, *args)
 
 
 def _triton_features(*args: Any) -> None:

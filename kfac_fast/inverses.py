@@ -131,7 +131,7 @@ def refresh_inverses(layers: Sequence[Inverted], damping: Damping, mode: str = "
         return
     joined = _join(layers)
     inverses, slices = joined.inverses, joined.slices
-    matrices, failed = _invert(_systems(joined, of_each(damping, layers), mode))
+    matrices, failed = _invert(joined, _dampings(joined, of_each(damping, layers), mode))
     counted = _counted(joined)
     failed = failed & counted
     valid = counted & ~failed
@@ -173,8 +173,9 @@ def refine_inverses(
     if not layers:
         return
     joined = _join(layers)
-    systems = _systems(joined, of_each(damping, layers), mode)
-    for inverse, (covariance, shift) in zip(joined.inverses, systems, strict=True):
+    dampings = _of_each(joined.inverses, _dampings(joined, of_each(damping, layers), mode))
+    for inverse, factor, shift in zip(joined.inverses, joined.factors, dampings, strict=True):
+        covariance = factor.mean
         if covariance.dim() == 1:
             inverse.matrix.copy_(1 / (covariance + shift))
             continue
@@ -259,10 +260,9 @@ def _counted(joined: _Joined) -> Tensor:
     )
 
 
-def _systems(joined: _Joined, damping: Sequence[float], mode: str) -> list[tuple[Tensor, Tensor]]:
-    """Every factor's covariance, and its damping of the batch shape, from that of each layer."""
-    covariances = [factor.mean for factor in joined.factors]
-    joined_means = ops.mean_eigenvalues(covariances)
+def _dampings(joined: _Joined, damping: Sequence[float], mode: str) -> Tensor:
+    """The damping of each matrix, from that of each layer."""
+    joined_means = ops.mean_eigenvalues([factor.mean for factor in joined.factors])
     means = joined_means.split(joined.counts)
     shares = list(means)  # of the same shapes; each is replaced
     pairs, numbers = [], []
@@ -283,19 +283,22 @@ def _systems(joined: _Joined, damping: Sequence[float], mode: str) -> list[tuple
             for i, share in zip(pairs, split.split(lengths), strict=True):
                 shares[i + side] = share
     total = torch.cat(shares)
-    if not joined.none_raised:
-        total = raised_damping(total, joined_means, joined.raised)
-    return list(zip(covariances, _of_each(joined.inverses, total), strict=True))
+    if joined.none_raised:
+        return total
+    return raised_damping(total, joined_means, joined.raised)
 
 
-def _invert(systems: Sequence[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], Tensor]:
-    """The damped inverse of every system, and which of all their matrices failed."""
+def _invert(joined: _Joined, dampings: Tensor) -> tuple[list[Tensor], Tensor]:
+    """The damped inverse of every factor, and which of all their matrices failed."""
+    covariances = [factor.mean for factor in joined.factors]
+    if all(covariance.dim() > 1 for covariance in covariances):
+        inverses, info, _ = ops.damped_inverse(covariances, dampings)
+        return inverses, info != 0
+    systems = list(zip(covariances, _of_each(joined.inverses, dampings), strict=True))
     full = [system for system in systems if system[0].dim() > 1]
     solved: Iterator[tuple[Tensor, Tensor]] = iter(())
     if full:
         inverses, info, _ = ops.damped_inverse([m for m, _ in full], [shift for _, shift in full])
-        if len(full) == len(systems):
-            return inverses, info != 0
         failures = torch.split(info != 0, [math.prod(m.shape[:-2]) for m in inverses])
         solved = iter(zip(inverses, failures, strict=True))
     found: list[tuple[Tensor, Tensor]] = []

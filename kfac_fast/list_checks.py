@@ -80,8 +80,13 @@ def number_of_matrices(matrices: Sequence[Tensor]) -> int:
 
 
 def of_each(damping: Sequence[Tensor], matrices: Sequence[Tensor]) -> Sequence[Tensor]:
-    """One damping for each entry of ``matrices``; a single one is that of all."""
-    return [damping[0]] * len(matrices) if len(damping) == 1 else damping
+    """One damping for each entry of ``matrices``; a single one may be that of all, or hold all."""
+    if len(damping) != 1:
+        return damping
+    if damping[0].dim() != 1 or len(damping[0]) != number_of_matrices(matrices):
+        return [damping[0]] * len(matrices)
+    parts = damping[0].split([math.prod(matrix.shape[:-2]) for matrix in matrices])
+    return [part.view(matrix.shape[:-2]) for part, matrix in zip(parts, matrices, strict=True)]
 
 
 def _check_covariance(op: str, argument: str, tensor: Tensor, like: Tensor) -> None:

@@ -32,7 +32,7 @@ def _run(matrices: Sequence[Tensor], damping: Sequence[Tensor]) -> ops.DampedInv
 def test_errors_of_large_condition_numbers() -> None:
     sizes = [2, 33, 64, 65, 150] * 3
     matrices = [covariance(size, decades=6) for size in sizes]
-    assert_as_accurate(_run(matrices, [torch.tensor(1e-7)]), matrices, 1e-7)
+    assert_as_accurate(_run(matrices, len(matrices) * [torch.tensor(1e-7)]), matrices, 1e-7)
 
 
 def test_mixed_sizes_stacks_strides_and_dampings() -> None:
@@ -62,7 +62,7 @@ def test_mixed_sizes_stacks_strides_and_dampings() -> None:
 )
 def test_a_failure_touches_only_its_own_matrix(size: int, place: int, value: float) -> None:
     good = [covariance(n) for n in (7, size, 70)]
-    damping = [torch.tensor(1e-3)]
+    damping = 3 * [torch.tensor(1e-3)]
     expected = _run(good, damping)
     bad = [m.clone() for m in good]
     bad[1][place, place] = value
@@ -79,6 +79,9 @@ def test_the_public_function_serves_it() -> None:
     with kfac_fast.use("triton"):
         result = ops.damped_inverse(matrices, 0.1, logdet=True)
         assert ops.damped_inverse(matrices[:1], 0.1).logdet is None
+        for damping in (torch.tensor([0.1, 0.1]), [0.1, torch.tensor(0.1)]):
+            same = ops.damped_inverse(matrices, damping).matrices
+            assert all(map(torch.equal, same, result.matrices))
         assert ops.damped_inverse([torch.empty(0, 3, 3)], 0.1).matrices[0].shape == (0, 3, 3)
         with pytest.raises(RuntimeError, match="float64"):
             ops.damped_inverse([matrices[0].double()], 0.1)

@@ -88,6 +88,17 @@ def test_mixed_sizes_stacks_strides_and_dampings(dtype: torch.dtype) -> None:
             assert torch.equal(out, alone.matrices[0])
 
 
+def test_one_tensor_holds_the_damping_of_every_matrix() -> None:
+    stack = torch.stack([_matrix(20) for _ in range(6)])
+    matrices = [stack.view(2, 3, 20, 20), _matrix(150), stack[:4]]
+    joint = torch.rand(22, device="cuda")[::2]
+    first, middle, last = joint.split([6, 1, 4])
+    expected = _run(matrices, [first.reshape(2, 3), middle[0], last])
+    result = _run(matrices, joint)
+    for found, other in zip(result.matrices, expected.matrices, strict=True):
+        assert torch.equal(bits(found), bits(other))
+
+
 @pytest.mark.parametrize("size", [16, 100, 129, 600])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -5.0])
 def test_a_failure_touches_only_its_own_matrix(size: int, value: float) -> None:

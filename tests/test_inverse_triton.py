@@ -32,7 +32,7 @@ def _compile(capability: int, sizes: list[int]) -> dict[str, Any]:
     out = [torch.zeros_like(matrix) for matrix in matrices]
     info = torch.zeros(len(sizes), dtype=torch.int32)
     with compiled_only(capability) as compiled:
-        kernels.damped_inverse(matrices, [torch.tensor(0.1)], out, info, None)
+        kernels.damped_inverse(matrices, len(sizes) * [torch.tensor(0.1)], out, info, None)
     return compiled
 
 

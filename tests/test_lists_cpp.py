@@ -89,6 +89,26 @@ def test_results_are_of_the_lower_triangles(op: Damped) -> None:
 
 
 @damped
+@pytest.mark.parametrize("implementation", ["cpp", "reference"])
+def test_one_tensor_holds_the_damping_of_every_matrix(op: Damped, implementation: str) -> None:
+    matrices = [
+        torch.stack([covariance(9) for _ in range(4)]),
+        covariance(33),
+        torch.stack([covariance(5) for _ in range(6)]).view(2, 3, 5, 5),
+    ]
+    joint = torch.rand(22)[::2]
+    first, middle, last = joint.split([4, 1, 6])
+    with kfac_fast.use(implementation):
+        expected = op(matrices, [first, middle[0], last.reshape(2, 3)], logdet=True)
+        result = op(matrices, joint, logdet=True)
+        for found, other in zip(result.matrices, expected.matrices, strict=True):
+            assert torch.equal(bits(found), bits(other))
+        assert torch.equal(result.logdet, expected.logdet)
+        with pytest.raises(ValueError, match=r"damping must be one value or 3, got 10"):
+            op(matrices, joint[1:])
+
+
+@damped
 @pytest.mark.parametrize(
     "damping",
     [
@@ -321,7 +341,10 @@ def test_refused_lists_are_not_touched() -> None:
         ([matrix[:3]], scalar, [out], info),
         ([matrix], scalar, [out[:3]], info),
         ([matrix], scalar, [out.mT[:, :4]], info),
-        ([matrix], [torch.tensor([0.1])], [out], info),
+        ([matrix], [torch.tensor([0.1, 0.1])], [out], info),
+        ([matrix], [torch.tensor([[0.1]])], [out], info),
+        ([matrix], [torch.tensor([0.1]).double()], [out], info),
+        ([matrix], [out[0, :1]], [out], info),
         ([matrix], [torch.tensor(0.1).double()], [out], info),
         ([matrix], scalar * 2, [out], info),
         ([matrix.half()], scalar, [out], info),

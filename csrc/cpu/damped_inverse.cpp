@@ -37,6 +37,7 @@ std::vector<Matrix<T>> matrices_of(const std::vector<Tensor>& matrices,
   all.reserve(info.numel());
   auto* infos = static_cast<int32_t*>(info.mutable_data_ptr());
   T* logdets = logdet ? static_cast<T*>(logdet->mutable_data_ptr()) : nullptr;
+  const bool joint = is_joint(damping, info.numel());
   for (size_t i = 0; i < matrices.size(); ++i) {
     const Tensor& x = matrices[i];
     const int64_t batch_dims = x.dim() - 2, size = x.size(batch_dims);
@@ -48,7 +49,7 @@ std::vector<Matrix<T>> matrices_of(const std::vector<Tensor>& matrices,
       all.push_back(
           {{entry_of<T>(x, batch_dims, n), x.stride(batch_dims), x.stride(batch_dims + 1)},
            size,
-           *entry_of<T>(shift, shift.dim(), n),
+           *entry_of<T>(shift, shift.dim(), joint ? entry : n),
            result + n * size * size,
            infos + entry,
            logdets ? logdets + entry : nullptr});

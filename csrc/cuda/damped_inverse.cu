@@ -15,18 +15,27 @@ namespace {
 
 using torch::stable::Tensor;
 
+// Adds a stack, whose dampings are those of a joint tensor from its place on or a tensor's own.
 template <typename T>
-void add(const Tensor& matrices, const Tensor& damping, const Tensor& out, InversePlan<T>& plan) {
-  std::vector<int64_t> sizes, strides, damping_strides(matrices.dim() - 2, 0);
+void add(const Tensor& matrices, const Tensor& damping, std::optional<int64_t> place,
+         const Tensor& out, InversePlan<T>& plan) {
+  const int64_t batch_dims = matrices.dim() - 2;
+  std::vector<int64_t> sizes, strides, damping_strides(batch_dims, 0);
   for (int64_t d = 0; d < matrices.dim(); ++d) {
     sizes.push_back(matrices.size(d));
     strides.push_back(matrices.stride(d));
   }
-  for (int64_t d = 0; d < damping.dim(); ++d) damping_strides[d] = damping.stride(d);
-  plan.add({static_cast<const T*>(matrices.const_data_ptr()),
-            static_cast<const T*>(damping.const_data_ptr()),
-            static_cast<T*>(out.mutable_data_ptr()), matrices.dim() - 2, sizes.data(),
-            strides.data(), damping_strides.data()});
+  const T* first = static_cast<const T*>(damping.const_data_ptr());
+  if (place) {
+    int64_t step = damping.stride(0);
+    first += *place * step;
+    for (int64_t d = batch_dims - 1; d >= 0; step *= sizes[d--]) damping_strides[d] = step;
+  } else {
+    for (int64_t d = 0; d < damping.dim(); ++d) damping_strides[d] = damping.stride(d);
+  }
+  plan.add({static_cast<const T*>(matrices.const_data_ptr()), first,
+            static_cast<T*>(out.mutable_data_ptr()), batch_dims, sizes.data(), strides.data(),
+            damping_strides.data()});
 }
 
 template <typename T>
@@ -35,8 +44,11 @@ void run(const std::vector<Tensor>& matrices, const std::vector<Tensor>& damping
   const int32_t device = info.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   InversePlan<T> plan;
+  std::optional<int64_t> place;
+  if (is_joint(damping, info.numel())) place = 0;
   for (size_t i = 0; i < matrices.size(); ++i) {
-    add<T>(matrices[i], damping[damping.size() == 1 ? 0 : i], out[i], plan);
+    add<T>(matrices[i], damping[damping.size() == 1 ? 0 : i], place, out[i], plan);
+    if (place) *place += stack_size(matrices[i], matrices[i].dim() - 2);
   }
   plan.finish(multiprocessors(device, "damped_inverse"));
   std::vector<Tensor> workspace;

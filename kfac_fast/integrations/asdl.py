@@ -153,10 +153,7 @@ def _inverses(
     found: list[dict[str, Tensor]] = [{} for _ in krons]
     if not asked:
         return [*found]
-    dampings = shares.flatten().unbind()
-    inverses, info, _ = ops.damped_inverse(
-        [factors[i] for i in asked], [dampings[i] for i in asked]
-    )
+    inverses, info, _ = ops.damped_inverse([factors[i] for i in asked], shares.flatten()[asked])
     for i, inverse in zip(asked, inverses, strict=True):
         found[i // 2][names[i]] = inverse
     failed = {asked[k] // 2 for k in info.nonzero()[:, 0].tolist()}

@@ -45,8 +45,13 @@ class DampedInverses(NamedTuple):
 Damping = float | Tensor | Sequence[float | Tensor]
 
 
-def _damping_tensors(op: str, damping: Damping, matrices: Sequence[Tensor]) -> list[Tensor]:
+def _damping_tensors(
+    op: str, damping: Damping, matrices: Sequence[Tensor], total: int
+) -> list[Tensor]:
     """One damping tensor for all or for each entry of ``matrices``; only numbers are checked."""
+    like = first_of(matrices)
+    if isinstance(damping, Tensor) and damping.shape == (total,):
+        return [_alone(damping, like)]
     # A tensor's value may still be on its way on the device. If it is not positive, at most its own
     # matrix fails.
     many = isinstance(damping, Sequence) or (isinstance(damping, Tensor) and damping.dim() > 0)
@@ -58,13 +63,13 @@ def _damping_tensors(op: str, damping: Damping, matrices: Sequence[Tensor]) -> l
             raise TypeError(f"{op}: damping must be numbers or tensors, got {value!r}")
         if isinstance(value, int | float) and not 0 < value < math.inf:
             raise refused(op, "damping", "positive and finite", value)
-    like = first_of(matrices)
     if any(isinstance(value, Tensor) for value in values):
         return [_alone(value, like) for value in values]
     if len(set(values)) == 1:
         return [like.new_full((), values[0])]  # one for all is read faster than many
     if like.device.type == "cpu":
-        return list(torch.tensor(values, dtype=like.dtype).unbind())
+        joint = torch.tensor(values, dtype=like.dtype)
+        return [joint] if len(values) == total else list(joint.unbind())
     made = {value: like.new_full((), value) for value in set(values)}  # a copy would be waited for
     return [made[value] for value in values]
 
@@ -95,7 +100,7 @@ def _damped(
     total = number_of_matrices(matrices)
     info = torch.empty(total, dtype=torch.int32, device=like.device)
     logdets = torch.empty(total, dtype=like.dtype, device=like.device) if logdet else None
-    others = _damping_tensors(op, damping, matrices), results, info, logdets
+    others = _damping_tensors(op, damping, matrices, total), results, info, logdets
     if quick(op, (matrices, *others)) is None:
         call(op, all_detached(matrices), *others)
     return DampedInverses(results, info, logdets)
@@ -128,8 +133,9 @@ def damped_inverse(
             of the dtype's ``eps`` and the damped diagonal ``d``, unless their difference is not
             finite. On a GPU the host would wait.
         damping: One positive number or scalar tensor for all, or a sequence with one for each entry
-            of ``matrices``; an entry for a stacked batch may be a tensor of its batch shape. The
-            values of tensors, which may be 0, are not checked.
+            of ``matrices``; an entry for a stacked batch may be a tensor of its batch shape. Or one
+            tensor with an entry for each matrix, those of a stack in its order. The values of
+            tensors, which may be 0, are not checked.
         logdet: Also return the log-determinants of the damped matrices.
         out: Contiguous results, one like each entry of ``matrices``.
 
