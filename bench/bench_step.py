@@ -34,7 +34,7 @@ SHARES: dict[Kind, float] = {"plain": 0.90, "update": 0.09, "refresh": 0.01}
 TIMES_SECONDS = 6
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 100
 REFERENCE_EVERY = 4
-PASSES = 30
+PASSES = 100
 
 
 class Training:

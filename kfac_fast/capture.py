@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
-from torch.utils.weak import WeakIdRef, WeakTensorKeyDictionary
 
 from kfac_fast import compiled
 from kfac_fast.blocks import Block
@@ -60,6 +60,26 @@ class Call(NamedTuple):
         return gram, self.block.squared_gradients(self.layer, x, gradient, scale)
 
 
+class State(NamedTuple):
+    """A tensor with certain contents, and the sums of its views.
+
+    Attributes:
+        owner: The tensor, or what it is a view of.
+        storage: Its memory: what is assigned to ``x.data`` comes without a write.
+        version: Number of writes to it.
+        sums: By view and layer.
+    """
+
+    owner: ref[Tensor]
+    storage: ref[torch.UntypedStorage]
+    version: int
+    sums: dict[Hashable, Sum | None]
+
+    def is_of(self, owner: Tensor, storage: torch.UntypedStorage, version: int) -> bool:
+        """Whether these are its contents still."""
+        return self.owner() is owner and self.storage() is storage and self.version == version
+
+
 class InputGrams:
     """Sums of outer products of inputs, formed once for all layers that are fed one tensor.
 
@@ -69,10 +89,8 @@ class InputGrams:
     """
 
     def __init__(self) -> None:
-        # Only the tensor's latest state is kept, and no longer than the tensor: keys that are
-        # addresses would be met again when memory is reused.
-        self._latest: MutableMapping[Tensor, tuple[Hashable, dict[Hashable, Sum | None]]]
-        self._latest = WeakTensorKeyDictionary()
+        # Of tensors by their addresses, only the latest state, and no longer than the tensor.
+        self._latest: dict[int, State] = {}
 
     def of(self, layer: Layer, x: Tensor, output: Tensor) -> Sum | None:
         """The result of :meth:`Layer.input_gram`; it is shared, so nobody may change it.
@@ -88,31 +106,33 @@ class InputGrams:
         input_key = layer.input_key(output)
         if input_key is None:
             return None
-        state = _state(x)
-        if state is None:
+        if x.is_inference():  # writes to it are not counted
             return layer.input_gram(x.detach(), output)
-        # Versions are comparable only among a tensor and its views: they share one counter.
-        owner = x if x._base is None else x._base
-        latest = self._latest.get(owner)
-        if latest is None or latest[0] != state:
-            latest = self._latest[owner] = state, {}
-        sums = latest[1]
+        try:
+            sums = self._sums_of(x)
+        except NotImplementedError:  # inside a function transform there is no memory
+            return layer.input_gram(x.detach(), output)
         view = x.storage_offset(), x.shape, x.stride(), x.dtype, x.is_neg()
         key = view, input_key
         if key not in sums:
             sums[key] = layer.input_gram(x.detach(), output)
         return sums[key]
 
+    def clear(self) -> None:
+        """Let go of all sums."""
+        self._latest.clear()
 
-def _state(x: Tensor) -> Hashable:
-    """The memory that a tensor reads and the number of writes to it; None if they are not known."""
-    if x.is_inference():
-        return None
-    try:
-        # Memory that is assigned to ``x.data`` comes without a write.
-        return WeakIdRef(x.untyped_storage()), x._version
-    except NotImplementedError:  # inside a function transform
-        return None
+    def _sums_of(self, x: Tensor) -> dict[Hashable, Sum | None]:
+        """The sums of the tensor's present state."""
+        # Versions are comparable only among a tensor and its views: they share one counter.
+        owner = x if x._base is None else x._base
+        storage, version = x.untyped_storage(), x._version
+        state = self._latest.get(id(owner))
+        if state is None or not state.is_of(owner, storage, version):
+            forget = partial(self._latest.pop, id(owner))
+            state = State(ref(owner, forget), ref(storage), version, {})
+            self._latest[id(owner)] = state
+        return state.sums
 
 
 def _identity(layer: Layer, like: Tensor) -> Tensor:
@@ -237,7 +257,7 @@ class Capture:
         """Drop the calls that still wait and the shared sums, at the end of a step."""
         self.calls, self.sharing = [], {}
         self._passes, self._terms, self._captures, self._scale = 0, {}, None, None
-        self._input_grams = InputGrams()
+        self._input_grams.clear()
 
     def remove(self) -> None:
         """Take the hooks off the model."""

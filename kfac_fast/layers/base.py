@@ -229,9 +229,10 @@ class Layer(ABC):
         Yields:
             Pairs of equal shapes.
         """
-        entries = [self.weight_from_matrix(matrix[..., :-1] if self.has_bias else matrix)]
+        inputs = matrix.shape[-1] - self.has_bias
+        entries = [self.weight_from_matrix(matrix.narrow(-1, 0, inputs))]
         if self.has_bias:
-            entries.append(matrix[..., -1])
+            entries.append(matrix.select(-1, inputs))
         for tensor, part in zip(tensors, entries, strict=True):
             if tensor is not None:
                 own = self.own(tensor)

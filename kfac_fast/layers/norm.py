@@ -53,8 +53,10 @@ class NormLayer(Layer):
         """Blocks of all units, ``[units, 1 (+ 1), 1 (+ 1)]``."""
         if x is None:
             raise TypeError(f"{self.name}: x must be the module's input, got None")
-        dtype = torch.promote_types(x.dtype, gradient.dtype)
-        return self._gram(x.to(dtype), gradient.to(dtype), scale)
+        if x.dtype != gradient.dtype:
+            dtype = torch.promote_types(x.dtype, gradient.dtype)
+            x, gradient = x.to(dtype), gradient.to(dtype)
+        return self._gram(x, gradient, scale)
 
     def squared_gradients(
         self, x: Tensor, gradient: Tensor, right: Tensor, left: Tensor, scale: float
@@ -94,10 +96,9 @@ class FeatureNormLayer(NormLayer):
 
     def _gram(self, x: Tensor, gradient: Tensor, scale: float) -> Tensor:
         """Of inputs that are normalised again."""
-        rows = [
-            self.batched(tensor).flatten(-len(self.module.normalized_shape))
-            for tensor in (x, gradient)
-        ]
+        rows, dims = [self.batched(x), self.batched(gradient)], len(self.module.normalized_shape)
+        if dims > 1:
+            rows = [tensor.flatten(-dims) for tensor in rows]
         center, eps = isinstance(self.module, nn.LayerNorm), self.module.eps
         if eps is None:
             eps = torch.finfo(result_dtype(self.module.weight.dtype)).eps
