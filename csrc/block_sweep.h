@@ -45,6 +45,19 @@ namespace kfac_fast {
 #include "compile_for_instruction_sets.h"
 
 template <typename T>
+using VectorCopy = void (*)(const T* from, int64_t from_stride, int64_t count, T* to,
+                            int64_t to_stride);
+
+template <typename T>
+VectorCopy<T> vector_copy(InstructionSet set) {
+#if defined(__x86_64__)
+  if (set == InstructionSet::avx512) return avx512::copy_vectors<T>;
+  if (set == InstructionSet::avx2) return avx2::copy_vectors<T>;
+#endif
+  return portable::copy_vectors<T>;
+}
+
+template <typename T>
 using SquareInverse = int64_t (*)(T* square, int64_t stride, T* turned, int64_t pivots);
 
 template <typename T>
@@ -77,6 +90,7 @@ class BlockSweep {
  public:
   BlockSweep(InstructionSet set, Sweep sweep, int64_t rows)
       : product_(tile_product<T>(set)),
+        copy_vectors_(vector_copy<T>(set)),
         invert_square_(square_inverse<T>(set)),
         solve_square_(square_solve<T>(set)),
         store_square_(square_store<T>(set)),
@@ -195,7 +209,7 @@ class BlockSweep {
         multiply_upper(square_turned, lanes_, lanes_, u_panel, columns, v_panel);
         // The block's own columns meet an identity, whose product is the square.
         if (column <= first && first < column + columns) {
-          copy_vectors(square, stride, lanes_, v_panel + first - column, width_);
+          copy_vectors_(square, stride, lanes_, v_panel + first - column, width_);
         }
         if (factor) {
           const int64_t skipped = std::max(first + lanes_ - column, int64_t{0});
@@ -207,7 +221,7 @@ class BlockSweep {
         if (column < first) {  // what lies beyond the diagonal is made zero below
           const int64_t vectors = std::min(columns, first - column);
           for (int64_t i = 0; i < vectors; i += lanes_) {
-            copy_vectors(v_panel + i, width_, lanes_, y + first * stride + column + i, stride);
+            copy_vectors_(v_panel + i, width_, lanes_, y + first * stride + column + i, stride);
           }
         }
       }
@@ -276,23 +290,16 @@ class BlockSweep {
     }
   }
 
-  // One vector of each row.
-  void copy_vectors(const T* from, int64_t from_stride, int64_t rows, T* to,
-                    int64_t to_stride) const {
-    for (int64_t r = 0; r < rows; ++r) {
-      std::copy_n(from + r * from_stride, lanes_, to + r * to_stride);
-    }
-  }
-
   // u[k][i] = a[first + k][column + i], zero inside of the block.
   void read_panel(const T* a, int64_t stride, int64_t first, int64_t count, int64_t column,
                   int64_t columns, T* u) const {
     for (int64_t i = column; i < column + columns; i += lanes_) {
       T* target = u + i - column;
       if (i < first) {
-        copy_vectors(a + first * stride + i, stride, count, target, width_);
+        copy_vectors_(a + first * stride + i, stride, count, target, width_);
       } else if (i < first + count) {
-        for (int64_t k = 0; k < count; ++k) std::fill_n(target + k * width_, lanes_, T{0});
+        static constexpr T zeros[64 / sizeof(T)] = {};
+        copy_vectors_(zeros, 0, count, target, width_);
       } else {
         for (int64_t k = 0; k < count; k += lanes_) {
           store_square_(a + i * stride + first + k, stride, lanes_, target + k * width_, width_);
@@ -307,7 +314,7 @@ class BlockSweep {
     for (int64_t i = column; i < column + columns; i += lanes_) {
       const T* source = w + i - column;
       if (i < first) {
-        copy_vectors(source, width_, count, a + first * stride + i, stride);
+        copy_vectors_(source, width_, count, a + first * stride + i, stride);
       } else if (i >= first + count) {
         for (int64_t k = 0; k < count; k += lanes_) {
           store_square_(source + k * width_, width_, lanes_, a + i * stride + first + k, stride);
@@ -317,6 +324,7 @@ class BlockSweep {
   }
 
   const TileProduct<T>& product_;
+  const VectorCopy<T> copy_vectors_;
   const SquareInverse<T> invert_square_;
   const SquareSolve<T> solve_square_;
   const SquareStore<T> store_square_;

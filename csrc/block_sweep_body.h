@@ -1,5 +1,15 @@
 // One vector's width of pivots for one instruction set; see block_sweep.h.
 
+// to <- from, `count` rows of one vector each. For so few bytes a call of memcpy would be slow.
+template <typename T>
+KFAC_FAST_TARGET void copy_vectors(const T* from, int64_t from_stride, int64_t count, T* to,
+                                   int64_t to_stride) {
+  using Vector = typename VectorOf<T>::type;
+  for (; count > 0; --count, from += from_stride, to += to_stride) {
+    *reinterpret_cast<Vector*>(to) = *reinterpret_cast<const Vector*>(from);
+  }
+}
+
 // square <- -L^-1, zero above the diagonal, where square = -L L^T and only its lower triangle is
 // read; `turned` <- L^T, below whose diagonal anything may stand. After the first `pivots` rows the
 // square goes on as a negated identity. Returns the first pivot that is not positive and finite, or
