@@ -15,7 +15,7 @@ namespace kfac_fast {
 
 // So many vectors are summed plainly; their sums are added up with what rounding has taken.
 constexpr int64_t vectors_a_chain = 32;
-// Rows whose statistics are found together.
+// Rows whose products with gradients are added up together.
 constexpr int64_t most_rows_at_once = 8;
 
 // Of a row x with gradients g: Σ (x - m), Σ (x - m)², Σ g (x - m) and Σ g, where m is the mean but

@@ -82,7 +82,7 @@ KFAC_FAST_TARGET inline void sum_deviations(const In* const* x, int64_t count, c
       const Vector last = load_vector<In, T>(x[r] + count - LANES) - m[r];
       const Vector deviation = last_lanes<T>(last, count - whole);
       totals[0][r] += deviation;
-      totals[1][r] += deviation * deviation;
+      if constexpr (SQUARES) totals[1][r] += deviation * deviation;
     }
     sums[r] = sum_of<T>(totals[0][r]);
     if constexpr (SQUARES) squares[r] = sum_of<T>(totals[1][r]);
@@ -117,7 +117,7 @@ KFAC_FAST_TARGET inline void find_normalizations(const In* const* x, int64_t cou
     const T mean = CENTER ? rest[r] / entries : 0;  // what rounding has left of it
     const T scale = inverse_deviation(squares[r] / entries - mean * mean, eps);
     of.scale[first + r] = scale;
-    of.offset[first + r] = mean * scale;
+    of.offset[first + r] = mean == 0 ? 0 : mean * scale;  // the scale may be infinite
   }
 }
 
@@ -151,8 +151,8 @@ KFAC_FAST_TARGET inline void add_columns(const In* const* x, const In* const* g,
 }
 
 // products += Σ_r g_r (x_r - mean) / √(variance + eps) and sums += Σ_r g_r, with the mean and
-// variance of each row x_r itself; without CENTER the mean is left out of both. Of all rows
-// together first the means, then the variances: a row's own one after the other would keep the
+// variance of each row x_r itself; without CENTER the mean is left out of both. Of four rows at a
+// time first the means, then the variances: a row's own one after the other would keep the
 // processor waiting.
 template <typename In, typename T, bool CENTER>
 KFAC_FAST_TARGET void add_normalized(const In* const* x, const In* const* g, int64_t rows,

@@ -9,6 +9,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <mutex>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -226,18 +228,28 @@ WindowSumFunctions<In, T> window_sum_functions(InstructionSet set) {
   return {16 / size, portable::sum_planes<In, T>, portable::sum_pixels<In, T>};
 }
 
-// A geometry's plans, whichever instruction set is in use when it is called.
+// A geometry's plans, each made when an instruction set first asks for it.
 template <typename T>
 class SumPlans {
  public:
-  explicit SumPlans(const Axes<SumAxis>& axes)
-      : short_blocks_(axes, 16 / sizeof(T)), long_blocks_(axes, 32 / sizeof(T)) {}
-  const SumPlan<T>& of(InstructionSet set) const {
-    return set == InstructionSet::portable ? short_blocks_ : long_blocks_;
+  explicit SumPlans(const Axes<SumAxis>& axes) : axes_(axes) {}
+
+  const SumPlan<T>& of(InstructionSet set) {
+    return set == InstructionSet::portable ? short_.get(axes_, 16) : long_.get(axes_, 32);
   }
 
  private:
-  SumPlan<T> short_blocks_, long_blocks_;
+  struct Made {
+    std::once_flag once;
+    std::optional<SumPlan<T>> plan;
+
+    const SumPlan<T>& get(const Axes<SumAxis>& axes, int64_t bytes_a_block) {
+      std::call_once(once, [&] { plan.emplace(axes, bytes_a_block / sizeof(T)); });
+      return *plan;
+    }
+  };
+  const Axes<SumAxis>& axes_;
+  Made short_, long_;
 };
 
 // out[n][channel · taps + tap] <- beta · out + alpha · sum, after each group's sums one entry more,
@@ -255,11 +267,11 @@ struct WindowSumTarget {
 template <typename In, typename T>
 class WindowSum {
  public:
-  WindowSum(const ImageSource<In>& source, const Axes<SumAxis>& axes, const SumPlans<T>& plans,
+  WindowSum(const ImageSource<In>& source, const Axes<SumAxis>& axes, const SumPlan<T>& plan,
             InstructionSet set, const WindowSumTarget<T>& target)
       : source_(source),
         functions_(window_sum_functions<In, T>(set)),
-        plan_(plans.of(set)),
+        plan_(plan),
         target_(target),
         // Where no entry for a bias comes between, groups are channels side by side.
         groups_(target.bias ? target.groups : 1),

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 
-from kfac_fast import conv_kernels, dispatch, reference, schema
+from kfac_fast import conv_kernels, reference, schema
 from kfac_fast.conv import ConvGeometry
-from kfac_fast.dispatch import as_plain, dispatched, is_compiling, profiler
+from kfac_fast.dispatch import LISTENERS, as_plain, dispatched, is_compiling, profiler
 from kfac_fast.list_checks import of_each
 
 if TYPE_CHECKING:
@@ -510,7 +510,7 @@ for _op in schema.OPERATORS:
 # Of plain calls on the CPU.
 QUICK_KERNELS = {op: k for op in schema.OPERATORS if (k := TABLE[op, "cpu"][0].quick) is not None}
 _quick_call: Callable[[str, tuple[Any, ...]], Any] = (
-    native.quick_calls(QUICK_KERNELS, dispatch.LISTENERS, (_forced, _explanation))
+    native.quick_calls(QUICK_KERNELS, LISTENERS, (_forced, _explanation))
     if EXTENSION_BUILT
     else lambda op, args: None
 )

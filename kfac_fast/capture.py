@@ -91,6 +91,7 @@ class InputGrams:
     def __init__(self) -> None:
         # Of tensors by their addresses, only the latest state, and no longer than the tensor.
         self._latest: dict[int, State] = {}
+        self._forget = partial(_forget, ref(self))
 
     def of(self, layer: Layer, x: Tensor, output: Tensor) -> Sum | None:
         """The result of :meth:`Layer.input_gram`; it is shared, so nobody may change it.
@@ -122,6 +123,10 @@ class InputGrams:
         """Let go of all sums."""
         self._latest.clear()
 
+    def drop(self, key: int) -> None:
+        """Let go of the sums of the tensor that had this address."""
+        self._latest.pop(key, None)
+
     def _sums_of(self, x: Tensor) -> dict[Hashable, Sum | None]:
         """The sums of the tensor's present state."""
         # Versions are comparable only among a tensor and its views: they share one counter.
@@ -129,10 +134,17 @@ class InputGrams:
         storage, version = x.untyped_storage(), x._version
         state = self._latest.get(id(owner))
         if state is None or not state.is_of(owner, storage, version):
-            forget = partial(self._latest.pop, id(owner))
-            state = State(ref(owner, forget), ref(storage), version, {})
-            self._latest[id(owner)] = state
+            key = id(owner)
+            state = State(ref(owner, partial(self._forget, key)), ref(storage), version, {})
+            self._latest[key] = state
         return state.sums
+
+
+def _forget(grams: ref[InputGrams], key: int, _: ref[Tensor]) -> None:
+    """Let go of a tensor's sums as it dies. Nothing here owns what owns it."""
+    found = grams()
+    if found is not None:
+        found.drop(key)
 
 
 def _identity(layer: Layer, like: Tensor) -> Tensor:

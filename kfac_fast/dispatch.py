@@ -11,12 +11,13 @@ _TENSORS = {torch.Tensor, torch.nn.Parameter}
 _PLAIN = _TENSORS | {int, float, bool, str, tuple, list, type(None)}
 
 
-# They say whether Dynamo and the profilers listen. Whatever else compiles has a mode.
+# They say whether Dynamo listens, and torch.profiler or torch.autograd.profiler; whatever else
+# compiles has a mode. That the legacy profiler does not see plain calls saves one more question.
 is_compiling = torch.compiler.is_dynamo_compiling
 profiler = torch.autograd.profiler
 
 # What listens to calls of the thread: modes and tracers. The transforms of torch.func listen, too,
-# but only to tensors that they have wrapped.
+# but kernels refuse what they wrap, which has no memory: their inputs and what is made inside.
 LISTENERS: tuple[Callable[[], int], ...] = (
     torch._C._len_torch_dispatch_stack,
     torch._C._len_torch_function_stack,

@@ -104,8 +104,29 @@ def test_one_tensor_holds_the_damping_of_every_matrix(op: Damped, implementation
         for found, other in zip(result.matrices, expected.matrices, strict=True):
             assert torch.equal(bits(found), bits(other))
         assert torch.equal(result.logdet, expected.logdet)
-        with pytest.raises(ValueError, match=r"damping must be one value or 3, got 10"):
+        with pytest.raises(
+            ValueError, match=r"damping must be one value, 3 or a tensor of 11, got 10"
+        ):
             op(matrices, joint[1:])
+
+
+@damped
+@pytest.mark.parametrize("implementation", ["cpp", "reference"])
+def test_numbers_are_those_of_entries_even_if_there_are_as_many_matrices(
+    op: Damped, implementation: str
+) -> None:
+    stack, nothing = torch.stack([covariance(9) for _ in range(2)]), torch.empty(0, 3, 3)
+    with kfac_fast.use(implementation):
+        expected = op([stack], 0.2).matrices[0]
+        for damping in (
+            [0.1, 0.2],
+            [torch.tensor(0.1), torch.tensor(0.2)],
+            [0.1, torch.tensor(0.2)],
+        ):
+            assert torch.equal(op([nothing, stack], damping).matrices[1], expected)
+        of_matrices = op([nothing, stack], torch.tensor([0.1, 0.2])).matrices[1]
+        assert torch.equal(of_matrices[1], expected[1])
+        assert torch.equal(of_matrices[0], op([stack[0]], 0.1).matrices[0])
 
 
 @damped

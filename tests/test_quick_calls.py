@@ -61,7 +61,9 @@ def test_plain_calls_are_quick(call: Callable[[], Tensor], monkeypatch: pytest.M
 def test_a_call_is_quick_unless_something_listens_or_is_asked_for() -> None:
     heard: list[bool] = []
     request: ContextVar[object] = ContextVar("request", default=None)
-    calls = native.quick_calls({"pair": lambda *args: args}, [lambda: bool(heard)], [request])
+    unset: ContextVar[object] = ContextVar("unset")
+    requests = [request, unset]
+    calls = native.quick_calls({"pair": lambda *args: args}, [lambda: bool(heard)], requests)
     assert calls("pair", (1, "a")) == (1, "a")
     assert calls("another", (1, "a")) is None
     assert calls("pair", [1, "a"]) is None

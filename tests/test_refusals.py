@@ -190,7 +190,7 @@ DAMPED_REFUSALS: list[tuple[tuple[Any, ...], type[Exception], str]] = [
         "matrices[1] must be symmetric up to rounding, "
         "got an entry 1 away from its mirror image at [0, 0, 1]",
     ),
-    (([SQUARE], [1.0, 2.0]), ValueError, "damping must be one value or 1, got 2"),
+    (([SQUARE], [1.0, 2.0]), ValueError, "damping must be one value, 1 or a tensor of 1, got 2"),
     (
         ([SQUARE.expand(2, 3, 3)], [torch.ones(3)]),
         ValueError,

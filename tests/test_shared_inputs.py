@@ -507,6 +507,20 @@ def test_no_activation_is_kept(fisher: str) -> None:
     assert not kfac._capture._input_grams._latest
 
 
+def test_nothing_but_the_tensor_keeps_its_sums() -> None:
+    grams, x, kept = InputGrams(), tokens(), nn.Identity()
+    grams._sums_of(x)["key"] = kept
+    seen = weakref.ref(kept)
+    del kept
+    assert seen() is not None
+    gc.disable()
+    try:
+        del grams
+        assert seen() is None
+    finally:
+        gc.enable()
+
+
 def test_only_the_latest_sum_of_a_buffer_is_kept() -> None:
     (layer, _), kfac = pair()
     x = tokens()

@@ -1,6 +1,7 @@
 // Window sums of a convolution's input on the CPU, and the Gram matrix of their means; see
 // window_sum.h and block_gram.h.
 
+#include <memory>
 #include <tuple>
 #include <vector>
 
@@ -13,29 +14,37 @@
 namespace kfac_fast {
 namespace {
 
-struct Convolution {
-  int64_t groups, outputs;
-  Axes<SumAxis> axes;
-  std::tuple<SumPlans<float>, SumPlans<double>> plans;
+class Convolution {
+ public:
+  const int64_t groups, outputs;
+  const Axes<SumAxis> axes;
 
   Convolution(const std::vector<int64_t>& plan, const std::vector<int64_t>& sizes, int64_t groups)
       : Convolution(PlanNumbers(plan.data()), static_cast<int64_t>(sizes.size()), groups) {}
 
+  template <typename T>
+  const SumPlan<T>& plan(InstructionSet set) {
+    return std::get<SumPlans<T>>(plans_).of(set);
+  }
+
+  int64_t taps() const { return axes[0].taps * axes[1].taps * axes[2].taps; }
+  int64_t width(const Tensor& x, bool bias) const { return x.size(1) / groups * taps() + bias; }
+
+ private:
   Convolution(PlanNumbers numbers, int64_t dims, int64_t groups)
       : groups(groups),
         outputs(numbers.next()),
         axes(read_axes<SumAxis>(numbers, dims)),
-        plans(SumPlans<float>(axes), SumPlans<double>(axes)) {}
+        plans_(axes, axes) {}
 
-  int64_t taps() const { return axes[0].taps * axes[1].taps * axes[2].taps; }
-  int64_t width(const Tensor& x, bool bias) const { return x.size(1) / groups * taps() + bias; }
+  std::tuple<SumPlans<float>, SumPlans<double>> plans_;
 };
 
 template <typename In, typename T>
-void sum_windows(const ImageSource<In>& source, const Convolution& convolution,
+void sum_windows(const ImageSource<In>& source, Convolution& convolution,
                  const WindowSumTarget<T>& target) {
-  const WindowSum<In, T> sum(source, convolution.axes, std::get<SumPlans<T>>(convolution.plans),
-                             instruction_set_in_use(), target);
+  const InstructionSet set = instruction_set_in_use();
+  const WindowSum<In, T> sum(source, convolution.axes, convolution.plan<T>(set), set, target);
   // Reading a pixel takes the time of some multiply-adds of a product, a plane that of some more.
   double pixels = 10;
   for (const SumAxis& axis : convolution.axes) pixels *= axis.size;
@@ -48,8 +57,8 @@ void sum_windows(const ImageSource<In>& source, const Convolution& convolution,
 }
 
 template <typename In, typename T>
-void reduce_gram_of(const Tensor& x, const Convolution& convolution, bool bias, double alpha,
-                    double beta, T* out) {
+void reduce_gram_of(const Tensor& x, Convolution& convolution, bool bias, double alpha, double beta,
+                    T* out) {
   const int64_t examples = x.size(0), groups = convolution.groups;
   const int64_t columns = x.size(1) * convolution.taps();
   const SymmetricStore<T> store{static_cast<T>(alpha), static_cast<T>(beta),
@@ -79,15 +88,15 @@ void reduce_gram_of(const Tensor& x, const Convolution& convolution, bool bias, 
 
 ConvKernel conv_window_sum(const std::vector<int64_t>& plan, const std::vector<int64_t>& sizes,
                            int64_t groups) {
-  const Convolution convolution(plan, sizes, groups);
+  const auto convolution = std::make_shared<Convolution>(plan, sizes, groups);
   return [=](const Tensor& x, bool bias, double alpha, double beta, Result& out) {
     if (!images_pass(x, sizes, groups)) return false;
-    const Sizes rows = stack_of_rows(x.size(0), groups, convolution.width(x, bias));
+    const Sizes rows = stack_of_rows(x.size(0), groups, convolution->width(x, bias));
     if (!tensors_pass({&x}, {}, {}, out, rows)) return false;
     for_dtype(x, [&]<typename In, typename T>() {
-      sum_windows<In, T>(image_of<In>(x), convolution,
+      sum_windows<In, T>(image_of<In>(x), *convolution,
                          {static_cast<T*>(out.data()), groups, bias, static_cast<T>(alpha),
-                          static_cast<T>(beta), static_cast<T>(convolution.outputs)});
+                          static_cast<T>(beta), static_cast<T>(convolution->outputs)});
     });
     return true;
   };
@@ -95,13 +104,13 @@ ConvKernel conv_window_sum(const std::vector<int64_t>& plan, const std::vector<i
 
 ConvKernel conv_reduce_gram(const std::vector<int64_t>& plan, const std::vector<int64_t>& sizes,
                             int64_t groups) {
-  const Convolution convolution(plan, sizes, groups);
+  const auto convolution = std::make_shared<Convolution>(plan, sizes, groups);
   return [=](const Tensor& x, bool bias, double alpha, double beta, Result& out) {
     if (!images_pass(x, sizes, groups)) return false;
-    const Sizes squares = stack_of_squares(groups, convolution.width(x, bias));
+    const Sizes squares = stack_of_squares(groups, convolution->width(x, bias));
     if (!tensors_pass({&x}, {}, {}, out, squares)) return false;
     for_dtype(x, [&]<typename In, typename T>() {
-      reduce_gram_of<In, T>(x, convolution, bias, alpha, beta, static_cast<T*>(out.data()));
+      reduce_gram_of<In, T>(x, *convolution, bias, alpha, beta, static_cast<T*>(out.data()));
     });
     return true;
   };

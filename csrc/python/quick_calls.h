@@ -1,6 +1,6 @@
 #pragma once
 // The way of a plain call to its kernel. What it looks at has left the processor's caches between
-// the steps of a training, so each look costs a microsecond here and several in Python.
+// the steps of a training, and Python would look at more on its way.
 
 #include <pybind11/pybind11.h>
 
@@ -26,10 +26,11 @@ class QuickCalls {
   // The kernel's answer to these arguments, or None.
   py::object operator()(py::handle op, const py::tuple& args) const {
     if (is_listened() || is_requested()) return py::none();
-    PyObject* kernel = PyDict_GetItemWithError(kernels_.ptr(), op.ptr());
+    const auto kernel =
+        py::reinterpret_borrow<py::object>(PyDict_GetItemWithError(kernels_.ptr(), op.ptr()));
     if (!kernel) return PyErr_Occurred() ? throw py::error_already_set() : py::none();
     PyObject* const* values = PySequence_Fast_ITEMS(args.ptr());
-    return checked(PyObject_Vectorcall(kernel, values, args.size(), nullptr));
+    return checked(PyObject_Vectorcall(kernel.ptr(), values, args.size(), nullptr));
   }
 
  private:
@@ -50,7 +51,7 @@ class QuickCalls {
   bool is_requested() const {
     for (const py::object& request : requests_) {
       PyObject* value = nullptr;
-      if (PyContextVar_Get(request.ptr(), nullptr, &value) < 0) throw py::error_already_set();
+      if (PyContextVar_Get(request.ptr(), Py_None, &value) < 0) throw py::error_already_set();
       if (!py::reinterpret_steal<py::object>(value).is_none()) return true;
     }
     return false;

@@ -48,7 +48,7 @@ Damping = float | Tensor | Sequence[float | Tensor]
 def _damping_tensors(
     op: str, damping: Damping, matrices: Sequence[Tensor], total: int
 ) -> list[Tensor]:
-    """One damping tensor for all or for each entry of ``matrices``; only numbers are checked."""
+    """A damping tensor for all, for each entry, or with all in it; only numbers are checked."""
     like = first_of(matrices)
     if isinstance(damping, Tensor) and damping.shape == (total,):
         return [_alone(damping, like)]
@@ -57,7 +57,10 @@ def _damping_tensors(
     many = isinstance(damping, Sequence) or (isinstance(damping, Tensor) and damping.dim() > 0)
     values: list[Any] = list(damping) if many else [damping]  # type: ignore[arg-type]
     if many and len(values) != len(matrices):
-        raise ValueError(f"{op}: damping must be one value or {len(matrices)}, got {len(values)}")
+        raise ValueError(
+            f"{op}: damping must be one value, {len(matrices)} or a tensor of {total}, "
+            f"got {len(values)}"
+        )
     for value in values:
         if not isinstance(value, int | float | Tensor):
             raise TypeError(f"{op}: damping must be numbers or tensors, got {value!r}")
@@ -69,7 +72,7 @@ def _damping_tensors(
         return [like.new_full((), values[0])]  # one for all is read faster than many
     if like.device.type == "cpu":
         joint = torch.tensor(values, dtype=like.dtype)
-        return [joint] if len(values) == total else list(joint.unbind())
+        return list(joint.unbind()) if any(m.dim() > 2 for m in matrices) else [joint]
     made = {value: like.new_full((), value) for value in set(values)}  # a copy would be waited for
     return [made[value] for value in values]
 
