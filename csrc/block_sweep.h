@@ -50,11 +50,7 @@ using VectorCopy = void (*)(const T* from, int64_t from_stride, int64_t count, T
 
 template <typename T>
 VectorCopy<T> vector_copy(InstructionSet set) {
-#if defined(__x86_64__)
-  if (set == InstructionSet::avx512) return avx512::copy_vectors<T>;
-  if (set == InstructionSet::avx2) return avx2::copy_vectors<T>;
-#endif
-  return portable::copy_vectors<T>;
+  return KFAC_FAST_FORM(set, copy_vectors<T>);
 }
 
 template <typename T>
@@ -62,11 +58,7 @@ using SquareInverse = int64_t (*)(T* square, int64_t stride, T* turned, int64_t 
 
 template <typename T>
 SquareInverse<T> square_inverse(InstructionSet set) {
-#if defined(__x86_64__)
-  if (set == InstructionSet::avx512) return avx512::invert_square<T>;
-  if (set == InstructionSet::avx2) return avx2::invert_square<T>;
-#endif
-  return portable::invert_square<T>;
+  return KFAC_FAST_FORM(set, invert_square<T>);
 }
 
 template <typename T>
@@ -75,11 +67,7 @@ using SquareSolve = void (*)(const T* turned, T* u, T* v, int64_t stride, int64_
 
 template <typename T>
 SquareSolve<T> square_solve(InstructionSet set) {
-#if defined(__x86_64__)
-  if (set == InstructionSet::avx512) return avx512::solve_square<T>;
-  if (set == InstructionSet::avx2) return avx2::solve_square<T>;
-#endif
-  return portable::solve_square<T>;
+  return KFAC_FAST_FORM(set, solve_square<T>);
 }
 
 enum class Sweep { inverse, cholesky };

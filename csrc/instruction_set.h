@@ -66,3 +66,13 @@ inline void use_instruction_set(const std::string& name) {
 }
 
 }  // namespace kfac_fast
+
+// A set's own form of a function or template that compile_for_instruction_sets.h compiled for all.
+#if defined(__x86_64__)
+#define KFAC_FAST_FORM(set, ...)                         \
+  ((set) == InstructionSet::avx512 ? avx512::__VA_ARGS__ \
+   : (set) == InstructionSet::avx2 ? avx2::__VA_ARGS__   \
+                                   : portable::__VA_ARGS__)
+#else
+#define KFAC_FAST_FORM(set, ...) (portable::__VA_ARGS__)
+#endif

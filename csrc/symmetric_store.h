@@ -89,11 +89,7 @@ struct SymmetricStore {
                   int64_t row, int64_t column) const {
     T* target = matrix + row * edge + column;
     T* mirror = matrix + column * edge + row;
-    auto store = portable::store_symmetric<T>;
-#if defined(__x86_64__)
-    if (set == InstructionSet::avx512) store = avx512::store_symmetric<T>;
-    if (set == InstructionSet::avx2) store = avx2::store_symmetric<T>;
-#endif
+    const auto store = KFAC_FAST_FORM(set, store_symmetric<T>);
     const bool aligned = reinterpret_cast<uintptr_t>(target) % line == 0 &&
                          reinterpret_cast<uintptr_t>(mirror) % line == 0;
     store(sums, rows, columns, diagonal, alpha, beta, target, mirror, edge,

@@ -28,11 +28,7 @@ using SquareDiffers = bool (*)(const T* square, const T* mirrored, int64_t strid
 
 template <typename T>
 SquareDiffers<T> square_differs(InstructionSet set) {
-#if defined(__x86_64__)
-  if (set == InstructionSet::avx512) return avx512::square_differs<T>;
-  if (set == InstructionSet::avx2) return avx2::square_differs<T>;
-#endif
-  return portable::square_differs<T>;
+  return KFAC_FAST_FORM(set, square_differs<T>);
 }
 
 template <typename T>

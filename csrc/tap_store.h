@@ -27,11 +27,7 @@ using AddCells = void (*)(const T* sums, const int64_t* cell, const int64_t* las
 
 template <typename T>
 AddCells<T> add_cells(InstructionSet set) {
-#if defined(__x86_64__)
-  if (set == InstructionSet::avx512) return avx512::add_cells<T>;
-  if (set == InstructionSet::avx2) return avx2::add_cells<T>;
-#endif
-  return portable::add_cells<T>;
+  return KFAC_FAST_FORM(set, add_cells<T>);
 }
 
 // How the sums of a tile lie: edge columns of all rows for every cell, or of the diagonal as one

@@ -165,11 +165,7 @@ using SquareStore = void (*)(const T* square, int64_t square_stride, int64_t cou
 
 template <typename T>
 SquareStore<T> square_store(InstructionSet set) {
-#if defined(__x86_64__)
-  if (set == InstructionSet::avx512) return avx512::store_transposed<T>;
-  if (set == InstructionSet::avx2) return avx2::store_transposed<T>;
-#endif
-  return portable::store_transposed<T>;
+  return KFAC_FAST_FORM(set, store_transposed<T>);
 }
 
 // See store_and_multiply.
@@ -179,11 +175,7 @@ using PanelStore = double (*)(const T* panel, const T* other, int64_t panel_stri
 
 template <typename T>
 PanelStore<T> panel_store(InstructionSet set) {
-#if defined(__x86_64__)
-  if (set == InstructionSet::avx512) return avx512::store_and_multiply<T>;
-  if (set == InstructionSet::avx2) return avx2::store_and_multiply<T>;
-#endif
-  return portable::store_and_multiply<T>;
+  return KFAC_FAST_FORM(set, store_and_multiply<T>);
 }
 
 // A block of `depth` rows cut into panels, packed or in place (then distance == width: the panels

@@ -28,11 +28,7 @@ using TriangleInverse = void (*)(const T* square, int64_t stride, int64_t size, 
 
 template <typename T>
 TriangleInverse<T> triangle_inverse(InstructionSet set) {
-#if defined(__x86_64__)
-  if (set == InstructionSet::avx512) return avx512::invert_triangle<T>;
-  if (set == InstructionSet::avx2) return avx2::invert_triangle<T>;
-#endif
-  return portable::invert_triangle<T>;
+  return KFAC_FAST_FORM(set, invert_triangle<T>);
 }
 
 // With a factor of `size` rows, of which only the lower triangle is read.
