@@ -123,18 +123,14 @@ class InputGrams:
         """Let go of all sums."""
         self._latest.clear()
 
-    def drop(self, key: int) -> None:
-        """Let go of the sums of the tensor that had this address."""
-        self._latest.pop(key, None)
-
     def _sums_of(self, x: Tensor) -> dict[Hashable, Sum | None]:
         """The sums of the tensor's present state."""
         # Versions are comparable only among a tensor and its views: they share one counter.
         owner = x if x._base is None else x._base
         storage, version = x.untyped_storage(), x._version
-        state = self._latest.get(id(owner))
+        key = id(owner)
+        state = self._latest.get(key)
         if state is None or not state.is_of(owner, storage, version):
-            key = id(owner)
             state = State(ref(owner, partial(self._forget, key)), ref(storage), version, {})
             self._latest[key] = state
         return state.sums
@@ -144,7 +140,7 @@ def _forget(grams: ref[InputGrams], key: int, _: ref[Tensor]) -> None:
     """Let go of a tensor's sums as it dies. Nothing here owns what owns it."""
     found = grams()
     if found is not None:
-        found.drop(key)
+        found._latest.pop(key, None)
 
 
 def _identity(layer: Layer, like: Tensor) -> Tensor:
