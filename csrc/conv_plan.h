@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <span>
 #include <utility>
 #include <vector>
 
@@ -99,28 +100,49 @@ struct PatchAxis {
 
 // Pixels of an axis that the same taps read equally often make a cell.
 struct SumAxis {
-  struct Run {  // neighbouring pixels of one cell
-    int64_t cell, begin, end;
+  struct Run {  // evenly spaced pixels of one cell
+    int64_t cell, begin, count, step;
   };
 
   int64_t size = 1;
   int64_t taps = 1;
   int64_t cells = 1;
+  std::vector<int64_t> cell_of{0};  // each pixel's, or -1 of one that no tap reads
   std::vector<int64_t> weights{1};  // [taps][cells]
-  std::vector<Run> runs{{0, 0, 1}};
 
   SumAxis() = default;
   explicit SumAxis(PlanNumbers& numbers)
-      : size(numbers.next()), taps(numbers.next()), cells(numbers.next()), runs() {
-    const std::vector<int64_t> cell_of = numbers.next(size);
-    weights = numbers.next(taps * cells);
-    for (int64_t begin = 0, end; begin < size; begin = end) {
-      for (end = begin + 1; end < size && cell_of[end] == cell_of[begin];) ++end;
-      if (cell_of[begin] >= 0) runs.push_back({cell_of[begin], begin, end});
-    }
-  }
+      : size(numbers.next()),
+        taps(numbers.next()),
+        cells(numbers.next()),
+        cell_of(numbers.next(size)),
+        weights(numbers.next(taps * cells)) {}
 
   int64_t weight(int64_t tap, int64_t cell) const { return weights[tap * cells + cell]; }
+
+  // Pixels of these cells in runs of at most `longest`: neighbours, or of each of the cells that
+  // strides or dilations interleave the nearest pixels.
+  static std::vector<Run> runs(std::span<const int64_t> cell_of, int64_t longest) {
+    constexpr int64_t widest_step = 16;
+    const auto size = static_cast<int64_t>(cell_of.size());
+    std::vector<bool> listed(size);
+    std::vector<Run> runs;
+    for (int64_t begin = 0; begin < size; ++begin) {
+      const int64_t cell = cell_of[begin];
+      if (cell < 0 || listed[begin]) continue;
+      const auto is_free = [&](int64_t x) { return cell_of[x] == cell && !listed[x]; };
+      const int64_t end = std::min(begin + widest_step + 1, size);
+      int64_t step = 1;
+      while (begin + step < end && !is_free(begin + step)) ++step;
+      if (begin + step == end) step = 1;
+      int64_t count = 0;
+      for (int64_t x = begin; count < longest && x < size && is_free(x); x += step, ++count) {
+        listed[x] = true;
+      }
+      runs.push_back({cell, begin, count, step});
+    }
+    return runs;
+  }
 };
 
 // The axes of `dimensions` spatial dimensions.

@@ -54,29 +54,6 @@ const MultiplySymmetric<T>* multiply_symmetric(InstructionSet set) {
 #undef KFAC_FAST_MULTIPLY
 
 template <typename T>
-using MultiplyAndStore = void (*)(const T*, const Panels<T>&, int64_t, int64_t, T, T*, int64_t,
-                                  bool);
-
-#define KFAC_FAST_MULTIPLY(set, rows)                                        \
-  {set::multiply_and_store<T, rows, 1>, set::multiply_and_store<T, rows, 2>, \
-   set::multiply_and_store<T, rows, 3>}
-
-// Of tiles as high as the set's full tile products, by the number of vectors less one.
-template <typename T>
-const MultiplyAndStore<T>* multiply_and_store(InstructionSet set) {
-  static constexpr MultiplyAndStore<T> on_portable[] = KFAC_FAST_MULTIPLY(portable, 2);
-#if defined(__x86_64__)
-  static constexpr MultiplyAndStore<T> on_avx2[] = KFAC_FAST_MULTIPLY(avx2, 4);
-  static constexpr MultiplyAndStore<T> on_avx512[] = KFAC_FAST_MULTIPLY(avx512, 8);
-  if (set == InstructionSet::avx512) return on_avx512;
-  if (set == InstructionSet::avx2) return on_avx2;
-#endif
-  return on_portable;
-}
-
-#undef KFAC_FAST_MULTIPLY
-
-template <typename T>
 struct SymmetricStore {
   T alpha;
   T beta;        // 0: the matrix is not read
@@ -146,21 +123,11 @@ struct SymmetricStore {
   // products, but every line is written once and from end to end. Needs beta == 0.
   void multiply_all(const Panels<T>& panels, int64_t row, int64_t rows, int64_t columns,
                     T* matrix) const {
-    const int64_t height = tile_product<T>(set).rows, lanes = tile_product<T>(set).lanes;
-    T* target = matrix + row * edge;
     const bool past = past_caches() && reinterpret_cast<uintptr_t>(matrix) % line == 0;
-    const int64_t full = columns / panels.width * panels.width, rest = columns - full;
-    // Along the rows of one tile: the same columns of many rows may share few sets of a cache.
-    for (int64_t r = 0; r < rows; r += height) {
-      const T* left = panels.at(row + r);
-      const int64_t count = std::min(height, rows - r);
-      T* place = target + r * edge;
-      if (full > 0) multiply_rows(left, panels, count, full, place, past);
-      if (rest > 0) {
-        multiply_rows(left, panels.from(full), count, rest, place + full,
-                      past && rest % lanes == 0);
-      }
-    }
+    T* target = matrix + row * edge;
+    // Rows without a gap are stored in order.
+    const T* end = columns == edge ? target + rows * edge : target;
+    multiply_rows(panels, row, rows, columns, target, end, past);
 #if defined(__x86_64__)
     if (past) __builtin_ia32_sfence();  // before this thread says that it is done
 #endif
@@ -171,17 +138,13 @@ struct SymmetricStore {
 
   // Stores the products of the columns of one panel with each other, in both triangles.
   void multiply_square(const Panels<T>& panel, int64_t width, T* square) const {
-    const int64_t height = tile_product<T>(set).rows;
-    for (int64_t r = 0; r < width; r += height) {
-      multiply_rows(panel.at(r), panel, height, width, square + r * edge, false);
-    }
+    multiply_rows(panel, 0, width, width, square, square, false);
   }
 
-  // Stores the products of a tile's rows with whole panels, or with part of one.
-  void multiply_rows(const T* left, const Panels<T>& right, int64_t rows, int64_t columns,
-                     T* target, bool past) const {
-    const int64_t vectors = divide_up(std::min(columns, right.width), tile_product<T>(set).lanes);
-    multiply_and_store<T>(set)[vectors - 1](left, right, rows, columns, alpha, target, edge, past);
+  void multiply_rows(const Panels<T>& panels, int64_t row, int64_t rows, int64_t columns, T* target,
+                     const T* end, bool past) const {
+    const auto multiply = KFAC_FAST_FORM(set, multiply_rows<T>);
+    multiply(panels, row, rows, columns, alpha, target, end, edge, past);
   }
 
   // A matrix that no cache holds is not read into one to be written, if its rows are aligned. It

@@ -167,44 +167,71 @@ KFAC_FAST_TARGET void multiply_symmetric(const Panels<T>& strip, int64_t begin, 
   }
 }
 
-// target[r][c] <- alpha · Σ_k left[k][r] · right[k][c] for rows x columns, as the products leave
-// the registers, of neighbouring panels as wide as these vectors; see SymmetricStore::multiply_all.
+// target[r][c] <- alpha · Σ_k left[k][r] · right[k][c] for rows x columns, at most these vectors,
+// as the products leave the registers. Before `end` the last vector of a row may reach over what is
+// stored later.
 template <typename T, int ROWS, int VECTORS>
-KFAC_FAST_TARGET void multiply_and_store(const T* left, const Panels<T>& right, int64_t rows,
-                                         int64_t columns, T alpha, T* target, int64_t edge,
-                                         bool past_caches) {
+KFAC_FAST_TARGET __attribute__((always_inline)) inline void multiply_and_store(
+    const T* left, const T* right, int64_t stride, int64_t depth, int64_t rows, int64_t columns,
+    T alpha, T* target, const T* end, int64_t edge, bool past_caches) {
   using Vector = typename VectorOf<T>::type;
-  constexpr int LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T), WIDTH = VECTORS * LANES;
-  constexpr int64_t AHEAD = 4 * WIDTH;  // from a product to that whose entries are asked for
-  const T* panel = right.data;
-  for (int64_t first = 0; first < columns; first += WIDTH, panel += right.distance) {
-    if (!past_caches && columns > AHEAD) {
-      const int64_t next = first + AHEAD;
-      const T* place = target + (next < columns ? next : next - columns + ROWS * edge);
-      for (int r = 0; r < ROWS; ++r, place += edge) {
-        __builtin_prefetch(place, 1);
-        __builtin_prefetch(place + WIDTH / 2, 1);
+  constexpr int LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
+  Vector total[VECTORS][ROWS] = {};
+  multiply_in_registers<T>(left, right, stride, depth, total);
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r, target += edge) {
+    if (r == rows) break;
+#pragma GCC unroll 3
+    for (int v = 0; v < VECTORS; ++v) {
+      T* place = target + v * LANES;
+      const Vector value = total[v][r] * alpha;
+      if (past_caches) {
+        store_past_caches(place, value);
+      } else if ((v + 1) * LANES <= columns || end - place >= LANES) {
+        *reinterpret_cast<Vector*>(place) = value;
+      } else {
+        for (int64_t c = v * LANES; c < columns; ++c) target[c] = value[c - v * LANES];
       }
     }
-    Vector total[VECTORS][ROWS] = {};
-    multiply_in_registers<T>(left, panel, right.row_stride, right.depth, total);
-    const int64_t width = columns - first;
-    T* row = target + first;
-#pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r, row += edge) {
-      if (r == rows) break;
-#pragma GCC unroll 3
-      for (int v = 0; v < VECTORS; ++v) {
-        T* place = row + v * LANES;
-        const Vector value = total[v][r] * alpha;
-        if (past_caches) {
-          store_past_caches(place, value);
-        } else if ((v + 1) * LANES <= width) {
-          *reinterpret_cast<Vector*>(place) = value;
-        } else {
-          for (int64_t c = v * LANES; c < width; ++c) row[c] = value[c - v * LANES];
+  }
+}
+
+// The same of the panels' columns [row, row + rows) with the first `columns` of them; see
+// SymmetricStore::multiply_all. It goes along the rows of one tile, for the same columns of many
+// rows may share few sets of a cache, and begins at their end, where vectors reach too far.
+template <typename T>
+KFAC_FAST_TARGET void multiply_rows(const Panels<T>& panels, int64_t row, int64_t rows,
+                                    int64_t columns, T alpha, T* target, const T* end, int64_t edge,
+                                    bool past_caches) {
+  constexpr int LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T), WIDE = 3 * LANES;
+  constexpr int ROWS = KFAC_FAST_VECTOR_BYTES / 8;  // of full tile products
+  constexpr int64_t AHEAD = 4 * WIDE;  // from a product to that whose entries are asked for
+  const int64_t full = columns / WIDE * WIDE, rest = columns - full;
+  for (int64_t r = 0; r < rows; r += ROWS, target += ROWS * edge) {
+    const T* left = panels.at(row + r);
+    const auto multiply = [&]<int VECTORS>(int64_t first, int64_t width,
+                                           bool past) KFAC_FAST_TARGET {
+      multiply_and_store<T, ROWS, VECTORS>(left, panels.at(first), panels.row_stride, panels.depth,
+                                           rows - r, width, alpha, target + first, end, edge, past);
+    };
+    const bool past_rest = past_caches && rest % LANES == 0;
+    if (rest > 2 * LANES) {
+      multiply.template operator()<3>(full, rest, past_rest);
+    } else if (rest > LANES) {
+      multiply.template operator()<2>(full, rest, past_rest);
+    } else if (rest > 0) {
+      multiply.template operator()<1>(full, rest, past_rest);
+    }
+    for (int64_t first = 0; first < full; first += WIDE) {
+      if (!past_caches && full > AHEAD) {
+        const int64_t next = first + AHEAD;
+        const T* place = target + (next < full ? next : next - full + ROWS * edge);
+        for (int i = 0; i < ROWS; ++i, place += edge) {
+          __builtin_prefetch(place, 1);
+          __builtin_prefetch(place + WIDE / 2, 1);
         }
       }
+      multiply.template operator()<3>(first, WIDE, past_caches);
     }
   }
 }

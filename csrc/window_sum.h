@@ -24,34 +24,49 @@ namespace kfac_fast {
 // The plan of a geometry, of inputs with any strides; "outer" stands for the axes z and y together.
 template <typename T>
 struct SumPlan {
-  struct Rows {  // neighbouring rows of one cell
-    int64_t z, y, count, cell;
+  struct Rows {  // evenly spaced rows of one cell
+    int64_t z, y, count, step, cell;
     bool first;  // of its cell
   };
-  struct Columns {  // neighbouring pixels of one cell
-    int64_t begin, end, cell;
+  struct Pixels {  // evenly spaced pixels of one cell
+    int64_t begin, count, step, cell;
     bool first;  // of its cell
   };
-  struct Square {  // neighbouring blocks of pixels that the same columns read
+  struct Square {  // neighbouring blocks of pixels that the same taps read
     int64_t block, blocks;
-    int64_t columns, columns_end;  // the columns that they belong to
+    std::vector<Pixels> pixels;  // of the blocks' sum
   };
   struct Term {
     int64_t cell;
     T weight;
   };
-  struct Tap {  // the sum of its terms
-    std::span<const Term> terms;
-    bool plain;  // the cells of the terms follow each other, each counted once
+  struct Window {  // neighbouring cells, each counted once
+    int64_t first, last;
+    bool operator==(const Window&) const = default;
+  };
+  struct Taps {  // along x, or across it
+    int64_t cells;
+    std::vector<std::vector<Term>> terms;  // of every tap
+    std::vector<Window> windows;           // of every tap, if all of them hold the cell `middle`
+    int64_t middle;
   };
 
   int64_t width;          // pixels along x
   int64_t block, blocks;  // pixels that are loaded together, and how often
   int64_t cells, outer_cells;
   int64_t taps, outer_taps;
+  Taps along_x, across;
   std::vector<Rows> rows;
-  std::vector<Columns> columns;
+  std::vector<Pixels> columns;
   std::vector<Square> squares;
+
+  // Whether along x and across it the first tap reads the first two of three cells, the second
+  // all, and the third the last two: a 3 x 3 kernel over a frame of one pixel.
+  bool is_three_by_three;
+
+  // Whether along x the first pixel and the last one are cells of their own, and all between them
+  // one cell, of not too many blocks to add up in one chain.
+  bool is_framed;
 
   SumPlan(const Axes<SumAxis>& axes, int64_t pixels_a_block)
       : width(axes[2].size),
@@ -60,26 +75,15 @@ struct SumPlan {
         cells(axes[2].cells),
         outer_cells(axes[0].cells * axes[1].cells),
         taps(axes[2].taps),
-        outer_taps(axes[0].taps * axes[1].taps) {
+        outer_taps(axes[0].taps * axes[1].taps),
+        along_x(list_taps(SumAxis(), axes[2])),
+        across(list_taps(axes[0], axes[1])),
+        columns(list_pixels(axes[2].cell_of)),
+        is_three_by_three(slides(along_x) && slides(across)),
+        is_framed(blocks <= chain && is_frame(axes[2])) {
     list_rows(axes[0], axes[1]);
-    list_columns(axes[2]);
-    list_squares();
-    list_terms(axes);
+    list_squares(axes[2]);
   }
-
-  Tap tap(int64_t index) const {
-    const Term* begin = terms_.data() + begin_[index];
-    return {{begin, terms_.data() + begin_[index + 1]}, plain_[index]};
-  }
-  Tap outer_tap(int64_t index) const { return tap(taps + index); }
-
-  // Whether along x and across it the first tap reads the first two of three cells, the second
-  // all, and the third the last two: a 3 x 3 kernel over a frame of one pixel.
-  bool is_three_by_three = false;
-
-  // Whether along x the first pixel and the last one are cells of their own, and all between them
-  // one cell, of not too many blocks to add up in one chain.
-  bool is_framed = false;
 
  private:
   // Sums of this many terms at most, which are then added to the others': less rounding.
@@ -87,101 +91,78 @@ struct SumPlan {
 
   void list_rows(const SumAxis& along_z, const SumAxis& along_y) {
     std::vector<bool> seen(outer_cells);
-    for (const SumAxis::Run& run_z : along_z.runs) {
-      for (int64_t z = run_z.begin; z < run_z.end; ++z) {
-        for (const SumAxis::Run& run_y : along_y.runs) {
-          const int64_t cell = run_z.cell * along_y.cells + run_y.cell;
-          for (int64_t y = run_y.begin; y < run_y.end; y += chain) {
-            rows.push_back({z, y, std::min(chain, run_y.end - y), cell, !seen[cell]});
-            seen[cell] = true;
-          }
-        }
+    const std::vector<SumAxis::Run> runs = SumAxis::runs(along_y.cell_of, chain);
+    for (int64_t z = 0; z < along_z.size; ++z) {
+      if (along_z.cell_of[z] < 0) continue;
+      for (const SumAxis::Run& run : runs) {
+        const int64_t cell = along_z.cell_of[z] * along_y.cells + run.cell;
+        rows.push_back({z, run.begin, run.count, run.step, cell, !seen[cell]});
+        seen[cell] = true;
       }
     }
   }
 
-  void list_columns(const SumAxis& axis) {
+  std::vector<Pixels> list_pixels(std::span<const int64_t> cell_of) const {
     std::vector<bool> seen(cells);
-    for (const SumAxis::Run& run : axis.runs) {
-      for (int64_t x = run.begin; x < run.end; x += chain) {
-        columns.push_back({x, std::min(x + chain, run.end), run.cell, !seen[run.cell]});
-        seen[run.cell] = true;
-      }
+    std::vector<Pixels> pixels;
+    for (const SumAxis::Run& run : SumAxis::runs(cell_of, chain)) {
+      pixels.push_back({run.begin, run.count, run.step, run.cell, !seen[run.cell]});
+      seen[run.cell] = true;
     }
+    return pixels;
   }
 
-  void list_squares() {
-    const auto count = static_cast<int64_t>(columns.size());
-    for (int64_t i = 0, b = 0; b < blocks; ++b) {
-      const int64_t begin = b * block, end = begin + block;
-      while (i < count && columns[i].end <= begin) ++i;
-      int64_t stop = i;
-      while (stop < count && columns[stop].begin < end) ++stop;
-      if (stop == i) continue;
-      const bool inside = columns[i].begin <= begin && end <= columns[i].end;
-      const bool more = inside && columns[i].begin <= begin - block && !squares.empty() &&
-                        squares.back().columns == i && squares.back().columns_end == stop;
-      if (more) {
+  void list_squares(const SumAxis& axis) {
+    std::vector<bool> seen(cells);
+    std::vector<int64_t> cell_of = axis.cell_of;
+    cell_of.resize(blocks * block, -1);
+    for (int64_t b = 0; b < blocks; ++b) {
+      const auto begin = cell_of.begin() + b * block;
+      const bool repeats = b > 0 && std::equal(begin, begin + block, begin - block);
+      if (repeats && squares.back().blocks < chain) {
         ++squares.back().blocks;
-      } else {
-        squares.push_back({b, 1, i, stop});
+        continue;
+      }
+      squares.push_back({b, 1, list_pixels({begin, begin + block})});
+      for (Pixels& pixels : squares.back().pixels) {
+        pixels.first &= !seen[pixels.cell];
+        seen[pixels.cell] = true;
       }
     }
   }
 
-  void list_terms(const Axes<SumAxis>& axes) {
-    begin_.push_back(0);
-    for (int64_t tap = 0; tap < taps; ++tap) {
-      for (int64_t cell = 0; cell < cells; ++cell) add_term(cell, axes[2].weight(tap, cell));
-      end_tap();
-    }
-    for (int64_t tap = 0; tap < outer_taps; ++tap) {
-      for (int64_t cell = 0; cell < outer_cells; ++cell) {
-        add_term(cell, axes[0].weight(tap / axes[1].taps, cell / axes[1].cells) *
-                           axes[1].weight(tap % axes[1].taps, cell % axes[1].cells));
+  static bool is_frame(const SumAxis& axis) {
+    const std::vector<int64_t>& cell_of = axis.cell_of;
+    return axis.size >= 3 && cell_of.front() == 0 && cell_of.back() == 2 &&
+           std::all_of(cell_of.begin() + 1, cell_of.end() - 1, [](int64_t c) { return c == 1; });
+  }
+
+  static Taps list_taps(const SumAxis& outer, const SumAxis& inner) {
+    Taps taps{outer.cells * inner.cells, {}, {}, 0};
+    int64_t end = taps.cells;  // of the cells that all windows hold
+    for (int64_t tap = 0; tap < outer.taps * inner.taps; ++tap) {
+      std::vector<Term>& terms = taps.terms.emplace_back();
+      bool once = true;
+      for (int64_t cell = 0; cell < taps.cells; ++cell) {
+        const int64_t weight = outer.weight(tap / inner.taps, cell / inner.cells) *
+                               inner.weight(tap % inner.taps, cell % inner.cells);
+        if (weight != 0) terms.push_back({cell, static_cast<T>(weight)});
+        once &= weight <= 1;
       }
-      end_tap();
+      if (!once || terms.empty()) continue;
+      const Window window{terms.front().cell, terms.back().cell};
+      if (window.last - window.first + 1 != static_cast<int64_t>(terms.size())) continue;
+      taps.windows.push_back(window);
+      taps.middle = std::max(taps.middle, window.first);
+      end = std::min(end, window.last + 1);
     }
-    is_three_by_three = slides(0, cells, taps) && slides(taps, outer_cells, outer_taps);
-    is_framed = blocks <= chain && is_frame(axes[2]);
+    if (taps.windows.size() < taps.terms.size() || taps.middle >= end) taps.windows.clear();
+    return taps;
   }
 
-  bool is_frame(const SumAxis& axis) const {
-    const auto& runs = axis.runs;
-    if (runs.size() != 3) return false;
-    const auto is = [](const SumAxis::Run& run, int64_t cell, int64_t begin, int64_t end) {
-      return run.cell == cell && run.begin == begin && run.end == end;
-    };
-    return is(runs[0], 0, 0, 1) && is(runs[1], 1, 1, width - 1) && is(runs[2], 2, width - 1, width);
+  static bool slides(const Taps& taps) {
+    return taps.cells == 3 && taps.windows == std::vector<Window>{{0, 1}, {0, 2}, {1, 2}};
   }
-
-  bool slides(int64_t first_tap, int64_t cell_count, int64_t tap_count) const {
-    if (cell_count != 3 || tap_count != 3) return false;
-    for (int64_t i = 0; i < 3; ++i) {
-      const auto [terms, plain] = tap(first_tap + i);
-      const size_t count = i == 1 ? 3 : 2;
-      if (!plain || terms.size() != count || terms.front().cell != i / 2) return false;
-    }
-    return true;
-  }
-
-  void add_term(int64_t cell, int64_t weight) {
-    if (weight != 0) terms_.push_back({cell, static_cast<T>(weight)});
-  }
-  void end_tap() {
-    bool plain = true;
-    for (size_t i = begin_.back(); i < terms_.size(); ++i) {
-      plain &=
-          terms_[i].weight == 1 &&
-          terms_[i].cell == terms_[begin_.back()].cell + static_cast<int64_t>(i) - begin_.back();
-    }
-    plain_.push_back(plain);
-    begin_.push_back(static_cast<int64_t>(terms_.size()));
-  }
-
-  std::vector<int64_t> begin_;  // into terms_, of each tap along x and then of the outer ones
-  std::vector<Term> terms_;
-  std::vector<bool> plain_;
 };
 
 // Some channels of one example and one group.

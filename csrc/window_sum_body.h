@@ -26,7 +26,7 @@ KFAC_FAST_TARGET __attribute__((noinline)) void sum_rows(const SumPlan<T>& plan,
   for (const typename SumPlan<T>::Rows& rows : plan.rows) {
     const In* row = plane + channels.offset(rows);
     Vector total[PLANES][BLOCKS] = {};
-    for (int64_t r = 0; r < rows.count; ++r, row += channels.strides[1]) {
+    for (int64_t r = 0; r < rows.count; ++r, row += rows.step * channels.strides[1]) {
 #pragma GCC unroll 8
       for (int p = 0; p < PLANES; ++p) {
 #pragma GCC unroll 8
@@ -63,26 +63,12 @@ KFAC_FAST_TARGET void sum_rows_one_by_one(const SumPlan<T>& plan, const Channels
     for (int64_t x = 0; x < plan.width; ++x) {
       const In* pixel = plane + channels.offset(rows) + x * channels.strides[2];
       T total = 0;
-      for (int64_t r = 0; r < rows.count; ++r)
-        total += static_cast<T>(pixel[r * channels.strides[1]]);
+      for (int64_t r = 0; r < rows.count; ++r, pixel += rows.step * channels.strides[1])
+        total += static_cast<T>(*pixel);
       T& sum = target[x / Block::SIZE * distance + x % Block::SIZE];
       sum = rows.first ? total : sum + total;
     }
   }
-}
-
-// The sum of a tap's cells, which lie `stride` apart.
-template <typename T>
-KFAC_FAST_TARGET inline typename VectorOf<T>::type sum_terms(
-    const typename SumPlan<T>::Tap& tap, const typename VectorOf<T>::type* cells, int64_t stride) {
-  typename VectorOf<T>::type total{};
-  if (tap.plain && !tap.terms.empty()) {
-    cells += tap.terms.front().cell * stride;
-    for (size_t i = 0; i < tap.terms.size(); ++i, cells += stride) total += *cells;
-  } else {
-    for (const auto& term : tap.terms) total += cells[term.cell * stride] * term.weight;
-  }
-  return total;
 }
 
 // The taps of a row of three cells; see SumPlan::is_three_by_three.
@@ -95,30 +81,52 @@ KFAC_FAST_TARGET inline void slide(const Vector* cells, int64_t stride, Vector* 
   taps[2 * stride] = middle + last;
 }
 
-// From sums by cells to taps, along x and then along z and y, for a vector of channels.
+// From sums by cells to taps in one direction; both lie `stride` apart. Windows that all hold one
+// cell are what lies from their first cell to it and what lies behind it: these are summed once,
+// in place.
+template <typename T>
+KFAC_FAST_TARGET inline void sum_taps_along(const typename SumPlan<T>::Taps& taps,
+                                            typename VectorOf<T>::type* cells, int64_t stride,
+                                            typename VectorOf<T>::type* sums) {
+  using Vector = typename VectorOf<T>::type;
+  if (taps.windows.empty()) {
+    for (const auto& terms : taps.terms) {
+      Vector total{};
+      for (const auto& term : terms) total += cells[term.cell * stride] * term.weight;
+      *sums = total;
+      sums += stride;
+    }
+    return;
+  }
+  for (int64_t cell = taps.middle; cell-- > 0;) cells[cell * stride] += cells[(cell + 1) * stride];
+  for (int64_t cell = taps.middle + 2; cell < taps.cells; ++cell) {
+    cells[cell * stride] += cells[(cell - 1) * stride];
+  }
+  for (const auto& window : taps.windows) {
+    Vector total = cells[window.first * stride];
+    if (window.last > taps.middle) total += cells[window.last * stride];
+    *sums = total;
+    sums += stride;
+  }
+}
+
+// The same along x and then along z and y, for a vector of channels; overwrites the cells.
 template <typename T>
 KFAC_FAST_TARGET inline void sum_taps(const SumPlan<T>& plan, T alpha,
-                                      const typename VectorOf<T>::type* cells,
+                                      typename VectorOf<T>::type* cells,
                                       typename VectorOf<T>::type* along_x,
                                       typename VectorOf<T>::type* taps) {
+  for (int64_t cell = 0; cell < plan.outer_cells * plan.cells; ++cell) cells[cell] *= alpha;
   if (plan.is_three_by_three) {
-    typename VectorOf<T>::type scaled[9];
-    for (int i = 0; i < 9; ++i) scaled[i] = cells[i] * alpha;
-    for (int i = 0; i < 3; ++i) slide(scaled + 3 * i, 1, along_x + 3 * i);
+    for (int i = 0; i < 3; ++i) slide(cells + 3 * i, 1, along_x + 3 * i);
     for (int i = 0; i < 3; ++i) slide(along_x + i, 3, taps + i);
     return;
   }
-  for (int64_t tap = 0; tap < plan.taps; ++tap) {
-    const auto terms = plan.tap(tap);
-    for (int64_t outer = 0; outer < plan.outer_cells; ++outer) {
-      along_x[outer * plan.taps + tap] = sum_terms<T>(terms, cells + outer * plan.cells, 1) * alpha;
-    }
+  for (int64_t outer = 0; outer < plan.outer_cells; ++outer) {
+    sum_taps_along<T>(plan.along_x, cells + outer * plan.cells, 1, along_x + outer * plan.taps);
   }
-  for (int64_t outer = 0; outer < plan.outer_taps; ++outer) {
-    const auto terms = plan.outer_tap(outer);
-    for (int64_t tap = 0; tap < plan.taps; ++tap) {
-      taps[outer * plan.taps + tap] = sum_terms<T>(terms, along_x + tap, plan.taps);
-    }
+  for (int64_t tap = 0; tap < plan.taps; ++tap) {
+    sum_taps_along<T>(plan.across, along_x + tap, plan.taps, taps + tap);
   }
 }
 
@@ -286,7 +294,6 @@ KFAC_FAST_TARGET void sum_cells_of_planes(const SumPlan<T>& plan, const Channels
         continue;
       }
     }
-    Vector chain{};
     for (const auto& square : plan.squares) {
       ask_for_next();
       const Vector* from = sums + square.block * Block::SIZE;
@@ -299,22 +306,17 @@ KFAC_FAST_TARGET void sum_cells_of_planes(const SumPlan<T>& plan, const Channels
         for (int i = 0; i < Block::SIZE; ++i) turned[i] += from[i];
       }
       transpose_lanes<T>(turned);
-      for (int64_t i = square.columns; i < square.columns_end; ++i) {
-        const auto& columns = plan.columns[i];
-        const int64_t start = square.block * Block::SIZE;
-        // Of several blocks all pixels are the columns', and are summed already.
-        const int64_t begin = std::max(columns.begin - start, int64_t{0});
-        const int64_t end = std::min<int64_t>(columns.end - start, Block::SIZE);
-        for (int64_t x = begin; x < end; ++x) chain += turned[x];
-        if (columns.end > start + square.blocks * Block::SIZE) break;  // it goes on in the next
-        const int64_t cell = outer * plan.cells + columns.cell;
-        if (columns.first) {
+      for (const auto& pixels : square.pixels) {
+        const Vector* pixel = turned + pixels.begin;
+        Vector chain = *pixel;
+        for (int64_t i = 1; i < pixels.count; ++i) chain += *(pixel += pixels.step);
+        const int64_t cell = outer * plan.cells + pixels.cell;
+        if (pixels.first) {
           cells[cell] = chain;
           lost[cell] = Vector{};
         } else {
           add_compensated(cells[cell], lost[cell], chain);
         }
-        chain = Vector{};
       }
     }
   }
@@ -354,12 +356,12 @@ KFAC_FAST_TARGET void sum_cells_of_pixels(const SumPlan<T>& plan, const Channels
   for (const typename SumPlan<T>::Rows& rows : plan.rows) {
     const In* row = data + channels.offset(rows);
     std::fill_n(chains, VECTORS * plan.columns.size(), Vector{});
-    for (int64_t r = 0; r < rows.count; ++r, row += channels.strides[1]) {
+    for (int64_t r = 0; r < rows.count; ++r, row += rows.step * channels.strides[1]) {
       Vector* chain = chains;
-      for (const typename SumPlan<T>::Columns& columns : plan.columns) {
+      for (const typename SumPlan<T>::Pixels& columns : plan.columns) {
         Vector total[VECTORS] = {};
         const In* pixel = row + columns.begin * channels.strides[2];
-        for (int64_t x = columns.begin; x < columns.end; ++x, pixel += channels.strides[2]) {
+        for (int64_t i = 0; i < columns.count; ++i, pixel += columns.step * channels.strides[2]) {
 #pragma GCC unroll 4
           for (int v = 0; v < VECTORS; ++v) total[v] += load_vector<In, T>(pixel + v * LANES);
         }
@@ -368,7 +370,7 @@ KFAC_FAST_TARGET void sum_cells_of_pixels(const SumPlan<T>& plan, const Channels
       }
     }
     const Vector* chain = chains;
-    for (const typename SumPlan<T>::Columns& columns : plan.columns) {
+    for (const typename SumPlan<T>::Pixels& columns : plan.columns) {
       const int64_t cell = rows.cell * plan.cells + columns.cell;
       for (int v = 0; v < VECTORS; ++v) {
         add_compensated(cells[v * count + cell], lost[v * count + cell], *chain++);
@@ -385,15 +387,16 @@ KFAC_FAST_TARGET void sum_cells_of_few(const SumPlan<T>& plan, const Channels<In
   T* lost = cells + plan.outer_cells * plan.cells * LANES;
   std::fill_n(cells, 2 * plan.outer_cells * plan.cells * LANES, T{0});
   for (const typename SumPlan<T>::Rows& rows : plan.rows) {
-    for (const typename SumPlan<T>::Columns& columns : plan.columns) {
+    for (const typename SumPlan<T>::Pixels& columns : plan.columns) {
       const int64_t cell = (rows.cell * plan.cells + columns.cell) * LANES;
       for (int64_t i = 0; i < width; ++i) {
         T chain = 0;
         for (int64_t r = 0; r < rows.count; ++r) {
-          const In* row = data + channels.offset(rows) + r * channels.strides[1] + i;
+          const In* pixel = data + channels.offset(rows) + r * rows.step * channels.strides[1] +
+                            columns.begin * channels.strides[2] + i;
           T total = 0;
-          for (int64_t x = columns.begin; x < columns.end; ++x) {
-            total += static_cast<T>(row[x * channels.strides[2]]);
+          for (int64_t x = 0; x < columns.count; ++x, pixel += columns.step * channels.strides[2]) {
+            total += static_cast<T>(*pixel);
           }
           chain += total;
         }

@@ -322,6 +322,29 @@ def test_pixels_that_no_tap_reads_do_not_count(
 
 @kernels
 @dtypes
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": 7, "stride": 2, "padding": 3},
+        {"kernel_size": 5, "stride": 3, "dilation": 2, "padding": 1},
+        {"kernel_size": (2, 19), "stride": (3, 18)},  # wider apart than interleaved cells may be
+        {"kernel_size": 5},
+        {"kernel_size": (4, 7), "padding": (0, 5)},
+    ],
+    ids=str,
+)
+def test_cells_interleaved_and_in_windows(
+    kernel: str, dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    """Rows and pixels in steps, in more of them than are added up in a chain; taps that overlap."""
+    for shape in ((2, 3, 71, 40), (1, 9, 13, 530), (2, 10, 9, 25)):
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            x = torch.randn(shape).to(dtype, memory_format=memory_format)
+            check(kernel, x, **options)
+
+
+@kernels
+@dtypes
 @pytest.mark.parametrize("width", [3, 4, 8, 9, 16, 17, 33, 129, 257])
 def test_frames(kernel: str, dtype: torch.dtype, width: int) -> None:
     """From one block of pixels to more than are added up in a chain, with one in the last."""

@@ -214,6 +214,22 @@ def test_reads_nothing_beyond_the_end(dtype: torch.dtype, columns: int) -> None:
         assert torch.equal(run(x).double(), expected)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_writes_nothing_beyond_the_end(
+    dtype: torch.dtype, bias: bool, set_threads: Callable[[int], None]
+) -> None:
+    """Of few rows, whose whole vectors reach from one row of the result into the next."""
+    set_threads(2)
+    for columns in (9, 25, 47, 49, 97, 130):
+        for groups, rows in ((1, 3), (3, 8), (40, 4)):
+            x = whole_numbers(rows, groups * columns, dtype=dtype)
+            nothing = poisoned(*result_shape("gram", x, None, groups, bias), dtype=dtype)
+            with before_a_guard_page(nothing) as out:
+                run(x, None, groups, bias, out=out)
+                assert torch.equal(out.double(), oracle.gram(x, groups=groups, bias=bias))
+
+
 def test_refuses_an_out_of_another_size_or_dtype() -> None:
     x = torch.ones(3, 4)
     for out in (torch.zeros(3, 3), torch.zeros(4, 4).double(), torch.zeros(4, 8)[:, ::2]):

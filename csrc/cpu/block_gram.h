@@ -129,8 +129,10 @@ class BlockGram {
   }
 
   void both_triangles() {
-    constexpr int64_t rows_a_task = 48;
+    constexpr int64_t most_rows = 48;
     const int64_t side = layout_.group_columns;
+    const int64_t rows_a_task =
+        round_up(divide_up(side, divide_up(side, most_rows)), product_.rows);
     const int64_t tasks_a_group = divide_up(side, rows_a_task);
     const int64_t tasks = layout_.strips() * tasks_a_group;
     const int64_t workers = worker_count(tasks, operations());
