@@ -63,7 +63,7 @@ SquareInverse<T> square_inverse(InstructionSet set) {
 
 template <typename T>
 using SquareSolve = void (*)(const T* turned, T* u, T* v, int64_t stride, int64_t columns,
-                             int64_t pivots, bool both);
+                             int64_t own, int64_t pivots, bool both);
 
 template <typename T>
 SquareSolve<T> square_solve(InstructionSet set) {
@@ -146,7 +146,8 @@ class BlockSweep {
         T* v_panel = v + panel * panel_size_;
         read_panel(a, stride, first, count, column, columns, u_panel);
         if (count == lanes_) {
-          solve_square_(factor_turned(rest), u_panel, v_panel, width_, columns, pivots, inverts_);
+          solve_square_(factor_turned(rest), u_panel, v_panel, width_, columns, first - column,
+                        pivots, inverts_);
         } else {
           multiply_upper(y_turned, block_stride, count, u_panel, columns, v_panel);
           if (inverts_) multiply_lower(y, block_stride, count, v_panel, columns, u_panel);
@@ -154,7 +155,7 @@ class BlockSweep {
         write_panel(inverts_ ? u_panel : v_panel, first, count, column, columns, a, stride);
       });
       update(a + begin * stride + begin, stride, rows_ - begin,
-             {v, pivots, width_, width_, panel_size_}, share);
+             {v, pivots, width_, width_, panel_size_}, first - begin, count, share);
     }
     return size_;
   }
@@ -252,9 +253,11 @@ class BlockSweep {
     }
   }
 
-  // a += V^T V in and below the diagonal, by tiles that leave the panels in the caches.
+  // a += V^T V in and below the diagonal, by tiles that leave the panels in the caches. The `zeros`
+  // columns of V from `first_zero` on are zero, if there are such.
   template <typename Share>
-  void update(T* a, int64_t stride, int64_t size, const Panels<T>& v, const Share& share) const {
+  void update(T* a, int64_t stride, int64_t size, const Panels<T>& v, int64_t first_zero,
+              int64_t zeros, const Share& share) const {
     const int64_t edge = 4 * width_;
     const int64_t side = divide_up(size, edge);
     const auto products = static_cast<double>(v.depth) * static_cast<double>(size * size / 2);
@@ -264,7 +267,7 @@ class BlockSweep {
       const int64_t row = r * edge, column = tile * edge;
       multiply_panels(product_, v.from(row), std::min(edge, size - row), v.from(column),
                       std::min(edge, size - column), row == column, a + row * stride + column,
-                      stride, true);
+                      stride, true, first_zero - row, zeros);
     });
   }
 

@@ -20,15 +20,18 @@ KFAC_FAST_TARGET void copy_vectors(const T* from, int64_t from_stride, int64_t c
 template <typename T>
 KFAC_FAST_TARGET int64_t invert_square(T* square, int64_t stride, T* turned, int64_t pivots) {
   using Vector = typename VectorOf<T>::type;
+  using Places = typename VectorOf<std::conditional_t<sizeof(T) == 4, int32_t, int64_t>>::type;
   constexpr int LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
-  Vector rows[LANES];
-  for (int i = 1; i < LANES; ++i) {
-    for (int j = 0; j < i; ++j) square[j * stride + i] = square[i * stride + j];
-  }
+  Places place{};
+  Vector rows[LANES], mirrored[LANES];
 #pragma GCC unroll 16
   for (int i = 0; i < LANES; ++i) {
-    rows[i] = -*reinterpret_cast<const Vector*>(square + i * stride);
+    place[i] = i;
+    rows[i] = mirrored[i] = -*reinterpret_cast<const Vector*>(square + i * stride);
   }
+  transpose_lanes<T>(mirrored);
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; ++i) rows[i] = place <= i ? rows[i] : mirrored[i];
 #pragma GCC unroll 16
   for (int k = 0; k < LANES; ++k) {
     T* line = turned + k * LANES;  // scalars of it are multiplied from memory
@@ -51,23 +54,27 @@ KFAC_FAST_TARGET int64_t invert_square(T* square, int64_t stride, T* turned, int
   }
 #pragma GCC unroll 16
   for (int i = 0; i < LANES; ++i) {
-    *reinterpret_cast<Vector*>(square + i * stride) = -rows[i];
-    for (int j = i + 1; j < LANES; ++j) square[i * stride + j] = 0;
+    *reinterpret_cast<Vector*>(square + i * stride) = place <= i ? -rows[i] : Vector{};
   }
   return LANES;
 }
 
 // v <- -L^-1 u and, if `u` is to be used further, u <- -L^-T v, by substitution: for vectors of
 // columns of LANES rows that lie `stride` apart, with L^T as invert_square leaves it in `turned`.
-// Rows of `u` after the first `pivots` are zero, and stay so; those of `v` are not written.
+// Rows of `u` after the first `pivots` are zero, and stay so; those of `v` are not written. Where
+// `own` is among the columns, a vector of them from there on is zero, and becomes so in `v`.
 template <typename T>
 KFAC_FAST_TARGET void solve_square(const T* turned, T* u, T* v, int64_t stride, int64_t columns,
-                                   int64_t pivots, bool both) {
+                                   int64_t own, int64_t pivots, bool both) {
   using Vector = typename VectorOf<T>::type;
   constexpr int LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
   T inverse[LANES];
   for (int k = 0; k < LANES; ++k) inverse[k] = 1 / turned[k * LANES + k];
   for (int64_t c = 0; c < columns; c += LANES) {
+    if (c == own) {
+      for (int k = 0; k < LANES; ++k) *reinterpret_cast<Vector*>(v + c + k * stride) = Vector{};
+      continue;
+    }
     Vector rows[LANES];
 #pragma GCC unroll 16
     for (int k = 0; k < LANES; ++k) rows[k] = -*reinterpret_cast<const Vector*>(u + c + k * stride);

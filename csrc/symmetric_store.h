@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "gram_layout.h"
 #include "instruction_set.h"
 #include "tile_product.h"
 
@@ -120,12 +119,13 @@ struct SymmetricStore {
   }
 
   // Stores rows of the whole matrix, both triangles, as products of the panels' columns: twice the
-  // products, but every line is written once and from end to end. Needs beta == 0.
+  // products, but the lines are written in order. Needs beta == 0 and a `row` where a full tile
+  // product begins.
   void multiply_all(const Panels<T>& panels, int64_t row, int64_t rows, int64_t columns,
                     T* matrix) const {
     const bool past = past_caches() && reinterpret_cast<uintptr_t>(matrix) % line == 0;
     T* target = matrix + row * edge;
-    // Rows without a gap are stored in order.
+    // Where no gap lies between the rows, vectors may reach over what this call stores later.
     const T* end = columns == edge ? target + rows * edge : target;
     multiply_rows(panels, row, rows, columns, target, end, past);
 #if defined(__x86_64__)

@@ -196,15 +196,18 @@ struct Panels {
 
 // sum[r][c] (+)= Σ_k left[k][r] · right[k][c] for rows x columns sums; with `lower`, entries c > r
 // may be left out. The last rows come first: below a diagonal they are the longest, and what is
-// read in place, for the first time, is best read from end to end.
+// read in place, for the first time, is best read from end to end. The `zeros` rows from
+// `first_zero` on, of whole tiles, to which nothing would be added, are left out.
 template <typename T>
 void multiply_panels(const TileProduct<T>& product, const Panels<T>& left, int64_t rows,
                      const Panels<T>& right, int64_t columns, bool lower, T* sum,
-                     int64_t sum_stride, bool accumulate) {
+                     int64_t sum_stride, bool accumulate, int64_t first_zero = 0,
+                     int64_t zeros = 0) {
   const int64_t last_tile = (rows - 1) / product.rows * product.rows;
   for (int64_t c = 0; c < columns; c += right.width) {
     const int64_t panel_columns = std::min(right.width, columns - c);
     for (int64_t r = last_tile; r >= (lower ? c : 0); r -= product.rows) {
+      if (first_zero <= r && r < first_zero + zeros) continue;
       const int64_t row_count = std::min(product.rows, rows - r);
       const int64_t column_count =
           lower ? std::min(panel_columns, r + row_count - c) : panel_columns;

@@ -68,6 +68,9 @@ struct SumPlan {
   // one cell, of not too many blocks to add up in one chain.
   bool is_framed;
 
+  // Whether such a frame is one block wide, and the rows of each cell are added up in one chain.
+  bool is_narrow;
+
   SumPlan(const Axes<SumAxis>& axes, int64_t pixels_a_block)
       : width(axes[2].size),
         block(pixels_a_block),
@@ -83,10 +86,11 @@ struct SumPlan {
         is_framed(blocks <= chain && is_frame(axes[2])) {
     list_rows(axes[0], axes[1]);
     list_squares(axes[2]);
+    is_narrow = is_framed && blocks == 1 && static_cast<int64_t>(rows.size()) == outer_cells;
   }
 
  private:
-  // Sums of this many terms at most, which are then added to the others': less rounding.
+  // Rows, pixels or blocks of them that are added up in one chain, at most: less rounding.
   static constexpr int64_t chain = 32;
 
   void list_rows(const SumAxis& along_z, const SumAxis& along_y) {
@@ -129,6 +133,7 @@ struct SumPlan {
         seen[pixels.cell] = true;
       }
     }
+    std::erase_if(squares, [](const Square& square) { return square.pixels.empty(); });
   }
 
   static bool is_frame(const SumAxis& axis) {

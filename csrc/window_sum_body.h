@@ -116,12 +116,14 @@ KFAC_FAST_TARGET inline void sum_taps(const SumPlan<T>& plan, T alpha,
                                       typename VectorOf<T>::type* cells,
                                       typename VectorOf<T>::type* along_x,
                                       typename VectorOf<T>::type* taps) {
-  for (int64_t cell = 0; cell < plan.outer_cells * plan.cells; ++cell) cells[cell] *= alpha;
   if (plan.is_three_by_three) {
-    for (int i = 0; i < 3; ++i) slide(cells + 3 * i, 1, along_x + 3 * i);
+    typename VectorOf<T>::type scaled[9];
+    for (int i = 0; i < 9; ++i) scaled[i] = cells[i] * alpha;
+    for (int i = 0; i < 3; ++i) slide(scaled + 3 * i, 1, along_x + 3 * i);
     for (int i = 0; i < 3; ++i) slide(along_x + i, 3, taps + i);
     return;
   }
+  for (int64_t cell = 0; cell < plan.outer_cells * plan.cells; ++cell) cells[cell] *= alpha;
   for (int64_t outer = 0; outer < plan.outer_cells; ++outer) {
     sum_taps_along<T>(plan.along_x, cells + outer * plan.cells, 1, along_x + outer * plan.taps);
   }
@@ -215,6 +217,43 @@ KFAC_FAST_TARGET void sum_rows_of_planes(const SumPlan<T>& plan, const Channels<
   }
 }
 
+// The cells along x of a frame of one block for a vector of planes, from the sums of their rows.
+template <typename T, int SIZE>
+KFAC_FAST_TARGET inline void sum_narrow_frame(int64_t width,
+                                              typename VectorOf<T>::type (&lanes)[SIZE],
+                                              typename VectorOf<T>::type* cells) {
+  typename VectorOf<T>::type between{};
+  transpose_lanes<T>(lanes);
+  cells[0] = lanes[0];
+#pragma GCC unroll 8
+  for (int x = 1; x < SIZE; ++x) {  // by constants, for the lanes are in registers
+    if (x == width - 1) {
+      cells[2] = lanes[x];
+      break;
+    }
+    between += lanes[x];
+  }
+  cells[1] = between;
+}
+
+// The same from the rows of one cell, without storing their sums between. Not inlined, as sum_rows.
+template <typename T>
+KFAC_FAST_TARGET __attribute__((noinline)) void sum_narrow_rows(
+    const typename SumPlan<T>::Rows& rows, int64_t width, const Channels<T>& channels,
+    const T* plane, typename VectorOf<T>::type* cells) {
+  using Vector = typename VectorOf<T>::type;
+  constexpr int LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
+  const T* row = plane + channels.offset(rows);
+  Vector total[LANES] = {};
+  for (int64_t r = 0; r < rows.count; ++r, row += rows.step * channels.strides[1]) {
+#pragma GCC unroll 8
+    for (int p = 0; p < LANES; ++p) {
+      total[p] += *reinterpret_cast<const Vector*>(row + p * channels.stride);
+    }
+  }
+  sum_narrow_frame<T, LANES>(width, total, cells);
+}
+
 // The cells along x of a frame (see SumPlan::is_framed) for a vector of planes, from the sums of
 // their rows by blocks. What lies between the ends is added up before the transposition, in the
 // lanes that the ends leave: then there is one, however wide the planes. Of a single block that
@@ -231,13 +270,7 @@ KFAC_FAST_TARGET inline void sum_frame(const SumPlan<T>& plan,
   if (plan.blocks == 1) {
 #pragma GCC unroll 8
     for (int i = 0; i < SIZE; ++i) lanes[i] = sums[i];
-    transpose_lanes<T>(lanes);
-    Vector between{};
-    for (int64_t x = 1; x < plan.width - 1; ++x) between += lanes[x];
-    cells[0] = lanes[0];
-    cells[1] = between;
-    cells[2] = lanes[plan.width - 1];
-    return;
+    return sum_narrow_frame<T, SIZE>(plan.width, lanes, cells);
   }
   // Of each stretch of SIZE lanes: the first two are moved to the next two, or replaced.
   constexpr Choice moved = {(I % SIZE == 2 || I % SIZE == 3 ? I - 2 : LANES)...};
@@ -275,16 +308,27 @@ KFAC_FAST_TARGET void sum_cells_of_planes(const SumPlan<T>& plan, const Channels
   using Block = PixelBlock<T>;
   constexpr int LINES = 16;  // asked for at a time; 8 and 32 were slower
   constexpr int64_t LINE = 64 / sizeof(In);
-  sum_rows_of_planes(plan, channels, first, planes, rows);
   const In* next = first + planes * channels.stride;
   const In* const stop = next + planes * channels.stride;
-  Vector* lost = cells + plan.outer_cells * plan.cells;
-  const auto* sums = reinterpret_cast<const Vector*>(rows);
   const auto ask_for_next = [&]() KFAC_FAST_TARGET {
     if (next >= stop) return;
 #pragma GCC unroll 16
     for (int i = 0; i < LINES; ++i, next += LINE) __builtin_prefetch(next);
   };
+  if constexpr (std::is_same_v<In, T> && Block::SIZE == Block::LANES && Block::SIZE >= 4) {
+    const In* last = first + (planes - 1) * channels.stride;
+    if (plan.is_narrow && planes == Block::LANES && channels.strides[2] == 1 &&
+        last + channels.reach <= channels.end) {
+      for (const auto& run : plan.rows) {
+        ask_for_next();
+        sum_narrow_rows<T>(run, plan.width, channels, first, cells + run.cell * plan.cells);
+      }
+      return;
+    }
+  }
+  sum_rows_of_planes(plan, channels, first, planes, rows);
+  Vector* lost = cells + plan.outer_cells * plan.cells;
+  const auto* sums = reinterpret_cast<const Vector*>(rows);
   for (int64_t outer = 0; outer < plan.outer_cells; ++outer, sums += plan.blocks * Block::SIZE) {
     if constexpr (Block::SIZE >= 4) {
       if (plan.is_framed) {

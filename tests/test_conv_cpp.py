@@ -186,10 +186,11 @@ def test_nothing_to_sum(kernel: str, case: Convolution) -> None:
 )
 def test_long_sums(kernel: str, last: bool, shape: tuple[int, ...]) -> None:
     """Of terms with a mean, whose roundings add up; added in chains, which round less."""
-    x = torch.randn(shape).relu()
-    x = x.contiguous(memory_format=torch.channels_last) if last else x
-    for top in {0, int(shape[2] > 1)}:
-        check(kernel, x, kernel_size=(min(3, shape[2]), 3), padding=(top, 1))
+    for x in (torch.randn(shape).relu(), torch.full(shape, 0.1)):
+        x = x.contiguous(memory_format=torch.channels_last) if last else x
+        for top in {0, int(shape[2] > 1)}:
+            check(kernel, x, kernel_size=(min(3, shape[2]), 3), padding=(top, 1))
+        check(kernel, x, kernel_size=(min(5, shape[2]), 5), stride=(1, 2))
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -348,7 +349,7 @@ def test_cells_interleaved_and_in_windows(
 @pytest.mark.parametrize("width", [3, 4, 8, 9, 16, 17, 33, 129, 257])
 def test_frames(kernel: str, dtype: torch.dtype, width: int) -> None:
     """From one block of pixels to more than are added up in a chain, with one in the last."""
-    for shape in ((2, 17, 4, width), (1, 3, 3, width)):
+    for shape in ((2, 17, 4, width), (1, 3, 3, width), (1, 9, 70, min(width, 17))):
         x = torch.randn(shape).to(dtype)
         check(kernel, x, kernel_size=3, padding=1)
         check(kernel, x, kernel_size=(2, 3), padding=(0, 1), bias=True)

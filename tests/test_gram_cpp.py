@@ -230,6 +230,14 @@ def test_writes_nothing_beyond_the_end(
                 assert torch.equal(out.double(), oracle.gram(x, groups=groups, bias=bias))
 
 
+def test_threads_write_nothing_of_each_others_rows(set_threads: Callable[[int], None]) -> None:
+    """Where one's last vector would reach into the other's first row, stored long before."""
+    set_threads(2)
+    x = whole_numbers(4, 1001, dtype=torch.float32)
+    for _ in range(5):
+        assert torch.equal(run(x).double(), oracle.gram(x))
+
+
 def test_refuses_an_out_of_another_size_or_dtype() -> None:
     x = torch.ones(3, 4)
     for out in (torch.zeros(3, 3), torch.zeros(4, 4).double(), torch.zeros(4, 8)[:, ::2]):
