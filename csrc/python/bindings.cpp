@@ -143,19 +143,31 @@ py::object call_update_averages(const std::vector<Tensor>& sums, const std::vect
   }));
 }
 
+// Returns `info` if it is made here, which is so if it is None.
 template <decltype(damped_inverse)& op>
 py::object call_damped(const std::vector<Tensor>& matrices, const std::vector<Tensor>& damping,
-                       const std::vector<Output>& out, const Output& info,
+                       const std::vector<Output>& out, const std::optional<Output>& info,
                        const std::optional<Output>& logdet) {
   py::list written = objects(out);
-  append(written, info);
-  std::optional<Tensor> logdets;
+  std::optional<Tensor> infos, logdets;
+  py::object made;
+  if (info) {
+    append(written, *info);
+    infos = *info;
+  } else {
+    int64_t count = 0;
+    for (const Tensor& stack : matrices) count += stack_size(stack, stack.dim() - 2);
+    made = Torch::get().empty({count}, ScalarType::Int);
+    infos = Torch::get().view(made);  // empty if a transform of torch.func has wrapped it
+    if (!infos) return py::none();
+  }
   if (logdet) {
     append(written, *logdet);
     logdets = *logdet;
   }
-  return true_or_none(
-      run(written, [&] { return op(matrices, damping, tensors(out), info, logdets); }));
+  const bool done =
+      run(written, [&] { return op(matrices, damping, tensors(out), *infos, logdets); });
+  return done && made ? made : true_or_none(done);
 }
 
 template <decltype(precondition)& op>

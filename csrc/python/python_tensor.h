@@ -56,8 +56,8 @@ class Torch {
     return answer.ptr() == Py_True;
   }
 
-  // A new plain tensor on the CPU, of float32 or float64. By torch.empty_strided, for torch.empty
-  // passes more code that has left the processor's caches: twice the time.
+  // A new plain tensor on the CPU, of float32, float64 or int32. By torch.empty_strided, for
+  // torch.empty passes more code that has left the processor's caches: twice the time.
   py::object empty(const Sizes& sizes, ScalarType type) const {
     py::tuple shape(sizes.size()), strides(sizes.size());
     int64_t stride = 1;
@@ -66,7 +66,9 @@ class Torch {
       strides[d] = stride;
       stride *= std::max<int64_t>(sizes[d], 1);
     }
-    const py::object& dtype = type == ScalarType::Double ? float64_ : float32_;
+    const py::object& dtype = type == ScalarType::Double ? float64_
+                              : type == ScalarType::Int  ? int32_
+                                                         : float32_;
     return empty_strided_(shape, strides, py::arg("dtype") = dtype, py::arg("device") = cpu_);
   }
 
@@ -81,6 +83,7 @@ class Torch {
     empty_strided_ = torch.attr("empty_strided");
     float32_ = torch.attr("float32");
     float64_ = torch.attr("float64");
+    int32_ = torch.attr("int32");
     cpu_ = torch.attr("device")("cpu");
     is_negated_ = tensor_.attr("is_neg");
     requires_grad_ = py::reinterpret_steal<py::object>(PyUnicode_InternFromString("requires_grad"));
@@ -121,7 +124,7 @@ class Torch {
     }
   }
 
-  py::object tensor_, parameter_, empty_strided_, float32_, float64_, cpu_;
+  py::object tensor_, parameter_, empty_strided_, float32_, float64_, int32_, cpu_;
   py::object is_negated_, requires_grad_, increment_version_;
   const dlpack::ExchangeApi* api_ = nullptr;
 };

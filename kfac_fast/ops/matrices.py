@@ -45,12 +45,10 @@ class DampedInverses(NamedTuple):
 Damping = float | Tensor | Sequence[float | Tensor]
 
 
-def _damping_tensors(
-    op: str, damping: Damping, matrices: Sequence[Tensor], total: int
-) -> list[Tensor]:
+def _damping_tensors(op: str, damping: Damping, matrices: Sequence[Tensor]) -> list[Tensor]:
     """A damping tensor for all, for each entry, or with all in it; only numbers are checked."""
     like = first_of(matrices)
-    if isinstance(damping, Tensor) and damping.shape == (total,):
+    if isinstance(damping, Tensor) and damping.shape == (number_of_matrices(matrices),):
         return [_alone(damping, like)]
     # A tensor's value may still be on its way on the device. If it is not positive, at most its own
     # matrix fails.
@@ -58,8 +56,8 @@ def _damping_tensors(
     values: list[Any] = list(damping) if many else [damping]  # type: ignore[arg-type]
     if many and len(values) != len(matrices):
         raise ValueError(
-            f"{op}: damping must be one value, {len(matrices)} or a tensor of {total}, "
-            f"got {len(values)}"
+            f"{op}: damping must be one value, {len(matrices)} or a tensor of "
+            f"{number_of_matrices(matrices)}, got {len(values)}"
         )
     for value in values:
         if not isinstance(value, int | float | Tensor):
@@ -99,12 +97,17 @@ def _damped(
 ) -> DampedInverses:
     matrices = list(matrices)  # the kernels' views live as long as this list holds the tensors
     results = _contiguous_like(matrices) if out is None else list(out)
+    dampings = _damping_tensors(op, damping, matrices)
+    if not logdet:  # the kernel makes info: it knows how many matrices there are
+        info = quick(op, (matrices, dampings, results, None, None))
+        if info is not None:
+            return DampedInverses(results, info, None)
     like = first_of(matrices)
     total = number_of_matrices(matrices)
     info = torch.empty(total, dtype=torch.int32, device=like.device)
     logdets = torch.empty(total, dtype=like.dtype, device=like.device) if logdet else None
-    others = _damping_tensors(op, damping, matrices, total), results, info, logdets
-    if quick(op, (matrices, *others)) is None:
+    others = dampings, results, info, logdets
+    if not logdet or quick(op, (matrices, *others)) is None:
         call(op, all_detached(matrices), *others)
     return DampedInverses(results, info, logdets)
 
