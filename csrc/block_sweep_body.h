@@ -62,7 +62,8 @@ KFAC_FAST_TARGET int64_t invert_square(T* square, int64_t stride, T* turned, int
 // v <- -L^-1 u and, if `u` is to be used further, u <- -L^-T v, by substitution: for vectors of
 // columns of LANES rows that lie `stride` apart, with L^T as invert_square leaves it in `turned`.
 // Rows of `u` after the first `pivots` are zero, and stay so; those of `v` are not written. Where
-// `own` is among the columns, a vector of them from there on is zero, and becomes so in `v`.
+// `own` is among the columns, a vector of them from there on is zero, and all its rows become so
+// in `v`.
 template <typename T>
 KFAC_FAST_TARGET void solve_square(const T* turned, T* u, T* v, int64_t stride, int64_t columns,
                                    int64_t own, int64_t pivots, bool both) {

@@ -197,7 +197,7 @@ struct Panels {
 // sum[r][c] (+)= Σ_k left[k][r] · right[k][c] for rows x columns sums; with `lower`, entries c > r
 // may be left out. The last rows come first: below a diagonal they are the longest, and what is
 // read in place, for the first time, is best read from end to end. The `zeros` rows from
-// `first_zero` on, of whole tiles, to which nothing would be added, are left out.
+// `first_zero` on, of whole tiles, whose left operand is zero, are left out; they may lie outside.
 template <typename T>
 void multiply_panels(const TileProduct<T>& product, const Panels<T>& left, int64_t rows,
                      const Panels<T>& right, int64_t columns, bool lower, T* sum,

@@ -68,7 +68,8 @@ struct SumPlan {
   // one cell, of not too many blocks to add up in one chain.
   bool is_framed;
 
-  // Whether such a frame is one block wide, and the rows of each cell are added up in one chain.
+  // Whether such a frame is one block wide, and the rows of each cell, which all have some, are
+  // added up in one chain.
   bool is_narrow;
 
   SumPlan(const Axes<SumAxis>& axes, int64_t pixels_a_block)

@@ -110,7 +110,7 @@ KFAC_FAST_TARGET inline void sum_taps_along(const typename SumPlan<T>::Taps& tap
   }
 }
 
-// The same along x and then along z and y, for a vector of channels; overwrites the cells.
+// The same along x and then along z and y, for a vector of channels; may overwrite the cells.
 template <typename T>
 KFAC_FAST_TARGET inline void sum_taps(const SumPlan<T>& plan, T alpha,
                                       typename VectorOf<T>::type* cells,
@@ -299,7 +299,8 @@ KFAC_FAST_TARGET inline void sum_frame(const SumPlan<T>& plan,
 
 // The cells of a vector of planes or fewer: their rows are summed along y first, a block of
 // neighbouring pixels at a time, and the few sums transposed. That leaves the memory idle, so the
-// next planes are asked for meanwhile.
+// next planes are asked for meanwhile. Where a plane is one block wide, a cell's rows are summed
+// and transposed at once.
 template <typename In, typename T>
 KFAC_FAST_TARGET void sum_cells_of_planes(const SumPlan<T>& plan, const Channels<In>& channels,
                                           const In* first, int64_t planes, T* rows,

@@ -47,7 +47,8 @@ class Implementation:
         way: Takes the dispatcher arguments; names the algorithm. None if there is only one.
         quick: As ``run``, but checks its arguments itself: None if it refuses them and has written
             nothing; else the result of an operator that accumulates, which it makes where it is
-            given None, and True of one on lists. None if only ``run`` is there.
+            given None, and of one on lists True, or ``info`` if it makes that. None if only ``run``
+            is there.
     """
 
     name: str

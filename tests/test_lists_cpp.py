@@ -60,6 +60,17 @@ def test_blocks_wider_than_a_vector(op: Damped, instruction_set: str) -> None:
 
 
 @damped
+def test_the_widest_blocks(op: Damped) -> None:
+    n = 1545
+    matrix = torch.eye(n, dtype=torch.float64) + 1 / n  # in closed form
+    found = run(op, [matrix], 1.0).matrices[0]
+    if op is ops.damped_inverse:
+        assert torch.allclose(found, torch.eye(n, dtype=torch.float64) / 2 - 1 / (6 * n), 0, 1e-15)
+    else:
+        assert torch.allclose(found @ found.mT, matrix + torch.eye(n), 0, 1e-14)
+
+
+@damped
 @pytest.mark.parametrize("size", [16, 32, 49, 64, 256])
 @pytest.mark.parametrize("decades", [4, 6])
 def test_ill_conditioned_matrices(op: Damped, size: int, decades: int) -> None:
@@ -78,6 +89,25 @@ def test_stacks_and_strides(op: Damped, dtype: torch.dtype) -> None:
             result.reshape(-1, 19, 19),
             torch.stack([*run(op, [plain]).matrices[0]]) if len(plain) else plain,
         )
+
+
+@damped
+def test_the_kernel_counts_the_matrices(op: Damped) -> None:
+    """It makes info where there is none, for as many as the stacks hold."""
+    stack = torch.stack([covariance(9) for _ in range(6)]).view(2, 3, 9, 9)
+    failing = covariance(20)
+    failing[17, 3] = math.nan
+    matrices, kernel = [stack, failing, stack[:0]], getattr(native, op.__name__)
+    arguments = matrices, [torch.tensor(0.1)], [torch.empty_like(m) for m in matrices]
+    expected = torch.full((7,), -1, dtype=torch.int32)
+    assert kernel(*arguments, expected, None) is True
+    info = kernel(*arguments, None, None)
+    assert info.dtype == torch.int32 and info.is_contiguous() and torch.equal(info, expected)
+    assert not info[:6].any() and info[6] > 0
+    assert kernel([], *arguments[1:], None, None) is None
+    out = [poisoned(*m.shape) for m in matrices]
+    assert kernel(matrices, arguments[1], [*out[:2], poisoned(2, 9, 9)], None, None) is None
+    assert all(x.isnan().all() for x in out)
 
 
 @damped

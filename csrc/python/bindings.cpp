@@ -1,7 +1,8 @@
 // The CPU's operators as functions of the module kfac_fast._C. Each takes the arguments of
 // kfac_fast/schema.py and checks them. Where they are not plain (python_tensor.h) or the operator
 // refuses them, it returns None and has written nothing. Otherwise an operator that accumulates
-// returns its result, a new tensor if None is given for it, and one on lists returns True.
+// returns its result, a new tensor if None is given for it, and one on lists returns True or, if it
+// makes it, info.
 
 #include "bindings.h"
 
