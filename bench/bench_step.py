@@ -32,7 +32,7 @@ Kind = Literal["plain", "update", "refresh"]
 SHARES: dict[Kind, float] = {"plain": 0.90, "update": 0.09, "refresh": 0.01}
 # A step takes longer than an operator, and a share of it is asked for: more than --seconds.
 TIMES_SECONDS = 6
-FEWEST_ROUNDS, MOST_ROUNDS = 9, 100
+FEWEST_ROUNDS, MOST_ROUNDS = 9, 100  # of five, a slow step or two move the median
 REFERENCE_EVERY = 4
 PASSES = 100
 

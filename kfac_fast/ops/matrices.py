@@ -48,8 +48,9 @@ Damping = float | Tensor | Sequence[float | Tensor]
 def _damping_tensors(op: str, damping: Damping, matrices: Sequence[Tensor]) -> list[Tensor]:
     """A damping tensor for all, for each entry, or with all in it; only numbers are checked."""
     like = first_of(matrices)
-    if isinstance(damping, Tensor) and damping.shape == (number_of_matrices(matrices),):
-        return [_alone(damping, like)]
+    if isinstance(damping, Tensor) and damping.dim() == 1:  # else nothing need be counted
+        if len(damping) == number_of_matrices(matrices):
+            return [_alone(damping, like)]
     # A tensor's value may still be on its way on the device. If it is not positive, at most its own
     # matrix fails.
     many = isinstance(damping, Sequence) or (isinstance(damping, Tensor) and damping.dim() > 0)
