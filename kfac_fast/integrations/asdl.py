@@ -23,6 +23,7 @@ named asdl there is another.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -140,24 +141,32 @@ def _inverses(
         For each, the inverses by name, without those of zeros; None where one fails.
     """
     factors = [matrix for kron in krons for matrix in (kron.A, kron.B)]
-    means = ops.mean_eigenvalues(factors)
-    pi = (means[::2] / means[1::2]).sqrt()
-    shares = torch.stack([pi, 1 / pi], 1).mul_(damping**0.5).clamp_(min=eps)
-    shares[(pi == 0) | (pi == torch.inf)] = damping
+    means = ops.mean_eigenvalues(factors).tolist()
+    shares = [_shares(a, b, damping, eps) for a, b in zip(means[::2], means[1::2], strict=True)]
     names = ["A", "B"] * len(krons)
     asked = [
         i
-        for i, mean in enumerate(means.tolist())
+        for i, mean in enumerate(means)
         if names[i] in sides and (mean != 0 or torch.any(factors[i]))
     ]
     found: list[dict[str, Tensor]] = [{} for _ in krons]
     if not asked:
         return [*found]
-    inverses, info, _ = ops.damped_inverse([factors[i] for i in asked], shares.flatten()[asked])
+    dampings = factors[0].new_tensor([shares[i // 2][i % 2] for i in asked])
+    inverses, info, _ = ops.damped_inverse([factors[i] for i in asked], dampings)
     for i, inverse in zip(asked, inverses, strict=True):
         found[i // 2][names[i]] = inverse
-    failed = {asked[k] // 2 for k in info.nonzero()[:, 0].tolist()}
+    failed = {asked[k] // 2 for k, failure in enumerate(info.tolist()) if failure}
     return [None if i in failed else own for i, own in enumerate(found)]
+
+
+def _shares(a: float, b: float, damping: float, eps: float) -> tuple[float, float]:
+    """The dampings of two factors with these average eigenvalues; NaN if only one is negative."""
+    ratio = a / b if b else math.inf * a
+    if ratio in (0, math.inf):
+        return damping, damping
+    pi, root = math.sqrt(ratio) if ratio > 0 else math.nan, damping**0.5
+    return max(root * pi, eps), max(root / pi, eps)
 
 
 @contextmanager
@@ -181,7 +190,9 @@ def _together(
 def _replace_fisher_with_inv(maker: FisherMaker, damping: float) -> None:
     fishers = [getattr(m, maker.config.fisher_attr, None) for m in maker.model.modules()]
     with _together(fishers, damping):
-        _library_replaces(maker, damping)
+        for own in (*fishers, fishers[0]):  # asdl comes to the model itself again
+            if own is not None:
+                own.update_inv(damping=damping, replace=True)
 
 
 def _update_preconditioner(
@@ -205,7 +216,6 @@ def _update_preconditioner(
         _library_updates(maker, damping, module_name, kron, zero_curvature, partition_aware)
 
 
-_library_replaces = FisherMaker.replace_fisher_with_inv
 _library_updates = NaturalGradientMaker.update_preconditioner
 _MAKERS = (
     fisher.FisherEmp,
