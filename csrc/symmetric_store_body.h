@@ -196,6 +196,25 @@ KFAC_FAST_TARGET __attribute__((always_inline)) inline void multiply_and_store(
   }
 }
 
+// The same of one column, by vectors of its rows.
+template <typename T, int ROWS>
+KFAC_FAST_TARGET __attribute__((always_inline)) inline void multiply_and_store_column(
+    const T* left, const T* right, int64_t stride, int64_t depth, int64_t rows, T alpha, T* target,
+    int64_t edge) {
+  typedef T Vector __attribute__((vector_size(ROWS * sizeof(T)), aligned(alignof(T)), may_alias));
+  Vector total{};
+#pragma GCC unroll 4
+  for (int64_t k = 0; k < depth; ++k, left += stride, right += stride) {
+    total += *reinterpret_cast<const Vector*>(left) * *right;
+  }
+  total *= alpha;
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r, target += edge) {
+    if (r == rows) break;
+    *target = total[r];
+  }
+}
+
 // The same of the panels' columns [row, row + rows) with the first `columns` of them; see
 // SymmetricStore::multiply_all. It goes along the rows of one tile, for the same columns of many
 // rows may share few sets of a cache, and begins at their end, where vectors reach too far.
@@ -206,23 +225,37 @@ KFAC_FAST_TARGET void multiply_rows(const Panels<T>& panels, int64_t row, int64_
   constexpr int LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T), WIDE = 3 * LANES;
   constexpr int ROWS = KFAC_FAST_VECTOR_BYTES / 8;  // of full tile products
   constexpr int64_t AHEAD = 4 * WIDE;  // from a product to that whose entries are asked for
-  const int64_t full = columns / WIDE * WIDE, rest = columns - full;
-  for (int64_t r = 0; r < rows; r += ROWS, target += ROWS * edge) {
-    const T* left = panels.at(row + r);
-    const auto multiply = [&]<int VECTORS>(int64_t first, int64_t width,
-                                           bool past) KFAC_FAST_TARGET {
-      multiply_and_store<T, ROWS, VECTORS>(left, panels.at(first), panels.row_stride, panels.depth,
-                                           rows - r, width, alpha, target + first, end, edge, past);
-    };
-    const bool past_rest = past_caches && rest % LANES == 0;
-    if (rest > 2 * LANES) {
-      multiply.template operator()<3>(full, rest, past_rest);
-    } else if (rest > LANES) {
-      multiply.template operator()<2>(full, rest, past_rest);
-    } else if (rest > 0) {
-      multiply.template operator()<1>(full, rest, past_rest);
+  // Few columns after the last whole vector, as of square kernels of odd edges, one by one.
+  const int64_t few = columns % LANES <= LANES / 4 ? columns % LANES : 0;
+  const int64_t full = columns / WIDE * WIDE, rest = columns - few - full;
+  const bool past_rest = past_caches && rest % LANES == 0;
+  const T* left = panels.at(row);
+  int64_t left_in_panel = panels.width - row % panels.width;
+  for (int64_t r = 0; r < rows; r += ROWS, target += ROWS * edge, left += ROWS) {
+    if (left_in_panel == 0) {
+      left += panels.distance - panels.width;
+      left_in_panel = panels.width;
     }
-    for (int64_t first = 0; first < full; first += WIDE) {
+    left_in_panel -= ROWS;
+    const auto multiply = [&]<int VECTORS>(const T* right, int64_t first, int64_t width,
+                                           bool past) KFAC_FAST_TARGET {
+      multiply_and_store<T, ROWS, VECTORS>(left, right, panels.row_stride, panels.depth, rows - r,
+                                           width, alpha, target + first, end, edge, past);
+    };
+    const T* right = panels.data + full / WIDE * panels.distance;
+    if (rest > 2 * LANES) {
+      multiply.template operator()<3>(right, full, rest, past_rest);
+    } else if (rest > LANES) {
+      multiply.template operator()<2>(right, full, rest, past_rest);
+    } else if (rest > 0) {
+      multiply.template operator()<1>(right, full, rest, past_rest);
+    }
+    for (int64_t c = columns - few; c < columns; ++c) {
+      multiply_and_store_column<T, ROWS>(left, right + c - full, panels.row_stride, panels.depth,
+                                         rows - r, alpha, target + c, edge);
+    }
+    right = panels.data;
+    for (int64_t first = 0; first < full; first += WIDE, right += panels.distance) {
       if (!past_caches && full > AHEAD) {
         const int64_t next = first + AHEAD;
         const T* place = target + (next < full ? next : next - full + ROWS * edge);
@@ -231,7 +264,7 @@ KFAC_FAST_TARGET void multiply_rows(const Panels<T>& panels, int64_t row, int64_
           __builtin_prefetch(place + WIDE / 2, 1);
         }
       }
-      multiply.template operator()<3>(first, WIDE, past_caches);
+      multiply.template operator()<3>(right, first, WIDE, past_caches);
     }
   }
 }

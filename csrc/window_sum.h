@@ -275,6 +275,9 @@ class WindowSum {
 
   int64_t tasks() const { return source_.examples * groups_ * tasks_a_group_; }
 
+  // Each of an example's tasks takes the next so many, if no bias parts the groups.
+  int64_t channels_a_task() const { return channels_a_task_; }
+
   int64_t scratch_size() const {
     const int64_t lanes = functions_.lanes;
     const int64_t cells = 2 * channel_vectors * plan_.outer_cells * plan_.cells;  // and lost parts

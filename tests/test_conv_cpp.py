@@ -193,6 +193,19 @@ def test_long_sums(kernel: str, last: bool, shape: tuple[int, ...]) -> None:
         check(kernel, x, kernel_size=(min(5, shape[2]), 5), stride=(1, 2))
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_few_examples_of_many_groups(bias: bool, set_threads: Callable[[int], None]) -> None:
+    """Whose means are multiplied some groups at a time, also where tasks of sums end inside one."""
+    for groups, width, examples, edge in ((129, 1, 4, 7), (131, 1, 2, 3), (128, 3, 1, 3)):
+        x = whole_numbers(examples, groups * width, 64, 64, dtype=torch.float32)
+        options = {"kernel_size": edge, "padding": edge // 2, "groups": groups, "bias": bias}
+        check("conv_reduce_gram", x, exact=True, **options)  # of 2^12 positions
+        expected = run("conv_reduce_gram", x, **options)
+        set_threads(2)
+        assert torch.equal(run("conv_reduce_gram", x, **options), expected)
+        set_threads(1)
+
+
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "channels-last": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
     "channels-first-of-all": lambda x: x.movedim(1, 0).contiguous().movedim(0, 1),

@@ -29,6 +29,40 @@
 
 namespace kfac_fast {
 
+// So few rows that writing takes longer than multiplying, and nothing to be read before: both
+// triangles are multiplied and written in order.
+template <typename T>
+class FewRows {
+ public:
+  FewRows(InstructionSet set, const SymmetricStore<T>& store, int64_t columns, bool bias)
+      : product_(tile_product<T>(set)), store_(store), columns_(columns), bias_(bias) {}
+
+  bool serves(int64_t rows) const {
+    const int64_t few = 2 * product_.rows;  // more with longer vectors, which multiply faster
+    return rows > 0 && rows <= few && store_.beta == 0 && columns_ >= product_.lanes;
+  }
+
+  int64_t rows_a_product() const { return product_.rows; }
+  int64_t panel_width() const { return product_.panel_width(); }
+  int64_t scratch_size() const { return round_up(columns_, product_.panel_width()); }
+
+  // Stores `count` rows from `row` on of the matrix of a group, whose columns `panels` are; with
+  // the first of them, those of the bias.
+  void multiply(const Panels<T>& panels, int64_t row, int64_t count, T* matrix, T* scratch) const {
+    store_.multiply_all(panels, row, count, columns_, matrix);
+    if (bias_ && row == 0) {
+      sum_panels(product_, panels, columns_, scratch, false);
+      store_.wide({scratch, 0, 1, 0}, 1, columns_, false, matrix, columns_, 0);
+    }
+  }
+
+ private:
+  const TileProduct<T>& product_;
+  const SymmetricStore<T>& store_;
+  const int64_t columns_;
+  const bool bias_;
+};
+
 // `Blocks` hands out the rows: see RowBlocks.
 template <typename Blocks, typename T>
 class BlockGram {
@@ -40,13 +74,14 @@ class BlockGram {
         layout_(layout),
         product_(tile_product<T>(set)),
         store_(store),
+        few_rows_(set, store, layout.group_columns, bias),
         bias_(bias),
         out_(out) {}
 
   void run() {
     constexpr int64_t cached_bytes = 640 * 1024;  // of 1 MB, with a block of rows beside the sums
     constexpr int64_t enough_tasks = 16;
-    if (writes_both_triangles()) return both_triangles();
+    if (few_rows_.serves(rows_)) return both_triangles();
     cut(large_tile);
     const int64_t bytes = tile_count() * tile_size() * sizeof(T);
     if (bytes <= cached_bytes && rows_ >= 8 * layout_.strip_columns) {
@@ -121,33 +156,20 @@ class BlockGram {
     });
   }
 
-  // So few rows that writing takes longer than multiplying, and nothing to be read before.
-  bool writes_both_triangles() const {
-    const int64_t few = 2 * product_.rows;  // more with longer vectors, which multiply faster
-    return rows_ > 0 && rows_ <= few && store_.beta == 0 &&
-           layout_.strip_columns == layout_.group_columns && layout_.group_columns >= layout_.lanes;
-  }
-
   void both_triangles() {
     constexpr int64_t most_rows = 48;
     const int64_t side = layout_.group_columns;
     const int64_t rows_a_task =
-        round_up(divide_up(side, divide_up(side, most_rows)), product_.rows);
+        round_up(divide_up(side, divide_up(side, most_rows)), few_rows_.rows_a_product());
     const int64_t tasks_a_group = divide_up(side, rows_a_task);
     const int64_t tasks = layout_.strips() * tasks_a_group;
     const int64_t workers = worker_count(tasks, operations());
-    const int64_t sums_size = round_up(side, layout_.panel_width);
+    const int64_t sums_size = few_rows_.scratch_size();
     const auto sums = make_scratch<T>(workers * sums_size);
     pack_and_share(tasks, workers, [&](int64_t task, int64_t worker, const auto& blocks) {
       const int64_t group = task / tasks_a_group, row = task % tasks_a_group * rows_a_task;
-      const Panels<T> strip = blocks[0].strip(group);
-      T* matrix = out_ + group * store_.edge * store_.edge;
-      store_.multiply_all(strip, row, std::min(rows_a_task, side - row), side, matrix);
-      if (bias_ && row == 0) {
-        T* sum = &sums[worker * sums_size];
-        sum_panels(product_, strip, side, sum, false);
-        store_.wide({sum, 0, 1, 0}, 1, side, false, matrix, side, 0);
-      }
+      few_rows_.multiply(blocks[0].strip(group), row, std::min(rows_a_task, side - row),
+                         out_ + group * store_.edge * store_.edge, &sums[worker * sums_size]);
     });
   }
 
@@ -294,6 +316,7 @@ class BlockGram {
   const GramLayout& layout_;
   const TileProduct<T>& product_;
   const SymmetricStore<T>& store_;
+  const FewRows<T> few_rows_;
   const bool bias_;
   T* const out_;
   int64_t tile_edge_ = 0;

@@ -2,6 +2,7 @@
 // window_sum.h and block_gram.h.
 
 #include <memory>
+#include <numeric>
 #include <tuple>
 #include <vector>
 
@@ -40,21 +41,89 @@ class Convolution {
   std::tuple<SumPlans<float>, SumPlans<double>> plans_;
 };
 
-template <typename In, typename T>
-void sum_windows(const ImageSource<In>& source, Convolution& convolution,
-                 const WindowSumTarget<T>& target) {
-  const InstructionSet set = instruction_set_in_use();
-  const WindowSum<In, T> sum(source, convolution.axes, convolution.plan<T>(set), set, target);
-  // Reading a pixel takes the time of some multiply-adds of a product, a plane that of some more.
+// Reading a pixel takes the time of some multiply-adds of a product, a plane that of some more.
+template <typename In>
+double sum_work(const ImageSource<In>& source, const Axes<SumAxis>& axes) {
   double pixels = 10;
-  for (const SumAxis& axis : convolution.axes) pixels *= axis.size;
-  const double work = (pixels + 200) * source.examples * source.channels;
+  for (const SumAxis& axis : axes) pixels *= axis.size;
+  return (pixels + 200) * static_cast<double>(source.examples * source.channels);
+}
+
+template <typename In, typename T>
+void sum_windows(const WindowSum<In, T>& sum, double work) {
   const int64_t workers = worker_count(sum.tasks(), work);
   const auto scratch = make_scratch<T>(workers * sum.scratch_size());
   for_each_independent_task(sum.tasks(), workers, [&](int64_t task, int64_t worker) {
     sum.run(task, &scratch[worker * sum.scratch_size()]);
   });
 }
+
+// The means of some examples for every group, and their Gram matrix: of few examples, some groups
+// at a time, while their means are near.
+template <typename In, typename T>
+class MeanGram {
+ public:
+  MeanGram(const ImageSource<In>& source, Convolution& convolution, bool bias,
+           const SymmetricStore<T>& store, T* out)
+      : source_(source),
+        groups_(convolution.groups),
+        columns_(source.channels * convolution.taps()),
+        bias_(bias),
+        store_(store),
+        few_(store.set, store, columns_ / groups_, bias),
+        work_(sum_work(source, convolution.axes)),
+        // Vectors of the last row may reach beyond its end.
+        means_(make_scratch<T>(source.examples * columns_ + few_.scratch_size())),
+        sum_(source, convolution.axes, convolution.plan<T>(store.set), store.set,
+             {means_.get(), groups_, false, T{1} / static_cast<T>(convolution.outputs), 0, 0}),
+        out_(out) {}
+
+  void run() const {
+    constexpr int64_t enough_parts = 8;
+    const int64_t channels_a_group = source_.channels / groups_, together = sum_.channels_a_task();
+    const int64_t sums_a_part = channels_a_group / std::gcd(channels_a_group, together);
+    const int64_t groups_a_part = sums_a_part * together / channels_a_group;
+    if (few_.serves(source_.examples) && groups_ >= enough_parts * groups_a_part) {
+      by_parts(sums_a_part, groups_a_part);
+      return;
+    }
+    sum_windows(sum_, work_);
+    const RowSource<T> rows(means_.get(), 1, nullptr, {{source_.examples, columns_, 0}});
+    gram_of_rows(rows, columns_, groups_, store_, bias_, out_);
+  }
+
+ private:
+  void by_parts(int64_t sums_a_part, int64_t groups_a_part) const {
+    const int64_t parts = divide_up(groups_, groups_a_part), width = columns_ / groups_;
+    const int64_t sums = divide_up(source_.channels, sum_.channels_a_task());
+    const int64_t workers = worker_count(parts, work_);
+    const int64_t scratch_size = std::max(sum_.scratch_size(), few_.scratch_size());
+    const auto scratch = make_scratch<T>(workers * scratch_size);
+    for_each_independent_task(parts, workers, [&](int64_t part, int64_t worker) {
+      T* own = &scratch[worker * scratch_size];
+      const int64_t last_sum = std::min((part + 1) * sums_a_part, sums);
+      for (int64_t example = 0; example < source_.examples; ++example) {
+        for (int64_t i = part * sums_a_part; i < last_sum; ++i) sum_.run(example * sums + i, own);
+      }
+      const int64_t last_group = std::min((part + 1) * groups_a_part, groups_);
+      for (int64_t group = part * groups_a_part; group < last_group; ++group) {
+        const Panels<T> panels{means_.get() + group * width, source_.examples, columns_,
+                               few_.panel_width(), few_.panel_width()};
+        few_.multiply(panels, 0, width, out_ + group * store_.edge * store_.edge, own);
+      }
+    });
+  }
+
+  const ImageSource<In>& source_;
+  const int64_t groups_, columns_;
+  const bool bias_;
+  const SymmetricStore<T>& store_;
+  const FewRows<T> few_;
+  const double work_;
+  const Scratch<T> means_;
+  const WindowSum<In, T> sum_;
+  T* const out_;
+};
 
 template <typename In, typename T>
 void reduce_gram_of(const Tensor& x, Convolution& convolution, bool bias, double alpha, double beta,
@@ -70,14 +139,10 @@ void reduce_gram_of(const Tensor& x, Convolution& convolution, bool bias, double
     const int64_t most = most_bytes / (columns * static_cast<int64_t>(sizeof(T)));
     const int64_t chunk =
         std::clamp<int64_t>(std::max(fewest, most), 1, std::max<int64_t>(examples, 1));
-    const auto means = make_scratch<T>(chunk * columns);
-    const T scale = T{1} / static_cast<T>(convolution.outputs);
     ImageSource<In> source = image_of<In>(x);
     for (int64_t first = 0; first == 0 || first < examples; first += chunk) {
       source.examples = std::min(chunk, examples - first);
-      sum_windows<In, T>(source, convolution, {means.get(), groups, false, scale, 0, 0});
-      const RowSource<T> rows(means.get(), 1, nullptr, {{source.examples, columns, 0}});
-      gram_of_rows(rows, columns, groups, first == 0 ? store : rest, bias, out);
+      MeanGram(source, convolution, bias, first == 0 ? store : rest, out).run();
       source.data += chunk * source.example_stride;
     }
   }
@@ -94,9 +159,16 @@ ConvKernel conv_window_sum(const std::vector<int64_t>& plan, const std::vector<i
     const Sizes rows = stack_of_rows(x.size(0), groups, convolution->width(x, bias));
     if (!tensors_pass({&x}, {}, {}, out, rows)) return false;
     for_dtype(x, [&]<typename In, typename T>() {
-      sum_windows<In, T>(image_of<In>(x), *convolution,
-                         {static_cast<T*>(out.data()), groups, bias, static_cast<T>(alpha),
-                          static_cast<T>(beta), static_cast<T>(convolution->outputs)});
+      const InstructionSet set = instruction_set_in_use();
+      const ImageSource<In> source = image_of<In>(x);
+      const WindowSumTarget<T> target{static_cast<T*>(out.data()),
+                                      groups,
+                                      bias,
+                                      static_cast<T>(alpha),
+                                      static_cast<T>(beta),
+                                      static_cast<T>(convolution->outputs)};
+      const WindowSum<In, T> sum(source, convolution->axes, convolution->plan<T>(set), set, target);
+      sum_windows(sum, sum_work(source, convolution->axes));
     });
     return true;
   };
