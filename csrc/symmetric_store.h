@@ -119,8 +119,8 @@ struct SymmetricStore {
   }
 
   // Stores rows of the whole matrix, both triangles, as products of the panels' columns: twice the
-  // products, but the lines are written in order. Needs beta == 0 and a `row` where a full tile
-  // product begins.
+  // products, but the lines are written in order. Needs beta == 0, a `row` where a full tile
+  // product begins, and panels as wide as one where there are as many columns.
   void multiply_all(const Panels<T>& panels, int64_t row, int64_t rows, int64_t columns,
                     T* matrix) const {
     const bool past = past_caches() && reinterpret_cast<uintptr_t>(matrix) % line == 0;

@@ -275,7 +275,8 @@ class WindowSum {
 
   int64_t tasks() const { return source_.examples * groups_ * tasks_a_group_; }
 
-  // Each of an example's tasks takes the next so many, if no bias parts the groups.
+  // Each of an example's tasks takes the next so many, the last one what is left, if no bias parts
+  // the groups.
   int64_t channels_a_task() const { return channels_a_task_; }
 
   int64_t scratch_size() const {

@@ -193,17 +193,35 @@ def test_long_sums(kernel: str, last: bool, shape: tuple[int, ...]) -> None:
         check(kernel, x, kernel_size=(min(5, shape[2]), 5), stride=(1, 2))
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_few_examples_of_many_groups(bias: bool, set_threads: Callable[[int], None]) -> None:
+@pytest.mark.parametrize(
+    ("groups", "width", "examples", "edge", "dtype"),
+    [
+        (193, 1, 2, 7, torch.float32),
+        (194, 1, 8, 5, torch.bfloat16),
+        (193, 1, 3, 5, torch.float64),
+        (192, 3, 1, 3, torch.float32),
+    ],
+)
+def test_few_examples_of_many_groups(
+    groups: int,
+    width: int,
+    examples: int,
+    edge: int,
+    dtype: torch.dtype,
+    set_threads: Callable[[int], None],
+) -> None:
     """Whose means are multiplied some groups at a time, also where tasks of sums end inside one."""
-    for groups, width, examples, edge in ((129, 1, 4, 7), (131, 1, 2, 3), (128, 3, 1, 3)):
-        x = whole_numbers(examples, groups * width, 64, 64, dtype=torch.float32)
+    x = whole_numbers(examples, groups * width, 32, 64, dtype=dtype)
+    for bias in (False, True):
         options = {"kernel_size": edge, "padding": edge // 2, "groups": groups, "bias": bias}
-        check("conv_reduce_gram", x, exact=True, **options)  # of 2^12 positions
-        expected = run("conv_reduce_gram", x, **options)
-        set_threads(2)
-        assert torch.equal(run("conv_reduce_gram", x, **options), expected)
-        set_threads(1)
+        check("conv_reduce_gram", x, exact=True, **options)  # of 2^11 positions
+        rounded = torch.randn(x.shape).to(dtype)
+        results = []
+        for threads in (1, 2):
+            set_threads(threads)
+            results.append(run("conv_reduce_gram", rounded, alpha=0.3, **options))
+        assert torch.equal(*results)
+        assert_symmetric(results[0])
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {

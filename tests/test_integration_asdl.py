@@ -219,6 +219,16 @@ def test_update_inv_is_that_of_asdl(factors: str, asked: tuple[bool, bool], repl
             assert_solved(mine, theirs, condition=1e7)
 
 
+def test_damping_is_not_split_by_a_ratio_beyond_float32() -> None:
+    factors = covariance(5, 1e10).float(), covariance(3, 1e-30).float()
+    for pair in (factors, factors[::-1]):
+        mine, theirs = ours.Kron(*pair), asdl.Kron(*(factor.clone() for factor in pair))
+        for kron in (mine, theirs):
+            kron.update_inv(1e-2)
+        torch.testing.assert_close(mine.A_inv, theirs.A_inv, rtol=1e-3, atol=0)
+        torch.testing.assert_close(mine.B_inv, theirs.B_inv, rtol=1e-3, atol=0)
+
+
 def test_a_factor_that_fails_is_tried_again_by_asdl() -> None:
     kron = ours.Kron(covariance(5), covariance(3) - 100 * torch.eye(3, dtype=torch.float64))
     with pytest.raises(torch.linalg.LinAlgError, match="not positive-definite"):

@@ -29,6 +29,12 @@
 
 namespace kfac_fast {
 
+// The multiply-adds in whose time an entry is formed of so many rows and stored.
+inline double products_of(int64_t rows) {
+  constexpr int64_t rows_a_store = 16;
+  return static_cast<double>(rows + rows_a_store);
+}
+
 // So few rows that writing takes longer than multiplying, and nothing to be read before: both
 // triangles are multiplied and written in order.
 template <typename T>
@@ -111,9 +117,7 @@ class BlockGram {
   // With one more row for the column sums, the products with the bias, of tiles on the diagonal.
   int64_t tile_size() const { return (tile_edge_ + 1) * tile_edge_; }
   double operations() const {
-    constexpr int64_t rows_a_store = 16;  // storing an entry takes as long as so many products
-    const double entries = static_cast<double>(layout_.columns) * layout_.strip_columns;
-    return entries * static_cast<double>(rows_ + rows_a_store);
+    return products_of(rows_) * static_cast<double>(layout_.columns) * layout_.strip_columns;
   }
 
   void by_rows() {

@@ -64,7 +64,7 @@ template <typename In, typename T>
 class MeanGram {
  public:
   MeanGram(const ImageSource<In>& source, Convolution& convolution, bool bias,
-           const SymmetricStore<T>& store, T* out)
+           const SymmetricStore<T>& store, T* means, T* out)
       : source_(source),
         groups_(convolution.groups),
         columns_(source.channels * convolution.taps()),
@@ -72,23 +72,25 @@ class MeanGram {
         store_(store),
         few_(store.set, store, columns_ / groups_, bias),
         work_(sum_work(source, convolution.axes)),
-        // Vectors of the last row may reach beyond its end.
-        means_(make_scratch<T>(source.examples * columns_ + few_.scratch_size())),
+        means_(means),
         sum_(source, convolution.axes, convolution.plan<T>(store.set), store.set,
-             {means_.get(), groups_, false, T{1} / static_cast<T>(convolution.outputs), 0, 0}),
+             {means, groups_, false, T{1} / static_cast<T>(convolution.outputs), 0, 0}),
         out_(out) {}
 
   void run() const {
-    constexpr int64_t enough_parts = 8;
+    constexpr int64_t enough_parts = 12;  // that threads have some each
+    // Tasks of neighbouring channels share cache lines, and so follow each other.
+    const bool neighbours = source_.channel_stride == 1;
     const int64_t channels_a_group = source_.channels / groups_, together = sum_.channels_a_task();
     const int64_t sums_a_part = channels_a_group / std::gcd(channels_a_group, together);
     const int64_t groups_a_part = sums_a_part * together / channels_a_group;
-    if (few_.serves(source_.examples) && groups_ >= enough_parts * groups_a_part) {
+    const bool enough = groups_ >= enough_parts * groups_a_part;
+    if (few_.serves(source_.examples) && enough && !neighbours) {
       by_parts(sums_a_part, groups_a_part);
       return;
     }
     sum_windows(sum_, work_);
-    const RowSource<T> rows(means_.get(), 1, nullptr, {{source_.examples, columns_, 0}});
+    const RowSource<T> rows(means_, 1, nullptr, {{source_.examples, columns_, 0}});
     gram_of_rows(rows, columns_, groups_, store_, bias_, out_);
   }
 
@@ -96,7 +98,8 @@ class MeanGram {
   void by_parts(int64_t sums_a_part, int64_t groups_a_part) const {
     const int64_t parts = divide_up(groups_, groups_a_part), width = columns_ / groups_;
     const int64_t sums = divide_up(source_.channels, sum_.channels_a_task());
-    const int64_t workers = worker_count(parts, work_);
+    const double products = products_of(source_.examples) * static_cast<double>(columns_) * width;
+    const int64_t workers = worker_count(parts, work_ + products);
     const int64_t scratch_size = std::max(sum_.scratch_size(), few_.scratch_size());
     const auto scratch = make_scratch<T>(workers * scratch_size);
     for_each_independent_task(parts, workers, [&](int64_t part, int64_t worker) {
@@ -107,7 +110,8 @@ class MeanGram {
       }
       const int64_t last_group = std::min((part + 1) * groups_a_part, groups_);
       for (int64_t group = part * groups_a_part; group < last_group; ++group) {
-        const Panels<T> panels{means_.get() + group * width, source_.examples, columns_,
+        // Read in place: a row's last lanes, which are not used, may be another part's.
+        const Panels<T> panels{means_ + group * width, source_.examples, columns_,
                                few_.panel_width(), few_.panel_width()};
         few_.multiply(panels, 0, width, out_ + group * store_.edge * store_.edge, own);
       }
@@ -120,7 +124,7 @@ class MeanGram {
   const SymmetricStore<T>& store_;
   const FewRows<T> few_;
   const double work_;
-  const Scratch<T> means_;
+  T* const means_;
   const WindowSum<In, T> sum_;
   T* const out_;
 };
@@ -139,10 +143,12 @@ void reduce_gram_of(const Tensor& x, Convolution& convolution, bool bias, double
     const int64_t most = most_bytes / (columns * static_cast<int64_t>(sizeof(T)));
     const int64_t chunk =
         std::clamp<int64_t>(std::max(fewest, most), 1, std::max<int64_t>(examples, 1));
+    constexpr int64_t reach = 64 / sizeof(T);  // of a vector beyond the last row's end
+    const auto means = make_scratch<T>(chunk * columns + reach);
     ImageSource<In> source = image_of<In>(x);
     for (int64_t first = 0; first == 0 || first < examples; first += chunk) {
       source.examples = std::min(chunk, examples - first);
-      MeanGram(source, convolution, bias, first == 0 ? store : rest, out).run();
+      MeanGram(source, convolution, bias, first == 0 ? store : rest, means.get(), out).run();
       source.data += chunk * source.example_stride;
     }
   }

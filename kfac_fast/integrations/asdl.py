@@ -141,12 +141,12 @@ def _inverses(
         For each, the inverses by name, without those of zeros; None where one fails.
     """
     factors = [matrix for kron in krons for matrix in (kron.A, kron.B)]
-    means = ops.mean_eigenvalues(factors).tolist()
-    shares = [_shares(a, b, damping, eps) for a, b in zip(means[::2], means[1::2], strict=True)]
+    means = ops.mean_eigenvalues(factors)
+    shares = [_shares(ratio, damping, eps) for ratio in (means[::2] / means[1::2]).tolist()]
     names = ["A", "B"] * len(krons)
     asked = [
         i
-        for i, mean in enumerate(means)
+        for i, mean in enumerate(means.tolist())
         if names[i] in sides and (mean != 0 or torch.any(factors[i]))
     ]
     found: list[dict[str, Tensor]] = [{} for _ in krons]
@@ -160,9 +160,8 @@ def _inverses(
     return [None if i in failed else own for i, own in enumerate(found)]
 
 
-def _shares(a: float, b: float, damping: float, eps: float) -> tuple[float, float]:
-    """The dampings of two factors with these average eigenvalues; NaN if only one is negative."""
-    ratio = a / b if b else math.inf * a
+def _shares(ratio: float, damping: float, eps: float) -> tuple[float, float]:
+    """The dampings of two factors of this ratio of average eigenvalues; NaN if it is negative."""
     if ratio in (0, math.inf):
         return damping, damping
     pi, root = math.sqrt(ratio) if ratio > 0 else math.nan, damping**0.5
