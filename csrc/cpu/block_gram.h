@@ -48,7 +48,6 @@ class FewRows {
     return rows > 0 && rows <= few && store_.beta == 0 && columns_ >= product_.lanes;
   }
 
-  int64_t rows_a_product() const { return product_.rows; }
   int64_t panel_width() const { return product_.panel_width(); }
   int64_t scratch_size() const { return round_up(columns_, product_.panel_width()); }
 
@@ -164,7 +163,7 @@ class BlockGram {
     constexpr int64_t most_rows = 48;
     const int64_t side = layout_.group_columns;
     const int64_t rows_a_task =
-        round_up(divide_up(side, divide_up(side, most_rows)), few_rows_.rows_a_product());
+        round_up(divide_up(side, divide_up(side, most_rows)), product_.rows);
     const int64_t tasks_a_group = divide_up(side, rows_a_task);
     const int64_t tasks = layout_.strips() * tasks_a_group;
     const int64_t workers = worker_count(tasks, operations());

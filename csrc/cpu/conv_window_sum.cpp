@@ -81,12 +81,10 @@ class MeanGram {
     constexpr int64_t enough_parts = 12;  // that threads have some each
     // Tasks of neighbouring channels share cache lines, and so follow each other.
     const bool neighbours = source_.channel_stride == 1;
-    const int64_t channels_a_group = source_.channels / groups_, together = sum_.channels_a_task();
-    const int64_t sums_a_part = channels_a_group / std::gcd(channels_a_group, together);
-    const int64_t groups_a_part = sums_a_part * together / channels_a_group;
-    const bool enough = groups_ >= enough_parts * groups_a_part;
+    const int64_t together = std::lcm(source_.channels / groups_, sum_.channels_a_task());
+    const bool enough = source_.channels >= enough_parts * together;
     if (few_.serves(source_.examples) && enough && !neighbours) {
-      by_parts(sums_a_part, groups_a_part);
+      by_parts(together);
       return;
     }
     sum_windows(sum_, work_);
@@ -95,9 +93,12 @@ class MeanGram {
   }
 
  private:
-  void by_parts(int64_t sums_a_part, int64_t groups_a_part) const {
-    const int64_t parts = divide_up(groups_, groups_a_part), width = columns_ / groups_;
+  // Parts of so many channels, which neither a group nor a task of sums crosses.
+  void by_parts(int64_t channels) const {
+    const int64_t parts = divide_up(source_.channels, channels), width = columns_ / groups_;
+    const int64_t groups_a_part = channels / (source_.channels / groups_);
     const int64_t sums = divide_up(source_.channels, sum_.channels_a_task());
+    const int64_t sums_a_part = channels / sum_.channels_a_task();
     const double products = products_of(source_.examples) * static_cast<double>(columns_) * width;
     const int64_t workers = worker_count(parts, work_ + products);
     const int64_t scratch_size = std::max(sum_.scratch_size(), few_.scratch_size());
