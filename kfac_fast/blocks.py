@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -105,7 +105,8 @@ class Block:
             return None
         right = self.bases[0].vectors
         left = self.bases[1].vectors if len(self.bases) > 1 else right.new_ones(len(right), 1, 1)
-        return layer.squared_gradients(x, gradient, right, left, scale)
+        with torch.autocast(x.device.type, enabled=False):
+            return layer.squared_gradients(x, gradient, right, left, scale)
 
     def take(self, reduction: str) -> tuple[list[RunningAverage], list[Sum]]:
         """The running averages that the step's batches change, and what to average in; once."""
@@ -151,6 +152,9 @@ class Block:
             skipped = sum(int(factor.skipped) for factor in self.factors)
             failed = sum(int(side.failed) for side in self.inverses or self.bases)
             state = f"{shapes}  updates skipped {skipped}  inverses failed {failed}"
+        reason = self.layer.reason_against()
+        if reason is not None:
+            state += f"  left alone since, {reason}"
         return f"{self.layer.name or '(model)'}: {kind}  {state}"
 
     def condition_numbers(self) -> list[Tensor]:
@@ -181,6 +185,12 @@ class Block:
         Raises:
             ValueError: If a part, a field or a shape does not fit the layer.
         """
+        if not isinstance(state, Mapping) or not all(
+            isinstance(v, Mapping) for v in state.values()
+        ):
+            raise ValueError(
+                f"load_state_dict: {self.layer.name} must hold parts, got {state!r:.99}"
+            )
         block = Block(self.layers, self.form, self.dtype)
         like = self.layer.weight.new_empty((), dtype=self.dtype)
         if set(state) - {"norm"}:
@@ -222,6 +232,23 @@ def update_blocks(blocks: Sequence[Block], decays: Sequence[float], reduction: s
         update_averages(averages, sums, decay)
 
 
+def left_out(blocks: Sequence[Block]) -> tuple[Tensor, Tensor]:
+    """Batches that were not averaged in, and matrices that could not be inverted, so far.
+
+    Args:
+        blocks: The blocks, all on one device.
+
+    Returns:
+        Two scalar tensors, counts over all factors of all blocks.
+    """
+    skipped = [factor.skipped for block in blocks for factor in block.factors]
+    failed = [side.failed for block in blocks for side in block.inverses or block.bases]
+    if not skipped:
+        none = torch.zeros((), dtype=torch.int64, device="cpu")
+        return none, none
+    return torch.stack(skipped).sum(), torch.stack(failed).sum()
+
+
 def _restore(part: Part, saved: dict[str, Tensor], where: str) -> None:
     """Fill a part with saved tensors of the same shapes, on its own device and in its dtype."""
     if sorted(saved) != sorted(part.STATE):
@@ -230,6 +257,10 @@ def _restore(part: Part, saved: dict[str, Tensor], where: str) -> None:
         )
     for field in part.STATE:
         own, value = getattr(part, field), saved[field]
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"load_state_dict: {where}.{field} must be a tensor, got {value!r:.99}"
+            )
         if own.shape != value.shape:
             raise ValueError(
                 f"load_state_dict: {where}.{field} must have shape {tuple(own.shape)}, "

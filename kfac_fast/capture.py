@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
-from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,11 @@ from kfac_fast import compiled
 from kfac_fast.blocks import Block
 from kfac_fast.curvature import Fisher
 from kfac_fast.factors import Sum
+from kfac_fast.input_grams import InputGrams
 from kfac_fast.layers import Count, Layer, ProjectionCalls, ProjectionLayer, Sharing
 from kfac_fast.schema import result_dtype
+
+MOST_WAITING = 64  # passes, each of which holds its activations
 
 
 class Kept:
@@ -42,14 +46,65 @@ class Kept:
             self.x = None
 
 
+@dataclass
+class ForwardPass:
+    """A forward pass of the model, and what tells the number of its loss's terms.
+
+    Attributes:
+        number: From 1 on in each step; 0 is for calls outside of any pass.
+        batch: Examples in the model's first input; None if it has none.
+        most: Examples in that call of a layer which has the most.
+        graphs: Examples that the rows of a layer's inputs belong to, where it was told.
+        terms: Number of terms, where :meth:`Capture.count` was told.
+    """
+
+    number: int = 0
+    batch: int | None = None
+    most: int = 0
+    graphs: int | None = None
+    terms: Count | None = None
+
+    def see(self, layer: Layer, output: Tensor) -> int:
+        """Take note of a layer's call.
+
+        Returns:
+            Number of examples in it.
+        """
+        examples = layer.examples(output)
+        self.most = max(self.most, examples)
+        self.graphs = layer.sharing.num_segments or self.graphs
+        return examples
+
+    def examples(self, own: int) -> int:
+        """Number of examples, seen from a call of a layer with so many of its own.
+
+        Flattened tokens or windows come first in a layer, but are no examples; positions that are
+        embedded, or an expert's tokens, are not all of them; an input without a batch is one.
+
+        Returns:
+            That of the loss, if it has a term for each.
+        """
+        if self.graphs is not None or self.batch is None:
+            return self.graphs or own
+        return min(max(self.most, own), self.batch)
+
+
 class Call(NamedTuple):
-    """A layer's call that waits for gradients."""
+    """A layer's call that waits for gradients.
+
+    Attributes:
+        block: The layer's block.
+        layer: The layer's rule.
+        kept: The input, if gradients need it.
+        inputs: Sum of the inputs' outer products.
+        output: The output; None if its gradients come by themselves.
+    """
 
     block: Block
     layer: Layer
     kept: Kept | None
-    output: GradientEdge | None
     inputs: Sum | None
+    output: GradientEdge | None = None
 
     def sums(self, gradient: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
         """Outer products of output gradients, and squared gradients in the eigenbases, if asked."""
@@ -60,87 +115,28 @@ class Call(NamedTuple):
         return gram, self.block.squared_gradients(self.layer, x, gradient, scale)
 
 
-class State(NamedTuple):
-    """A tensor with certain contents, and the sums of its views.
+def trains(weight: Node) -> bool:
+    """Whether the backward pass that is on its way adds to a weight's gradient.
 
-    Attributes:
-        owner: The tensor, or what it is a view of.
-        storage: Its memory: what is assigned to ``x.data`` comes without a write.
-        version: Number of writes to it.
-        sums: By view and layer.
+    One for an attack on the input, a penalty, or what lies in front of a frozen part does not.
+
+    Returns:
+        Whether it does.
     """
-
-    owner: ref[Tensor]
-    storage: ref[torch.UntypedStorage]
-    version: int
-    sums: dict[Hashable, Sum | None]
-
-    def is_of(self, owner: Tensor, storage: torch.UntypedStorage, version: int) -> bool:
-        """Whether these are its contents still."""
-        return self.owner() is owner and self.storage() is storage and self.version == version
+    try:
+        return torch._C._will_engine_execute_node(weight)
+    except RuntimeError:  # asked for by torch.autograd.grad, which adds to nothing
+        return False
 
 
-class InputGrams:
-    """Sums of outer products of inputs, formed once for all layers that are fed one tensor.
-
-    A tensor and its views are one where they read the same memory in the same way, and no operation
-    in between has written to it. A write that autograd does not count, such as one through
-    ``x.data``, is not seen here either; it spoils the gradients of the layers' weights, too.
-    """
-
-    def __init__(self) -> None:
-        # Of tensors by their addresses, only the latest state, and no longer than the tensor.
-        self._latest: dict[int, State] = {}
-        self._forget = partial(_forget, ref(self))
-
-    def of(self, layer: Layer, x: Tensor, output: Tensor) -> Sum | None:
-        """The result of :meth:`Layer.input_gram`; it is shared, so nobody may change it.
-
-        Args:
-            layer: The layer's rule.
-            x: The module's input.
-            output: The module's output.
-
-        Returns:
-            The sum and the number of its terms; None if the layer has no factor of its inputs.
-        """
-        input_key = layer.input_key(output)
-        if input_key is None:
-            return None
-        if x.is_inference():  # writes to it are not counted
-            return layer.input_gram(x.detach(), output)
-        try:
-            sums = self._sums_of(x)
-        except NotImplementedError:  # inside a function transform there is no memory
-            return layer.input_gram(x.detach(), output)
-        view = x.storage_offset(), x.shape, x.stride(), x.dtype, x.is_neg()
-        key = view, input_key
-        if key not in sums:
-            sums[key] = layer.input_gram(x.detach(), output)
-        return sums[key]
-
-    def clear(self) -> None:
-        """Let go of all sums."""
-        self._latest.clear()
-
-    def _sums_of(self, x: Tensor) -> dict[Hashable, Sum | None]:
-        """The sums of the tensor's present state."""
-        # Versions are comparable only among a tensor and its views: they share one counter.
-        owner = x if x._base is None else x._base
-        storage, version = x.untyped_storage(), x._version
-        key = id(owner)
-        state = self._latest.get(key)
-        if state is None or not state.is_of(owner, storage, version):
-            state = State(ref(owner, partial(self._forget, key)), ref(storage), version, {})
-            self._latest[key] = state
-        return state.sums
+def in_transform() -> bool:
+    """Whether a function is being transformed; such gradients add to no parameter's."""
+    return torch._C._are_functorch_transforms_active()
 
 
-def _forget(grams: ref[InputGrams], key: int, _: ref[Tensor]) -> None:
-    """Let go of a tensor's sums as it dies. Nothing here owns what owns it."""
-    found = grams()
-    if found is not None:
-        found._latest.pop(key, None)
+def _node_of(layer: Layer) -> Node:
+    """Where a backward pass ends that adds to the gradient of the layer's weight."""
+    return get_gradient_edge(layer.parameters()[0]).node
 
 
 def _identity(layer: Layer, like: Tensor) -> Tensor:
@@ -232,14 +228,14 @@ class Capture:
         # host wait.
         self._captures: bool | None = None
         self._scale: float | None = None
-        self._passes = 0
-        self._terms: dict[int, Count] = {}
-        self._batch: int | None = None
+        self._pass = ForwardPass()
+        self._passes = {0: self._pass}
         self._input_grams = InputGrams()
         self._handle = compiled.register(self)
         self._tapped: list[tuple[Block, Layer]] = []
         self._traced = False
-        self._pass_number = torch.tensor(0)
+        self._layers = sum(len(block.layers) for block in blocks)
+        self._pass_number = torch.tensor(0, device="cpu")
         self._recorded: list[tuple[int, int, Call, Tensor]] | None = None
         begin = self._begin_hook(model)
         self._hooks: list[RemovableHandle] = [
@@ -252,7 +248,9 @@ class Capture:
                     attention[layer.module][layer] = block
                     continue
                 hook = self._layer_hook(block, layer)
-                self._hooks.append(layer.module.register_forward_hook(hook, with_kwargs=True))
+                # The layer's own output, before hooks of others replace it.
+                handle = layer.module.register_forward_hook(hook, prepend=True, with_kwargs=True)
+                self._hooks.append(handle)
         for module, projections in attention.items():
             self._hooks += self._attention_hooks(module, projections)
 
@@ -264,7 +262,9 @@ class Capture:
     def forget(self) -> None:
         """Drop the calls that still wait and the shared sums, at the end of a step."""
         self.calls, self.sharing = [], {}
-        self._passes, self._terms, self._captures, self._scale = 0, {}, None, None
+        self._captures, self._scale = None, None
+        self._pass = ForwardPass()
+        self._passes = {0: self._pass}
         self._input_grams.clear()
 
     def remove(self) -> None:
@@ -276,7 +276,7 @@ class Capture:
 
     def count(self, terms: Count) -> None:
         """Take note of the number of the training loss's terms in the latest forward pass."""
-        self._terms[self._passes] = terms
+        self._pass.terms = terms
 
     def backpropagate(self, scalars: Iterable[Tensor], terms: Count) -> None:
         """Add the waiting calls that some scalars depend on, with the gradients of all of these.
@@ -286,9 +286,15 @@ class Capture:
         Args:
             scalars: They are taken and backpropagated one by one.
             terms: Number of the loss's terms.
+
+        Raises:
+            RuntimeError: If no call waits.
         """
         if not self.calls and not self._traced:
-            return
+            raise RuntimeError(
+                "update_curvature: layers must have been called with gradients enabled since the "
+                "last step, got none; checkpoint(use_reentrant=True) calls them without"
+            )
         # Outputs inside of a compiled graph are out of reach; on the way to the weights it meets
         # the operators that record them.
         weights = [block.layer.parameters()[0] for block, _ in self._tapped] if self._traced else []
@@ -341,12 +347,22 @@ class Capture:
             examples: Number of examples in the model's first input; 0 if it has none.
 
         Returns:
-            The pass' number in this step.
+            The pass' number in this step, 0 if nothing is captured.
         """
-        self._passes += 1
         self._captures, self._scale = None, None
-        self._batch = examples or None
-        return self._passes
+        if not self._capturing():
+            return 0
+        if len(self.calls) > MOST_WAITING * self._layers:
+            warnings.warn(
+                "KFAC: the graphs of many forward passes wait for update_curvature() or step(); "
+                "run other passes under torch.no_grad()",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        # What was counted before any pass is of one that ran without gradients and is recomputed.
+        self._pass = ForwardPass(len(self._passes), examples or None, terms=self._passes[0].terms)
+        self._passes[self._pass.number] = self._pass
+        return self._pass.number
 
     def record(self, index: int, x: Tensor, gradient: Tensor, forward_pass: int) -> None:
         """Take down a call of a compiled layer on its way back.
@@ -362,12 +378,17 @@ class Capture:
         block, layer = self._tapped[index]
         if self._fisher == "forward-only":
             self._take_down(block, layer, x, gradient)
-        elif self._fisher == "empirical":
-            call = self._call(block, layer, x, gradient)
-            self._add(call, self._examples(call.layer, gradient), forward_pass, gradient)
-        elif self._recorded is not None:
-            call = self._call(block, layer, x, gradient)
+            return
+        if self._fisher != "empirical" and self._recorded is None:
+            return
+        call = self._call(block, layer, x, gradient)
+        if call is None:
+            return
+        if self._recorded is not None:
             self._recorded.append((index, forward_pass, call, gradient))
+            return
+        seen = self._passes.get(forward_pass, self._pass)
+        self._add(call, _node_of(layer), seen.see(call.layer, gradient), seen, gradient)
 
     def _capturing(self) -> bool:
         if self._captures is None:
@@ -384,7 +405,7 @@ class Capture:
             if torch.compiler.is_compiling() and tensors:
                 self._pass_number = compiled.begin(tensors[0], examples, self._handle)
             else:
-                self._pass_number = torch.tensor(self.begin(examples))
+                self._pass_number = torch.tensor(self.begin(examples), device="cpu")
 
         return begin
 
@@ -399,7 +420,8 @@ class Capture:
                 self._take_down(blocks[layer], layer, x, output)
 
         def enter(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            if module is attention and torch.is_grad_enabled() and self._capturing():
+            enabled = torch.is_grad_enabled() and not in_transform()
+            if module is attention and enabled and self._capturing():
                 open_calls.append(ProjectionCalls(list(blocks), take_down))
                 open_calls[-1].__enter__()  # type: ignore[no-untyped-call]
 
@@ -421,7 +443,7 @@ class Capture:
             module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor
         ) -> Tensor | None:
             # A deep copy of the model takes the hooks along.
-            if module is not layer.module or not output.requires_grad:
+            if module is not layer.module or not output.requires_grad or in_transform():
                 return None
             x = inputs[0] if inputs else named["input"]
             if torch.compiler.is_compiling():
@@ -437,6 +459,8 @@ class Capture:
     def _take_down(self, block: Block, layer: Layer, x: Tensor, output: Tensor) -> None:
         """Take down a call, which waits for the gradients of its output."""
         call = self._call(block, layer, x, output)
+        if call is None:
+            return
         if self._fisher == "forward-only":
             block.add(call.inputs, (_identity(layer, output), 1))
             return
@@ -444,36 +468,47 @@ class Capture:
             self.calls.append(call._replace(output=get_gradient_edge(output)))
             return
         # Without the edge: the graph owns this hook, and nothing else would part the two.
-        examples = self._examples(call.layer, output)
-        output.register_hook(partial(self._add, call, examples, self._passes))
+        examples = self._pass.see(call.layer, output)
+        output.register_hook(partial(self._add, call, _node_of(layer), examples, self._pass))
 
-    def _call(self, block: Block, layer: Layer, x: Tensor, output: Tensor) -> Call:
-        """A call with its sum of inputs."""
+    def _call(self, block: Block, layer: Layer, x: Tensor, output: Tensor) -> Call | None:
+        """A call with its sum of inputs; None if the layer's weight is not trained."""
+        if not layer.parameters()[0].requires_grad:
+            return None
+        if x.layout != torch.strided:
+            raise TypeError(
+                f"KFAC: inputs of {layer.name!r} must be strided, got {x.layout}; skip the layer"
+            )
         layer = layer.shared(self.sharing[layer.name]) if layer.name in self.sharing else layer
         outer = self._input_grams.of(layer, x, output)
         kept = Kept(x) if layer.keeps_input or block.correction is not None else None
-        return Call(block, layer, kept, None, outer)
+        return Call(block, layer, kept, outer)
 
-    def _examples(self, layer: Layer, output: Tensor) -> int:
-        # Flattened tokens or windows come first in a layer, but are no examples.
-        examples = layer.examples(output)
-        return examples if self._batch is None else min(examples, self._batch)
-
-    def _add(self, call: Call, examples: int, forward_pass: int, gradient: Tensor) -> None:
+    @torch.no_grad()
+    def _add(
+        self,
+        call: Call,
+        weight: Node,
+        own_examples: int,
+        forward_pass: ForwardPass,
+        gradient: Tensor,
+    ) -> None:
         """Add a call's outer products under the training loss."""
-        if torch.is_grad_enabled():
-            return  # a backward pass that is differentiated again is not that of the training loss
+        if not trains(weight):
+            return
         if call.kept is not None and call.kept.x is None:
             return  # what comes in two parts of a backward pass counts once
         if self._scale is None:
             self._scale = self._loss_scale()
-        terms = self._terms.get(forward_pass, examples * self._terms_per_example)
+        terms = forward_pass.terms
+        if terms is None:
+            terms = forward_pass.examples(own_examples) * self._terms_per_example
         divisor = terms if self._mean else 1
         scale = self._accumulation_steps / self._scale
         # A layer called twice in one pass sees the same terms of the loss twice.
-        block = call.block
-        first_call = forward_pass == 0 or block.counted_pass != forward_pass
-        block.counted_pass = forward_pass
+        block, number = call.block, forward_pass.number
+        first_call = number == 0 or block.counted_pass != number
+        block.counted_pass = number
         if isinstance(divisor, Tensor):
             gram, squares = call.sums(gradient, scale**2)
             gram = divisor**2 * gram

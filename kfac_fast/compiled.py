@@ -49,7 +49,8 @@ def _define(schema: str, run: Callable[..., Tensor], fake: Callable[..., Tensor]
 
 def _begin(x: Tensor, examples: int, handle: int) -> Tensor:
     recorder = _RECORDERS.get(handle)
-    return torch.tensor(0 if recorder is None else recorder.begin(examples))
+    number = 0 if recorder is None else recorder.begin(examples)
+    return torch.tensor(number, device="cpu")
 
 
 def _record(gradient: Tensor, x: Tensor, forward_pass: Tensor, handle: int, index: int) -> Tensor:

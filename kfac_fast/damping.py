@@ -7,9 +7,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kfac_fast.preconditioner import KFAC
+
+
+def _evaluated(model: nn.Module, loss_of: Callable[[], Tensor]) -> Tensor:
+    """A loss without gradients, that leaves running statistics of normalisations as they are."""
+    buffers = list(model.buffers())
+    before = [buffer.clone() for buffer in buffers]
+    with torch.no_grad():
+        loss = loss_of()
+        for buffer, old in zip(buffers, before, strict=True):
+            buffer.copy_(old)
+    return loss
 
 
 class LevenbergMarquardt:
@@ -98,11 +109,9 @@ class LevenbergMarquardt:
         gradients = {
             p: torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters
         }
-        with torch.no_grad():
-            loss = loss_of()
+        loss = _evaluated(kfac.model, loss_of)
         yield
-        with torch.no_grad():
-            actual = loss_of() - loss
+        actual = _evaluated(kfac.model, loss_of) - loss
         steps = {p: p.detach() - old for p, old in before.items()}
         predicted = kfac.predicted_change(gradients, steps)
         # A step that the model itself expects to raise the loss is too long, whatever came of it.

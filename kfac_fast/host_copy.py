@@ -29,7 +29,7 @@ class HostCopy:
         on_gpu = number.is_cuda
         if on_gpu and torch.cuda.is_current_stream_capturing():
             return  # a replay would send it to where nobody looks
-        self._copy = torch.empty((), dtype=torch.int64, pin_memory=on_gpu)
+        self._copy = torch.empty((), dtype=torch.int64, device="cpu", pin_memory=on_gpu)
         self._copy.copy_(number, non_blocking=True)
         self._arrived = None
         if on_gpu:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -118,8 +119,8 @@ def number(option: str, schedule: Schedule, step: int) -> float:
     """
     value = schedule(step) if callable(schedule) else schedule
     low, high = BOUNDS[option]
-    if not isinstance(value, int | float) or not low <= value < high:
+    if not isinstance(value, Real) or not low <= value < high:  # NumPy's numbers are real, too
         raise ValueError(f"KFAC: {option} must be in [{low}, {high}), got {value!r} at step {step}")
     if option.endswith("_steps") and value != int(value):
         raise ValueError(f"KFAC: {option} must be whole, got {value!r} at step {step}")
-    return value
+    return float(value)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from kfac_fast.blocks import Block, Form, update_blocks
+from kfac_fast.blocks import Block, Form, left_out, update_blocks
 from kfac_fast.capture import Capture
 from kfac_fast.curvature import Fisher, backpropagated
 from kfac_fast.host_copy import HostCopy
@@ -20,6 +20,7 @@ from kfac_fast.inverses import refine_inverses
 from kfac_fast.layers import Approximation, Sharing
 from kfac_fast.losses import Loss, Outputs, find_loss
 from kfac_fast.options import BOUNDS, DampingMode, Schedule, check_options, number
+from kfac_fast.precision import in_own_precision
 from kfac_fast.selection import apply_layer_options, find_blocks
 from kfac_fast.state import restored_blocks, state_of
 from kfac_fast.steps import (
@@ -31,8 +32,6 @@ from kfac_fast.steps import (
     refresh,
     write,
 )
-
-SAVED_OPTIONS = ("approx", "fisher", "loss_reduction")
 
 
 def _refuse_replicas() -> None:
@@ -62,11 +61,12 @@ class KFAC:
             kfac.step()  # rewrites .grad; or, once before the loop, kfac.attach(optimizer)
             optimizer.step()
 
-    Inputs have the batch first; its size is taken from the model's first input. Layers that are fed
-    one tensor, such as the projections of an attention block, have their input covariance formed
-    once. Several processes are not served yet. Options marked *schedule* are a number, or a
-    function of the number of steps taken. A batch whose inputs or gradients hold NaN or infinity
-    leaves the factors as they were, and is counted in :meth:`summary`.
+    Inputs have the batch first; its size is taken from the model's first input. Only backward
+    passes that add to the weights' ``.grad`` count, not those of ``torch.autograd.grad``. Layers
+    that are fed one tensor, such as the projections of an attention block, have their input
+    covariance formed once. Several processes are not served yet. Options marked *schedule* are a
+    number, or a function of the number of steps taken. A batch whose inputs or gradients hold NaN
+    or infinity leaves the factors as they were, and is counted in :meth:`summary`.
 
     The Fisher types ``"mc"`` and ``"exact"`` run backward passes of their own between those of the
     training loop, which a loss scale does not touch::
@@ -122,7 +122,7 @@ class KFAC:
         grafting: ``"adam"`` scales each layer's direction to the length of Adam's step on its raw
             gradient.
         skip: Regular expressions; a layer is left alone if one is found in its qualified or its
-            class name.
+            module's class name.
         layer_options: Own values of ``approx``, ``damping`` (*schedule*) and ``factor_decay``
             (*schedule*), by regular expressions that are searched for in qualified names; a later
             one overrides an earlier one.
@@ -165,6 +165,7 @@ class KFAC:
         callback: Callable[[StepReport], None] | None = None,
     ) -> None:
         _refuse_replicas()
+        self.model = model
         self.approx = approx
         self.fisher = fisher
         self.loss_reduction = loss_reduction
@@ -215,7 +216,7 @@ class KFAC:
         )
 
     def _check_schedules(self) -> None:
-        """Read every schedule at the current step, so that a bad one stops before any change."""
+        """Read every schedule at this step, so that a bad one stops before any change."""
         for option in BOUNDS:
             if option != "kl_clip" or self.kl_clip is not None:
                 self._now(option)
@@ -223,10 +224,7 @@ class KFAC:
             for option in block.options:
                 self._now(option, block)
         if self.damping_mode == "exact" and 0 in self._dampings(self._blocks):
-            raise ValueError(
-                "KFAC: damping must be positive with damping_mode 'exact', which divides by "
-                "eigenvalues, got 0"
-            )
+            raise ValueError("KFAC: damping must be positive with damping_mode 'exact', got 0")
 
     def _now(self, option: str, block: Block | None = None) -> float:
         """An option's number at the current step, checked; a block may have its own."""
@@ -246,6 +244,12 @@ class KFAC:
     def _due(self, option: str) -> bool:
         return self.steps % self._now(option) == 0
 
+    @property
+    def device(self) -> torch.device:
+        """Where the preconditioned layers are."""
+        return self._blocks[0].layer.weight.device
+
+    @in_own_precision
     def update_curvature(
         self,
         outputs: Outputs,
@@ -282,6 +286,7 @@ class KFAC:
             generator: Source of randomness; PyTorch's default if None.
 
         Raises:
+            RuntimeError: If no layer was called with gradients enabled since the last step.
             TypeError: If the outputs are not what the loss takes.
             ValueError: If ``loss`` is unknown or has another reduction than ``loss_reduction``, if
                 outputs or targets have the wrong shape, or targets are needed.
@@ -350,6 +355,7 @@ class KFAC:
     # The step
 
     @torch.no_grad()
+    @in_own_precision
     def step(self) -> None:
         """Update factors and inverses if they are due, then precondition every layer's ``.grad``.
 
@@ -379,19 +385,11 @@ class KFAC:
         updated, refreshed = self._update_factors()
         clip, inner_product = self._precondition()
         if self.callback is not None:
-            damping, counts = self._now("damping"), self._counts()
+            damping, counts = self._now("damping"), left_out(self._blocks)
             self.callback(
                 StepReport(self.steps, damping, updated, refreshed, clip, inner_product, *counts)
             )
         self.steps += 1
-
-    def _counts(self) -> tuple[Tensor, Tensor]:
-        """Batches left out, and matrices not inverted, in all blocks together."""
-        skipped = [factor.skipped for block in self._blocks for factor in block.factors]
-        failed = [side.failed for block in self._blocks for side in block.inverses or block.bases]
-        if not skipped:
-            return torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.int64)
-        return torch.stack(skipped).sum(), torch.stack(failed).sum()
 
     def _untouched(self) -> bool:
         return self._due("factor_update_steps") and not any(b.factors for b in self._blocks)
@@ -409,7 +407,7 @@ class KFAC:
         if due:
             self._warn_of_failures()
             refresh(known, self._dampings(known), self.damping_mode)
-            self._failures.send(self._counts()[1])
+            self._failures.send(left_out(self._blocks)[1])
         elif update and self.refinement_steps:
             layers = [(block.factors, block.inverses) for block in known]
             count, dampings = self.refinement_steps, self._dampings(known)
@@ -425,7 +423,7 @@ class KFAC:
                 f"KFAC: {failed} matrices could not be inverted; their layers keep what they had, "
                 "and their damping is raised until it suffices; summary() says which",
                 RuntimeWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def _precondition(self) -> tuple[Tensor | None, Tensor | None]:
@@ -448,6 +446,7 @@ class KFAC:
         return scale, inner_product
 
     @torch.no_grad()
+    @in_own_precision
     def predicted_change(
         self, gradients: Mapping[nn.Parameter, Tensor], steps: Mapping[nn.Parameter, Tensor]
     ) -> Tensor:
@@ -580,7 +579,7 @@ class KFAC:
         return state_of(self.steps, self._saved_options(), self._blocks)
 
     def _saved_options(self) -> dict[str, str]:
-        return {option: getattr(self, option) for option in SAVED_OPTIONS}
+        return {option: getattr(self, option) for option in ("fisher", "loss_reduction")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved state; nothing changes unless all of it fits.

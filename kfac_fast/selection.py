@@ -33,7 +33,8 @@ def find_blocks(
     Args:
         model: The model.
         approx: ``"expand"`` or ``"reduce"``.
-        skip: Regular expressions, searched for in qualified and in class names.
+        skip: Regular expressions, searched for in the qualified and in the class names of modules,
+            and in the names of attention's projections.
         form: As for :class:`Block`.
         dtype: As for :class:`Block`.
         forward_only: Whether there are no gradients to form factors of.
@@ -47,30 +48,39 @@ def find_blocks(
     """
     patterns = _compiled(skip)
     modules = [
-        (n, m) for n, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))
+        (name.replace("_orig_mod.", ""), module)  # the wrapper of a compiled module
+        for name, module in model.named_modules()
+        if any(True for _ in module.parameters(recurse=False))
     ]
-    for pattern in patterns:
-        if not any(_matches(pattern, name, module) for name, module in modules):
-            raise ValueError(
-                "KFAC: skip must match modules with parameters, "
-                f"got {pattern.pattern!r} that matches none"
-            )
+    unused = {pattern.pattern for pattern in patterns}
+
+    def skipped(*texts: str) -> str | None:
+        found = [pattern.pattern for pattern in patterns if any(map(pattern.search, texts))]
+        unused.difference_update(found)
+        return f"skipped by pattern {found[0]!r}" if found else None
+
     attention = {name for name, module in modules if type(module) is nn.MultiheadAttention}
     left_alone: dict[str, str] = {}
     layers: list[Layer] = []
     for name, module in modules:
         if name and name.rpartition(".")[0] in attention:
             continue  # an output projection, a layer of the attention module
-        matching = [p.pattern for p in patterns if _matches(p, name, module)]
+        kind = type(module).__name__
         own = layers_of(name, module, approx)
-        if matching:
-            left_alone[name] = f"skipped by pattern {matching[0]!r}"
-        elif not own:
-            left_alone[name] = f"no rule for {type(module).__name__}"
-        else:
-            reasons = {layer.name: _reason_against(layer, forward_only) for layer in own}
-            left_alone |= {name: reason for name, reason in reasons.items() if reason is not None}
-            layers += [layer for layer in own if reasons[layer.name] is None]
+        reason = skipped(name, kind) or (None if own else f"no rule for {kind}")
+        if reason is not None:
+            left_alone[name] = reason
+            continue
+        for layer in own:
+            reason = skipped(layer.name) or _reason_against(layer, forward_only)
+            if reason is None:
+                layers.append(layer)
+            else:
+                left_alone[layer.name] = reason
+    if unused:
+        raise ValueError(
+            f"KFAC: skip must match modules with parameters, got {min(unused)!r} that matches none"
+        )
     blocks = []
     for tied in _tied(layers):
         others = _other_holders(tied, modules)
@@ -154,7 +164,3 @@ def _compiled(skip: Sequence[str]) -> list[re.Pattern[str]]:
         raise ValueError(
             f"KFAC: skip must hold regular expressions, got {error.pattern!r}: {error}"
         ) from error
-
-
-def _matches(pattern: re.Pattern[str], name: str, module: nn.Module) -> bool:
-    return any(pattern.search(text) for text in (name, type(module).__name__))

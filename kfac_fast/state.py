@@ -7,7 +7,7 @@ from typing import Any
 
 from kfac_fast.blocks import Block
 
-STATE_VERSION = 4
+STATE_VERSION = 5
 
 
 def state_of(steps: int, options: Mapping[str, str], blocks: Sequence[Block]) -> dict[str, Any]:
@@ -28,7 +28,14 @@ def state_of(steps: int, options: Mapping[str, str], blocks: Sequence[Block]) ->
         }
         for block in blocks
     }
-    return {"version": STATE_VERSION, "options": dict(options), "steps": steps, "layers": layers}
+    approximations = {block.layer.name: block.layer.approx for block in blocks}
+    return {
+        "version": STATE_VERSION,
+        "options": dict(options),
+        "steps": steps,
+        "approximations": approximations,
+        "layers": layers,
+    }
 
 
 def restored_blocks(
@@ -51,14 +58,24 @@ def restored_blocks(
     for key, value in expected.items():
         if state.get(key) != value:
             raise ValueError(f"load_state_dict: {key} must be {value}, got {state.get(key)}")
-    if sorted(state) != ["layers", "options", "steps", "version"]:
+    if sorted(state) != ["approximations", "layers", "options", "steps", "version"]:
         raise ValueError(
-            "load_state_dict: state must hold layers, options, steps and version, "
+            "load_state_dict: state must hold approximations, layers, options, steps and version, "
             f"got {sorted(state)}"
         )
     if not isinstance(state["steps"], int) or state["steps"] < 0:
         raise ValueError(f"load_state_dict: steps must be an int from 0, got {state['steps']!r}")
     names = sorted(block.layer.name for block in blocks)
-    if sorted(state["layers"]) != names:
-        raise ValueError(f"load_state_dict: layers must be {names}, got {sorted(state['layers'])}")
+    for key in ("layers", "approximations"):
+        held = state[key]
+        if not isinstance(held, Mapping) or sorted(held) != names:
+            got = sorted(held) if isinstance(held, Mapping) else held
+            raise ValueError(f"load_state_dict: {key} must be of {names}, got {got}")
+    for block in blocks:
+        name, approx = block.layer.name, block.layer.approx
+        if state["approximations"][name] != approx:
+            raise ValueError(
+                f"load_state_dict: approximation of {name!r} must be {approx!r}, "
+                f"got {state['approximations'][name]!r}"
+            )
     return [block.restored(state["layers"][block.layer.name]) for block in blocks]

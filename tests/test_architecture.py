@@ -18,7 +18,17 @@ PACKAGE = ROOT / "kfac_fast"
 
 # Lower rooms first: a module imports from its own room and from those before it.
 ROOMS = [
-    {"checks", "list_checks", "conv", "dispatch", "checkpoint", "compiled", "host_copy", "options"},
+    {
+        "checks",
+        "list_checks",
+        "conv",
+        "dispatch",
+        "checkpoint",
+        "compiled",
+        "host_copy",
+        "options",
+        "precision",
+    },
     {"schema", "reference", "conv_kernels", "_C"},
     {"kernels"},
     {"backends"},
@@ -26,7 +36,7 @@ ROOMS = [
     {"layers", "factors", "losses", "curvature", "grafting"},
     {"inverses", "eigenbases"},
     {"blocks"},
-    {"capture", "selection", "state", "steps"},
+    {"capture", "input_grams", "selection", "state", "steps"},
     {"preconditioner"},
     {"damping"},
     {"__init__"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -184,3 +185,40 @@ def test_memory_counts_what_is_held_between_steps() -> None:
         "norms": 4 * 2 * 4 + 4,
     }
     assert kfac.summary().endswith("\n  MiB: factors 0.0, inverses 0.0, norms 0.0")
+
+
+def test_a_schedule_may_give_numpys_numbers() -> None:
+    kfac, _ = step_with(
+        Net(), damping=lambda step: np.float32(0.5), inverse_update_steps=np.int64(2)
+    )
+    plain, _ = step_with(Net(), damping=0.5, inverse_update_steps=2)
+    assert kfac._dampings(kfac._blocks) == plain._dampings(plain._blocks) and kfac.steps == 1
+
+
+def test_a_layer_whose_weight_is_computed_later_is_named() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    kfac = preconditioner(model)
+    nn.utils.parametrizations.weight_norm(model[0])
+    model[1].weight.requires_grad_(False)
+    summary = kfac.summary()
+    assert "left alone since, its weight is computed from other parameters" in summary
+    assert "left alone since, its weight is frozen" in summary
+
+
+def test_a_default_device_changes_nothing() -> None:
+    """Numbers on their way to the host are on the host."""
+    expected, _ = step_with(Net())
+    torch.set_default_device("meta")
+    try:
+        model = Net().to_empty(device="cpu")
+        for own, other in zip(model.parameters(), Net.parameters(expected.model), strict=True):
+            own.data.copy_(other)
+        with torch.device("cpu"):
+            x, y = images(), torch.randint(3, (5,))
+        kfac = preconditioner(model, callback=lambda report: None)
+        for _ in range(2):
+            F.cross_entropy(model(x), y).backward()
+            kfac.step()
+    finally:
+        torch.set_default_device(None)
+    assert kfac.steps == 2 and kfac._failures.read() == 0

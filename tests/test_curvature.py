@@ -118,7 +118,8 @@ def test_the_sampled_covariance_converges_to_the_exact_one_at_the_monte_carlo_ra
     case = next(case for case in LOSS_CASES.values() if case.name == name)
     model, x = Mixer(), tokens()
     targets = case.targets(model(x).detach())
-    exact = curvature_step(model, preconditioner(model, fisher="exact"), case, x, targets)
+    with preconditioner(model, fisher="exact") as kfac:
+        exact = curvature_step(model, kfac, case, x, targets)
     errors = []
     for samples in (2, 32):
         options = {"fisher": "mc", "mc_samples": samples, "factor_decay": 0}
@@ -139,7 +140,8 @@ def test_the_sampled_covariance_is_unbiased_in_the_number_of_samples(
     case = next(case for case in LOSS_CASES.values() if case.name == name)
     model, x = Mixer(), tokens()
     targets = case.targets(model(x).detach())
-    exact = curvature_step(model, preconditioner(model, fisher="exact"), case, x, targets)
+    with preconditioner(model, fisher="exact") as kfac:
+        exact = curvature_step(model, kfac, case, x, targets)
     kfac = preconditioner(model, fisher="mc", mc_samples=mc_samples, factor_decay=0)
     draws = torch.stack(
         [curvature_step(model, kfac, case, x, targets)["first"] for _ in range(300)]

@@ -153,3 +153,16 @@ def test_a_state_is_continued() -> None:
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"LevenbergMarquardt: {message}"):
         LevenbergMarquardt(**options)
+
+
+def test_adapting_leaves_running_statistics_as_after_one_pass() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    damping = LevenbergMarquardt(0.1, interval=1)
+    kfac = KFAC(model, damping=damping, factor_update_steps=1, inverse_update_steps=1)
+    x, y = torch.randn(8, 3), torch.randn(8, 2)
+    F.mse_loss(model(x), y).backward()
+    expected = [buffer.clone() for buffer in model.buffers()]
+    with damping.adapt(kfac, lambda: F.mse_loss(model(x), y)):
+        kfac.step()
+    assert damping.ratio is not None
+    assert all(map(torch.equal, model.buffers(), expected))

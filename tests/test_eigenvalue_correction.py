@@ -147,3 +147,15 @@ def test_a_corrected_state_survives_saving() -> None:
     plain = preconditioner(Net())
     with pytest.raises(ValueError, match="load_state_dict: .* must hold .*gradient_inverse.*"):
         plain.load_state_dict(kfac.state_dict())
+
+
+@pytest.mark.parametrize("approx", ["expand", "reduce"])
+def test_an_empty_batch_leaves_the_correction_finite(approx: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    kfac = preconditioner(model, approx=approx, damping_mode="exact", eigenvalue_correction=True)
+    for examples in (8, 0, 8):
+        x = torch.randn(examples, 3, dtype=torch.float64)
+        model(x).square().sum().backward()
+        kfac.step()
+    assert all(block.correction.mean.isfinite().all() for block in kfac._blocks)
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())

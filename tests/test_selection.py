@@ -175,3 +175,25 @@ def test_a_frozen_weight_leaves_its_projections_alone(parameter: str, frozen: li
     module.get_parameter(parameter).requires_grad_(False)
     _, left_alone = found(module)
     assert left_alone == {f"{name}_proj": "its weight is frozen" for name in frozen}
+
+
+def test_patterns_reach_the_projections_of_attention() -> None:
+    layer = nn.TransformerEncoderLayer(4, 2, 8)
+    names, left_alone = found(layer, "out_proj", "q_proj$")
+    assert names == ["self_attn.k_proj", "self_attn.v_proj", "linear1", "linear2", "norm1", "norm2"]
+    assert left_alone == {
+        "self_attn.q_proj": "skipped by pattern 'q_proj$'",
+        "self_attn.out_proj": "skipped by pattern 'out_proj'",
+    }
+    with pytest.raises(ValueError, match="got 'Dynamically' that matches none"):
+        found(layer, "Dynamically")
+
+
+def test_a_compiled_modules_layers_have_the_names_of_the_module() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), torch.compile(nn.Sequential(nn.Linear(4, 2))))
+    assert found(torch.compile(model))[0] == ["0", "1.0"]
+
+
+def test_a_complex_weight_leaves_its_layer_alone() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2, dtype=torch.complex64))
+    assert found(model) == (["0"], {"1": "its weight is complex"})

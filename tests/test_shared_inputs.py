@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from kfac_fast import KFAC, ops
 from kfac_fast.blocks import Sum
-from kfac_fast.capture import InputGrams
+from kfac_fast.input_grams import InputGrams
 from kfac_fast.layers import RULES, Layer, LinearLayer
 
 pytestmark = pytest.mark.usefixtures("one_thread")

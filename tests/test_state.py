@@ -145,17 +145,31 @@ def head_input(state: State) -> State:
 
 
 BAD_STATES: dict[str, tuple[Callable[[State], Any], str]] = {
-    "no-version": (lambda s: s.pop("version"), "version must be 4, got None"),
-    "version": (lambda s: s.update(version=1), "version must be 4, got 1"),
-    "no-layers": (lambda s: s.pop("layers"), "state must hold layers, options, steps and version"),
-    "no-steps": (lambda s: s.pop("steps"), "state must hold layers, options, steps and version"),
+    "no-version": (lambda s: s.pop("version"), "version must be 5, got None"),
+    "version": (lambda s: s.update(version=1), "version must be 5, got 1"),
+    "no-layers": (
+        lambda s: s.pop("layers"),
+        "state must hold approximations, layers, options, steps and version",
+    ),
+    "no-steps": (
+        lambda s: s.pop("steps"),
+        "state must hold approximations, layers, options, steps and version",
+    ),
     "unknown-key": (
         lambda s: s.update(more=1),
-        "state must hold layers, options, steps and version",
+        "state must hold approximations, layers, options, steps and version",
     ),
     "bad-steps": (lambda s: s.update(steps="many"), "many"),
-    "layer-missing": (lambda s: s["layers"].pop("head"), "layers must be .*'head'"),
-    "unknown-layer": (lambda s: s["layers"].update(tail={}), "layers must be .* got .*'tail'"),
+    "layers-are-none": (lambda s: s.update(layers=None), "layers must be of .*, got None"),
+    "layer-is-a-list": (lambda s: s["layers"].update(head=[]), r"head must hold parts, got \[\]"),
+    "part-is-none": (lambda s: s["layers"]["head"].update(input=None), "head must hold parts"),
+    "field-is-none": (lambda s: head_input(s).update(mean=None), "mean must be a tensor, got None"),
+    "approximation": (
+        lambda s: s["approximations"].update(head="reduce"),
+        "approximation of 'head' must be 'expand', got 'reduce'",
+    ),
+    "layer-missing": (lambda s: s["layers"].pop("head"), "layers must be of .*'head'"),
+    "unknown-layer": (lambda s: s["layers"].update(tail={}), "layers must be of .* got .*'tail'"),
     "part-missing": (
         lambda s: s["layers"]["head"].pop("gradient"),
         "head must hold .*'gradient', .* got .*'norm'",

@@ -163,6 +163,8 @@ class Layer(ABC):
         weight = dict(self.module.named_parameters()).get(self.weight_name)
         if weight is None:
             return "its weight is computed from other parameters"
+        if weight.is_complex():
+            return "its weight is complex"
         return None if weight.requires_grad else "its weight is frozen"
 
     def parameters(self) -> list[nn.Parameter]:
@@ -269,7 +271,7 @@ class RowLayer(Layer):
         *groups, outputs, inputs = self.matrix_shape()
         total = right.new_zeros(*groups, outputs, inputs)
         x, gradient = self.batched(x), self.batched(gradient)
-        positions = gradient[0].numel() // (outputs * math.prod(groups))
+        positions = math.prod(gradient.shape[1:]) // (outputs * math.prod(groups))
         rotates_rows = positions * (inputs**2 + outputs**2) <= inputs * outputs * (inputs + outputs)
         needed = math.prod(groups) * (positions * (inputs + outputs) + inputs * outputs)
         together = max(1, (x.numel() + gradient.numel()) // needed)
