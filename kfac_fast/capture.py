@@ -115,8 +115,8 @@ class Call(NamedTuple):
         return gram, self.block.squared_gradients(self.layer, x, gradient, scale)
 
 
-def trains(weight: Node) -> bool:
-    """Whether the backward pass that is on its way adds to a weight's gradient.
+def reaches(end: Node) -> bool:
+    """Whether the backward pass that is on its way adds to the weight's gradient at its end.
 
     One for an attack on the input, a penalty, or what lies in front of a frozen part does not.
 
@@ -124,7 +124,7 @@ def trains(weight: Node) -> bool:
         Whether it does.
     """
     try:
-        return torch._C._will_engine_execute_node(weight)
+        return torch._C._will_engine_execute_node(end)
     except RuntimeError:  # asked for by torch.autograd.grad, which adds to nothing
         return False
 
@@ -134,9 +134,10 @@ def in_transform() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
-def _node_of(layer: Layer) -> Node:
-    """Where a backward pass ends that adds to the gradient of the layer's weight."""
-    return get_gradient_edge(layer.parameters()[0]).node
+def _end_at(weight: Tensor) -> Node:
+    """Where a backward pass ends that adds to a weight's gradient."""
+    # As get_gradient_edge, which costs more.
+    return weight.view_as(weight).grad_fn.next_functions[0][0]  # type: ignore[union-attr, return-value]
 
 
 def _identity(layer: Layer, like: Tensor) -> Tensor:
@@ -381,14 +382,17 @@ class Capture:
             return
         if self._fisher != "empirical" and self._recorded is None:
             return
-        call = self._call(block, layer, x, gradient)
-        if call is None:
+        weight = layer.trained()
+        if weight is None:
             return
+        call = self._call(block, layer, x, gradient)
         if self._recorded is not None:
             self._recorded.append((index, forward_pass, call, gradient))
             return
         seen = self._passes.get(forward_pass, self._pass)
-        self._add(call, _node_of(layer), seen.see(call.layer, gradient), seen, gradient)
+        with torch.enable_grad():
+            end = _end_at(weight)
+        self._add(call, end, seen.see(call.layer, gradient), seen, gradient)
 
     def _capturing(self) -> bool:
         if self._captures is None:
@@ -458,9 +462,10 @@ class Capture:
 
     def _take_down(self, block: Block, layer: Layer, x: Tensor, output: Tensor) -> None:
         """Take down a call, which waits for the gradients of its output."""
-        call = self._call(block, layer, x, output)
-        if call is None:
+        weight = layer.trained()
+        if weight is None:
             return
+        call = self._call(block, layer, x, output)
         if self._fisher == "forward-only":
             block.add(call.inputs, (_identity(layer, output), 1))
             return
@@ -469,12 +474,10 @@ class Capture:
             return
         # Without the edge: the graph owns this hook, and nothing else would part the two.
         examples = self._pass.see(call.layer, output)
-        output.register_hook(partial(self._add, call, _node_of(layer), examples, self._pass))
+        output.register_hook(partial(self._add, call, _end_at(weight), examples, self._pass))
 
-    def _call(self, block: Block, layer: Layer, x: Tensor, output: Tensor) -> Call | None:
-        """A call with its sum of inputs; None if the layer's weight is not trained."""
-        if not layer.parameters()[0].requires_grad:
-            return None
+    def _call(self, block: Block, layer: Layer, x: Tensor, output: Tensor) -> Call:
+        """A call with its sum of inputs."""
         if x.layout != torch.strided:
             raise TypeError(
                 f"KFAC: inputs of {layer.name!r} must be strided, got {x.layout}; skip the layer"
@@ -484,17 +487,15 @@ class Capture:
         kept = Kept(x) if layer.keeps_input or block.correction is not None else None
         return Call(block, layer, kept, outer)
 
-    @torch.no_grad()
     def _add(
-        self,
-        call: Call,
-        weight: Node,
-        own_examples: int,
-        forward_pass: ForwardPass,
-        gradient: Tensor,
+        self, call: Call, end: Node, own_examples: int, forward_pass: ForwardPass, gradient: Tensor
     ) -> None:
         """Add a call's outer products under the training loss."""
-        if not trains(weight):
+        if not reaches(end):
+            return
+        if torch.is_grad_enabled():  # to be differentiated again, which sums are not
+            with torch.no_grad():
+                self._add(call, end, own_examples, forward_pass, gradient)
             return
         if call.kept is not None and call.kept.x is None:
             return  # what comes in two parts of a backward pass counts once

@@ -21,6 +21,12 @@ os.environ.pop("PYTEST_XDIST_WORKER", None)
 LARGE_BYTES = 40e9
 
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from faster_interpreter import patch_the_language_once
+
+    patch_the_language_once()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     marked = [item for item in items if item.get_closest_marker("gpu")]
     reason = "needs a CUDA device: torch.cuda.is_available() is False"

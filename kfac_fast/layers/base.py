@@ -76,6 +76,12 @@ class Layer(ABC):
         self.approx = approx
         bias = dict(module.named_parameters()).get(self.bias_name)
         self.has_bias = bias is not None and bias.requires_grad
+        # Small things, but for the caches: they are asked for in every hook.
+        self._weight_of = attrgetter(self.weight_name)
+        self._tensors_of = [
+            self._weight_of,
+            *([attrgetter(self.bias_name)] if self.has_bias else []),
+        ]
 
     @abstractmethod
     def batched(self, x: Tensor) -> Tensor:
@@ -169,8 +175,12 @@ class Layer(ABC):
 
     def parameters(self) -> list[nn.Parameter]:
         """The module's parameters that hold the layer's weight and, if there is one, its bias."""
-        names = [self.weight_name, *([self.bias_name] if self.has_bias else [])]
-        return [attrgetter(name)(self.module) for name in names]
+        return [tensor_of(self.module) for tensor_of in self._tensors_of]
+
+    def trained(self) -> Tensor | None:
+        """The module's parameter that holds the weight; None if it is frozen by now."""
+        weight: Tensor = self._weight_of(self.module)
+        return weight if weight.requires_grad else None
 
     def own(self, tensor: Tensor) -> Tensor:
         """The layer's own part, a view, of one of its parameters or of its gradient."""
