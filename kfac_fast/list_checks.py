@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -70,6 +70,23 @@ def check_mean_eigenvalues(op: str, matrices: Sequence[Tensor], out: Tensor) -> 
     for i, matrix in enumerate(matrices):
         _check_covariance(op, f"matrices[{i}]", matrix, matrices[0])
     check_out(op, "out", out, (number_of_matrices(matrices),), matrices[0].dtype, matrices)
+
+
+def check_tensors(op: str, lists: Mapping[str, Sequence[object]]) -> None:
+    """Check that lists hold tensors, which the dispatcher says less plainly.
+
+    Args:
+        op: Name of the operator.
+        lists: Its lists by name.
+
+    Raises:
+        TypeError: If an entry is none.
+    """
+    for argument, entries in lists.items():
+        for i, entry in enumerate(entries):
+            if not isinstance(entry, Tensor):
+                kind = type(entry).__name__
+                raise TypeError(f"{op}: {argument}[{i}] must be a tensor, got {kind}")
 
 
 def number_of_matrices(matrices: Sequence[Tensor]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -374,3 +375,20 @@ def test_inputs_may_share_their_memory() -> None:
     for inverse in result.matrices:
         assert_same(inverse, torch.linalg.inv(square + 0.5 * torch.eye(3)))
     assert ops.precondition([square], [square], [square]).grads[0].shape == (3, 3)
+
+
+@pytest.mark.parametrize("wrong", [None, 3, "a"], ids=str)
+def test_an_entry_that_is_no_tensor_is_named(wrong: object) -> None:
+    two = [torch.empty(3, 3) for _ in range(2)]
+    calls: list[tuple[Any, tuple[Any, ...], Any, str]] = [
+        (ops.mean_eigenvalues, ([wrong],), torch.empty(1), "matrices[0]")
+    ]
+    for op in (ops.damped_inverse, ops.damped_cholesky):
+        calls.append((op, ([SQUARE, wrong], 1.0), two, "matrices[1]"))
+        calls.append((op, ([SQUARE], 1.0), [wrong], "out[0]"))
+    for op in (ops.precondition, ops.cholesky_precondition):
+        calls.append((op, ([SQUARE], [wrong], [SQUARE]), None, f"{SIDE}[0]"))
+    for op, arguments, out, entry in calls:
+        message = f"{op.__name__}: {entry} must be a tensor, got {type(wrong).__name__}"
+        with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+            op(*arguments, out=out)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kfac_fast import schema
 from kfac_fast.backends import call, public, quick
-from kfac_fast.list_checks import number_of_matrices
+from kfac_fast.list_checks import check_tensors, number_of_matrices
 from kfac_fast.ops.matrices import all_detached, first_of
 
 
@@ -70,6 +70,8 @@ def update_averages(
         for number in options[0]:
             schema.check_types(op, terms=number)
         schema.check_types(op, decay=decay, covariances=covariances)
+        written = {"out": out, "weights": options[4], "skipped": options[5]}
+        check_tensors(op, {"sums": sums, **written})
         call(op, [x.contiguous() for x in all_detached(sums)], *options)
     return out
 
@@ -102,5 +104,6 @@ def mean_eigenvalues(matrices: Sequence[Tensor], *, out: Tensor | None = None) -
     if out is None:
         out = first_of(matrices).new_empty(number_of_matrices(matrices))
     if quick("mean_eigenvalues", (matrices, out)) is None:
+        check_tensors("mean_eigenvalues", {"matrices": matrices})
         call("mean_eigenvalues", all_detached(matrices), out)
     return out

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kfac_fast.backends import call, public, quick
 from kfac_fast.checks import refused
-from kfac_fast.list_checks import number_of_matrices
+from kfac_fast.list_checks import check_tensors, number_of_matrices
 from kfac_fast.ops.accumulation import detached
 
 
@@ -103,6 +103,7 @@ def _damped(
         info = quick(op, (matrices, dampings, results, None, None))
         if info is not None:
             return DampedInverses(results, info, None)
+    check_tensors(op, {"matrices": matrices, "out": results})
     like = first_of(matrices)
     total = number_of_matrices(matrices)
     info = torch.empty(total, dtype=torch.int32, device=like.device)
@@ -222,6 +223,8 @@ def _preconditioned(
     like = first_of(grads)
     inner = torch.zeros((), dtype=like.dtype, device=like.device)
     if quick(op, (grads, input_sides, gradient_sides, results, inner)) is None:
+        sides = {"the input side": input_sides, "the gradient side": gradient_sides}
+        check_tensors(op, {"grads": grads, **sides, "out": results})
         call(op, all_detached(grads), input_sides, gradient_sides, results, inner)
     return Preconditioned(results, inner)
 
