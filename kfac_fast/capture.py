@@ -56,6 +56,7 @@ class ForwardPass:
         most: Examples in that call of a layer which has the most.
         graphs: Examples that the rows of a layer's inputs belong to, where it was told.
         terms: Number of terms, where :meth:`Capture.count` was told.
+        recomputed: Whether they were counted before it, in a pass without gradients.
     """
 
     number: int = 0
@@ -63,6 +64,7 @@ class ForwardPass:
     most: int = 0
     graphs: int | None = None
     terms: Count | None = None
+    recomputed: bool = False
 
     def see(self, layer: Layer, output: Tensor) -> int:
         """Take note of a layer's call.
@@ -130,7 +132,7 @@ def reaches(end: Node) -> bool:
 
 
 def in_transform() -> bool:
-    """Whether a function is being transformed; such gradients add to no parameter's."""
+    """Whether a function is being transformed: its tensors have no memory to form sums of."""
     return torch._C._are_functorch_transforms_active()
 
 
@@ -235,7 +237,7 @@ class Capture:
         self._handle = compiled.register(self)
         self._tapped: list[tuple[Block, Layer]] = []
         self._traced = False
-        self._layers = sum(len(block.layers) for block in blocks)
+        self._waiting = 0
         self._pass_number = torch.tensor(0, device="cpu")
         self._recorded: list[tuple[int, int, Call, Tensor]] | None = None
         begin = self._begin_hook(model)
@@ -277,7 +279,9 @@ class Capture:
 
     def count(self, terms: Count) -> None:
         """Take note of the number of the training loss's terms in the latest forward pass."""
-        self._pass.terms = terms
+        # After a pass that was recomputed, it is of the next one, which has run without gradients.
+        latest = self._passes[0] if self._pass.recomputed else self._pass
+        latest.terms = terms
 
     def backpropagate(self, scalars: Iterable[Tensor], terms: Count) -> None:
         """Add the waiting calls that some scalars depend on, with the gradients of all of these.
@@ -287,18 +291,13 @@ class Capture:
         Args:
             scalars: They are taken and backpropagated one by one.
             terms: Number of the loss's terms.
-
-        Raises:
-            RuntimeError: If no call waits.
         """
         if not self.calls and not self._traced:
-            raise RuntimeError(
-                "update_curvature: layers must have been called with gradients enabled since the "
-                "last step, got none; checkpoint(use_reentrant=True) calls them without"
-            )
+            return
         # Outputs inside of a compiled graph are out of reach; on the way to the weights it meets
         # the operators that record them.
-        weights = [block.layer.parameters()[0] for block, _ in self._tapped] if self._traced else []
+        tapped = [layer.trained() for _, layer in self._tapped] if self._traced else []
+        weights = [weight for weight in tapped if weight is not None]
         edges = {i: c.output for i, c in enumerate(self.calls) if c.output is not None}
         last = last_reached(edges)
         sums: dict[Hashable, tuple[Call, Tensor, Tensor | None]] = {}
@@ -323,6 +322,8 @@ class Capture:
             if index not in last
         ]
         inputs: list[Any] = [*(edges[index] for index in last), *dict.fromkeys(weights)]
+        if not inputs:  # all compiled layers are frozen
+            return
         try:
             for scalar in scalars:
                 self._recorded = []
@@ -353,15 +354,20 @@ class Capture:
         self._captures, self._scale = None, None
         if not self._capturing():
             return 0
-        if len(self.calls) > MOST_WAITING * self._layers:
+        self._waiting = self._waiting + 1 if self.calls else 0
+        if self._waiting > MOST_WAITING:
             warnings.warn(
                 "KFAC: the graphs of many forward passes wait for update_curvature() or step(); "
                 "run other passes under torch.no_grad()",
                 RuntimeWarning,
                 stacklevel=2,
             )
-        # What was counted before any pass is of one that ran without gradients and is recomputed.
-        self._pass = ForwardPass(len(self._passes), examples or None, terms=self._passes[0].terms)
+        # What was counted outside of any pass is of one that ran without gradients.
+        terms = self._passes[0].terms
+        self._passes[0] = ForwardPass()
+        self._pass = ForwardPass(
+            len(self._passes), examples or None, terms=terms, recomputed=terms is not None
+        )
         self._passes[self._pass.number] = self._pass
         return self._pass.number
 
@@ -392,7 +398,10 @@ class Capture:
         seen = self._passes.get(forward_pass, self._pass)
         with torch.enable_grad():
             end = _end_at(weight)
-        self._add(call, end, seen.see(call.layer, gradient), seen, gradient)
+        examples = seen.see(call.layer, gradient)
+        if examples > 1 and seen.batch is not None:  # the layers in front are not seen yet
+            seen.most = max(seen.most, seen.batch)
+        self._add(call, end, examples, seen, gradient)
 
     def _capturing(self) -> bool:
         if self._captures is None:

@@ -15,7 +15,7 @@ def refused(op: str, argument: str, expected: object, got: object) -> ValueError
 
 
 def refused_dtype(op: str, argument: str, expected: object, got: object) -> TypeError:
-    """What to raise where an argument's dtype is refused."""
+    """What to raise where an argument's dtype or layout is refused."""
     return TypeError(f"{op}: {argument} must be {expected}, got {got}")
 
 
@@ -72,6 +72,8 @@ def check_out(
         raise refused(op, argument, f"of shape {shape}", tuple(out.shape))
     if out.dtype != dtype:
         raise refused_dtype(op, argument, dtype, out.dtype)
+    if out.is_neg():
+        raise refused(op, argument, "resolved", "a negated view")
     if not out.is_contiguous():
         raise refused(op, argument, "contiguous", f"strides {out.stride()}")
     if out.requires_grad:
@@ -81,6 +83,8 @@ def check_out(
     for tensor in inputs:
         if isinstance(tensor, Tensor):
             check_device(op, argument, out, tensor)
+            if tensor.layout != torch.strided:
+                raise refused_dtype(op, "inputs", "strided", tensor.layout)
             if _overlap(out, tensor):
                 raise refused(op, argument, "apart from the inputs' memory", "an overlap")
 

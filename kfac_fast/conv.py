@@ -215,6 +215,9 @@ class ConvGeometry:
             return x
         if x.numel() == 0:  # of which PyTorch pads none in the other modes
             return x.new_zeros(*x.shape[:2], *self.framed_size(size))
+        if self.transposed:  # one side may crop what the other pads
+            x = F.pad(x, [max(pad, 0) for pad in pads])
+            return F.pad(x, [min(pad, 0) for pad in pads])
         return F.pad(
             x, pads, mode="constant" if self.padding_mode == "zeros" else self.padding_mode
         )

@@ -12,15 +12,23 @@ from torch import Tensor, nn
 from kfac_fast.preconditioner import KFAC
 
 
-def _evaluated(model: nn.Module, loss_of: Callable[[], Tensor]) -> Tensor:
-    """A loss without gradients, that leaves running statistics of normalisations as they are."""
-    buffers = list(model.buffers())
-    before = [buffer.clone() for buffer in buffers]
+@contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Evaluate without gradients, and leave running statistics of normalisations as they are."""
+    kept = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
     with torch.no_grad():
-        loss = loss_of()
-        for buffer, old in zip(buffers, before, strict=True):
-            buffer.copy_(old)
-    return loss
+        try:
+            yield
+        finally:
+            for module, name, buffer, old in kept:
+                module._buffers[name] = buffer
+                if not torch.equal(buffer, old):  # for some cannot be written to
+                    buffer.copy_(old)
 
 
 class LevenbergMarquardt:
@@ -109,9 +117,11 @@ class LevenbergMarquardt:
         gradients = {
             p: torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters
         }
-        loss = _evaluated(kfac.model, loss_of)
+        with _buffers_kept(kfac.model):
+            loss = loss_of()
         yield
-        actual = _evaluated(kfac.model, loss_of) - loss
+        with _buffers_kept(kfac.model):
+            actual = loss_of() - loss
         steps = {p: p.detach() - old for p, old in before.items()}
         predicted = kfac.predicted_change(gradients, steps)
         # A step that the model itself expects to raise the loss is too long, whatever came of it.

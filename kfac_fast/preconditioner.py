@@ -194,12 +194,7 @@ class KFAC:
         if damping_mode == "exact":
             form = "corrected" if eigenvalue_correction else "eigenbasis"
         self._blocks, self._left_alone = find_blocks(
-            model,
-            approx,
-            skip,
-            form,
-            dtype=factor_dtype,
-            forward_only=fisher == "forward-only",
+            model, approx, skip, form, dtype=factor_dtype, forward_only=fisher == "forward-only"
         )
         apply_layer_options(self._blocks, self.layer_options)
         self._check_schedules()
@@ -286,7 +281,6 @@ class KFAC:
             generator: Source of randomness; PyTorch's default if None.
 
         Raises:
-            RuntimeError: If no layer was called with gradients enabled since the last step.
             TypeError: If the outputs are not what the loss takes.
             ValueError: If ``loss`` is unknown or has another reduction than ``loss_reduction``, if
                 outputs or targets have the wrong shape, or targets are needed.
@@ -374,9 +368,9 @@ class KFAC:
         if self._capture.calls and not pending:
             raise RuntimeError(
                 f"KFAC.step: fisher={self.fisher!r} needs update_curvature() after the forward "
-                "pass, got none"
+                "pass, got none of its calls; checkpoint(use_reentrant=True) hides them"
             )
-        if not pending and self._untouched() and any(p.grad is not None for p in self.parameters()):
+        if not pending and self._untouched():
             raise RuntimeError(
                 "KFAC.step: the gradients must come from the model given to KFAC, got no pass of it"
             )
@@ -392,7 +386,11 @@ class KFAC:
         self.steps += 1
 
     def _untouched(self) -> bool:
-        return self._due("factor_update_steps") and not any(b.factors for b in self._blocks)
+        """Whether there are gradients of weights, but no factors, although they are due."""
+        if not self._due("factor_update_steps") or any(b.factors for b in self._blocks):
+            return False
+        trained = [b.layer for b in self._blocks if b.layer.reason_against() is None]
+        return any(layer.gradients()[0] is not None for layer in trained)
 
     def _update_factors(self) -> tuple[bool, bool]:
         """Whether factors were updated and inverses refreshed."""

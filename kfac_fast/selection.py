@@ -48,7 +48,8 @@ def find_blocks(
     """
     patterns = _compiled(skip)
     modules = [
-        (name.replace("_orig_mod.", ""), module)  # the wrapper of a compiled module
+        # Without the wrapper of a compiled module.
+        (".".join(part for part in name.split(".") if part != "_orig_mod"), module)
         for name, module in model.named_modules()
         if any(True for _ in module.parameters(recurse=False))
     ]
@@ -63,16 +64,16 @@ def find_blocks(
     left_alone: dict[str, str] = {}
     layers: list[Layer] = []
     for name, module in modules:
+        kind = type(module).__name__
+        reason = skipped(name, kind)
         if name and name.rpartition(".")[0] in attention:
             continue  # an output projection, a layer of the attention module
-        kind = type(module).__name__
         own = layers_of(name, module, approx)
-        reason = skipped(name, kind) or (None if own else f"no rule for {kind}")
-        if reason is not None:
-            left_alone[name] = reason
+        reasons = [skipped(layer.name) or _reason_against(layer, forward_only) for layer in own]
+        if reason is not None or not own:
+            left_alone[name] = reason or f"no rule for {kind}"
             continue
-        for layer in own:
-            reason = skipped(layer.name) or _reason_against(layer, forward_only)
+        for layer, reason in zip(own, reasons, strict=True):
             if reason is None:
                 layers.append(layer)
             else:

@@ -19,6 +19,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 BATCH = 16
 
 
+def may_compile(test: Callable[..., None]) -> Callable[..., None]:
+    """Warnings that torch's own compiler meets with."""
+    for ignored in ("The .grad attribute", ".*should not be instantiated:DeprecationWarning"):
+        test = pytest.mark.filterwarnings(f"default:{ignored}")(test)
+    return test
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
@@ -139,8 +146,11 @@ def test_a_pass_split_at_a_layers_output_counts_once() -> None:
     results = []
     for split in (False, True):
         with preconditioner(model) as kfac:
-            hidden = model[0](x)
-            loss = F.cross_entropy(model[2](model[1](hidden)), y)
+            seen: list[Tensor] = []
+            handle = model[0].register_forward_hook(lambda *call, seen=seen: seen.append(call[2]))
+            loss = F.cross_entropy(model(x), y)
+            handle.remove()
+            hidden = seen[0]
             if split:
                 hidden.backward(*torch.autograd.grad(loss, hidden, retain_graph=True))
                 loss.backward(inputs=list(model[2].parameters()))
@@ -227,19 +237,19 @@ class Language(nn.Module):
         super().__init__()
         self.tokens, self.positions = nn.Embedding(7, 4), nn.Embedding(5, 4)
         self.shift = nn.Parameter(torch.randn(1, 3))
-        self.common, self.expert, self.head = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.common, self.expert, self.head = nn.Linear(3, 4), nn.Linear(3, 3), nn.Linear(4, 3)
         self.double()
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``[N, 3]`` of tokens ``[N, 5]``."""
         hidden = self.tokens(x) + self.positions(torch.arange(x.shape[1])) + self.common(self.shift)
         rows = hidden.mean(1)
-        return self.head(torch.cat([self.expert(rows[:3]), rows[3:]]))
+        logits = self.head(rows)
+        return torch.cat([self.expert(logits[:3]), logits[3:]])
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.filterwarnings("default:The .grad attribute")  # torch's compiler hides these
-@pytest.mark.filterwarnings("default:.*should not be instantiated:DeprecationWarning")
+@may_compile
 def test_every_layer_has_the_number_of_terms_of_the_whole_batch(compiled: bool) -> None:
     model, x = Language(), torch.randint(7, (BATCH, 5))
     y = torch.randint(3, (BATCH,))
@@ -297,26 +307,52 @@ class Recomputed(nn.Module):
 
 
 def test_terms_are_counted_before_a_recomputed_pass() -> None:
-    model, (x, _) = critic(), batch()
-    x.requires_grad_()
+    """Of each micro-batch its own."""
+    model, (x, y) = critic(), batch()
     results = []
     for recomputed in (False, True):
-        with preconditioner(model) as kfac:
-            outputs = (Recomputed(model) if recomputed else model)(x)
-            kfac.update_curvature(outputs, loss="mse")
-            outputs.square().mean().backward()
+        with preconditioner(model, accumulation_steps=2) as kfac:
+            for rows in (slice(0, 3), slice(3, BATCH)):
+                inputs, targets = x[rows].clone().requires_grad_(), y[rows]
+                outputs = (Recomputed(model) if recomputed else model)(inputs)
+                kfac.update_curvature(outputs, loss="cross_entropy")
+                (F.cross_entropy(outputs, targets) / 2).backward()
             kfac.step()
             results.append(kfac)
     assert_equal_covariances(*results)
 
 
 @pytest.mark.parametrize("fisher", ["mc", "exact"])
-def test_curvature_of_layers_out_of_reach_is_refused(fisher: str) -> None:
+def test_layers_out_of_reach_are_said_to_be(fisher: str) -> None:
     model, (x, _) = critic(), batch()
     kfac = preconditioner(model, fisher=fisher)
     outputs = Recomputed(model)(x.requires_grad_())
-    with pytest.raises(RuntimeError, match="update_curvature: layers must have been called with"):
-        kfac.update_curvature(outputs, loss="mse")
+    kfac.update_curvature(outputs, loss="mse")
+    outputs.square().mean().backward()
+    with pytest.raises(RuntimeError, match="use_reentrant=True.* hides them"):
+        kfac.step()
+
+
+@may_compile
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("fisher", ["empirical", "mc", "exact"])
+def test_layers_may_be_frozen_for_the_first_steps(fisher: str, compiled: bool) -> None:
+    """While the biases, or another part of the model, are trained."""
+    model, (x, y) = critic(), batch()
+    kfac = preconditioner(model, fisher=fisher)
+    run = torch.compile(model, backend="aot_eager") if compiled else model
+    weights = [model[0].weight, model[2].weight]
+    for frozen in (True, False):
+        for weight in weights:
+            weight.requires_grad_(not frozen)
+        model.zero_grad()
+        with torch._functorch.config.patch(donated_buffer=False):
+            outputs = run(x)
+            kfac.update_curvature(outputs, loss="cross_entropy")
+            F.cross_entropy(outputs, y).backward()
+        kfac.step()
+        assert len(gradient_covariances(kfac)) == (0 if frozen else 2)
+    torch.compiler.reset()
 
 
 def test_graphs_that_nobody_asks_for_are_warned_of() -> None:

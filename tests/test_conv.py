@@ -15,7 +15,8 @@ from cases import CONVOLUTIONS, Convolution
 from oracle import convolution, patches, whole_numbers
 from torch import Tensor
 
-from kfac_fast import conv_kernels
+import kfac_fast
+from kfac_fast import conv_kernels, ops
 from kfac_fast.conv import ConvGeometry, OffsetPlan
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
@@ -246,3 +247,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 def test_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^some_op: {message}$"):
         ConvGeometry.normalize("some_op", 2, **{"kernel_size": 3, **arguments})
+
+
+def test_one_side_of_a_transposed_convolution_may_crop_more_than_its_input() -> None:
+    """While the other side pads it back."""
+    x, options = torch.randn(2, 1, 4), {"padding": 5, "output_padding": 7, "dilation": 8}
+    assert F.conv_transpose1d(x, torch.ones(1, 1, 1), **options).shape == (2, 1, 1)
+    expected = torch.tensor([[0.0, 0.0], [0.0, 2.0]])
+    for implementation in ("cpp", "reference"):
+        with kfac_fast.use(implementation):
+            found = ops.conv_expand_gram(x, 1, bias=True, transposed=True, **options)
+        assert torch.equal(found, expected)

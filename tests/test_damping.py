@@ -166,3 +166,27 @@ def test_adapting_leaves_running_statistics_as_after_one_pass() -> None:
         kfac.step()
     assert damping.ratio is not None
     assert all(map(torch.equal, model.buffers(), expected))
+
+
+def test_adapting_takes_buffers_of_every_kind() -> None:
+    class Buffered(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 2)
+            self.register_buffer("expanded", torch.zeros(1).expand(4))
+            self.register_buffer("mean", torch.zeros(2))
+            self.register_buffer("absent", None)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.linear(x)
+            self.mean = 0.9 * self.mean + 0.1 * y.detach().mean(0)
+            return y - self.mean
+
+    model, damping = Buffered(), LevenbergMarquardt(0.1, interval=1)
+    kfac = KFAC(model, damping=damping, factor_update_steps=1, inverse_update_steps=1)
+    x = torch.randn(8, 3)
+    model(x).square().mean().backward()
+    expected = model.mean.clone()
+    with damping.adapt(kfac, lambda: model(x).square().mean()):
+        kfac.step()
+    assert torch.equal(model.mean, expected)

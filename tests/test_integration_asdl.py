@@ -260,3 +260,16 @@ def test_classes_are_replaced_inside_of_a_block_only() -> None:
         assert all(new is old for new, old in zip(replaceable(), inside, strict=True))
         raise ZeroDivisionError
     assert all(new is old for new, old in zip(replaceable(), before, strict=True))
+
+
+@pytest.mark.parametrize("network", ["images", "tokens"])
+def test_factors_keep_the_dtype(network: str) -> None:
+    make, size = NETWORKS[network]
+    model, x = make().bfloat16(), torch.randn(8, *size).bfloat16()
+    with ours.enabled():
+        found = fisher(model, x, "fisher_emp", "kron")
+    expected = fisher(model.double(), x.double(), "fisher_emp", "kron")
+    assert found.keys() == expected.keys()
+    for name, matrix in found.items():
+        assert matrix.dtype == torch.bfloat16
+        assert (matrix.double() - expected[name]).norm() <= 0.03 * expected[name].norm()

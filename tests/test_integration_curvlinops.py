@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -232,3 +233,55 @@ def test_curvlinops_own_classes_are_replaced_inside_of_a_block_only() -> None:
     assert type(outside) is curvlinops.KFACLinearOperator
     vector = torch.randn(outside.shape[1], dtype=torch.float64)
     assert_solved(inside @ vector, outside @ vector)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("approx", ["expand", "reduce"])
+def test_models_in_half_precision_are_served(approx: str, dtype: torch.dtype) -> None:
+    """Factors have the dtype that curvlinops' own have, and are as close to those in float64."""
+    model = tokens().to(dtype)
+    x, y = torch.randn(5, 6, 4).to(dtype), torch.randint(3, (5,))
+    options = {"fisher_type": "empirical", "kfac_approx": approx}
+    given = [model, nn.CrossEntropyLoss(), list(model.parameters()), [(x, y)]]
+    theirs, mine = both("KFACLinearOperator", given, **options)
+    for operator in (theirs, mine):
+        assert (operator @ torch.ones(operator.shape[1], dtype=dtype)).dtype == dtype
+    twin = copy.deepcopy(model).double()
+    given = [twin, nn.CrossEntropyLoss(), list(twin.parameters()), [(x.double(), y)]]
+    exact = both("KFACLinearOperator", given, **options)[0]
+    exact.compute_kronecker_factors()
+    for side in ("_input_covariances", "_gradient_covariances"):
+        for name, covariance in getattr(exact, side).items():
+            errors = [(getattr(o, side)[name].double() - covariance).norm() for o in (theirs, mine)]
+            rounding = torch.finfo(dtype).eps * covariance.norm()
+            assert errors[1] <= errors[0] + rounding
+
+
+def test_a_subclass_of_a_layer_has_its_corrected_eigenvalues_from_curvlinops() -> None:
+    class Own(nn.Linear):
+        pass
+
+    model = nn.Sequential(Own(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    data = [(torch.randn(6, 4, dtype=torch.float64), torch.randint(3, (6,)))]
+    given = [model, nn.CrossEntropyLoss(), list(model.parameters()), data]
+    operators = both("EKFACLinearOperator", given, fisher_type="type-2")
+    vector = torch.randn(operators[0].shape[1], dtype=torch.float64)
+    expected, found = (operator @ vector for operator in operators)
+    assert_solved(found, expected, condition=1e6)
+
+
+@pytest.mark.parametrize("kind", ["KFACLinearOperator", "EKFACLinearOperator"])
+def test_a_pass_that_is_broken_off_leaves_no_trace(kind: str) -> None:
+    given = arguments("tokens", "mean")
+    model = given[0]
+    expected, found = both(kind, given, fisher_type="type-2")
+    handle = model[4].register_forward_hook(lambda *call: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        found.compute_kronecker_factors()
+    handle.remove()
+    for module in model.modules():  # curvlinops leaves its own
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+    found._input_covariances.clear()
+    vector = torch.randn(found.shape[1], dtype=torch.float64)
+    assert_solved(found @ vector, expected @ vector, condition=1e6)

@@ -237,3 +237,17 @@ def test_functions_are_replaced_inside_of_a_block_only() -> None:
     for layer in made:
         assert not {"compute_a_inv", "compute_g_inv"} & set(vars(layer))
         assert set(vars(layer.module)) == {"module"}
+
+
+def test_blocks_may_be_nested() -> None:
+    made = layers()
+    preconditioner = Preconditioner(*made)
+    with ours.enabled(preconditioner):
+        with ours.enabled(preconditioner):
+            pass
+        assert made[0].module.get_a_factor.func is ours.get_a_factor
+        update(made)
+        preconditioner.step()
+    for layer in made:
+        assert_inverted(layer)
+        assert set(vars(layer.module)) == {"module"}

@@ -148,3 +148,30 @@ def test_factories_are_replaced_inside_of_a_block_only() -> None:
         assert PMatKFAC.inverse is ours.inverse
         raise ZeroDivisionError
     assert FactoryMap == before and PMatKFAC.inverse is not ours.inverse
+
+
+@pytest.mark.parametrize("network", ["images", "signals"])
+def test_models_in_half_precision_are_served(network: str) -> None:
+    make, shape = NETWORKS[network]
+    torch.set_default_dtype(torch.bfloat16)
+    model = make()
+    data = DataLoader(TensorDataset(torch.randn(8, *shape)), batch_size=5)
+    with ours.enabled():
+        found = PMatKFAC(generator=TorchHooksJacobianBackend(model), examples=data).data
+    torch.set_default_dtype(torch.float64)
+    exact = DataLoader(TensorDataset(data.dataset.tensors[0].double()), batch_size=5)
+    generator = TorchHooksJacobianBackend(model.double())
+    expected = PMatKFAC(generator=generator, examples=exact).data
+    for name, pair in expected.items():
+        for mine, theirs in zip(found[name], pair, strict=True):
+            assert mine.dtype == torch.bfloat16
+            assert (mine.double() - theirs).norm() <= 0.03 * theirs.norm()
+
+
+def test_blocks_may_be_nested() -> None:
+    with ours.enabled():
+        with ours.enabled():
+            pass
+        assert PMatKFAC.inverse is ours.inverse
+        assert {FactoryMap[kind] for kind in ours._OURS} == set(ours._OURS.values())
+    assert PMatKFAC.inverse is not ours.inverse

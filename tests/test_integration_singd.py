@@ -187,3 +187,23 @@ def test_products_with_transposes_are_computed_by_the_operator(
     optimizer.step()
     sides = [m.to_dense().shape for side in (optimizer.Ks, optimizer.Cs) for m in side.values()]
     assert sorted(shapes) == sorted(map(tuple, sides))  # K^T K and C^T C of every layer
+
+
+@pytest.mark.parametrize(
+    ("side", "size", "scale"),
+    [("input", 300.0, 1e-3), ("gradient", 1.0, 1e-2), ("gradient", 4e-7, 3e3)],
+)
+def test_a_covariance_may_be_beyond_half_precision(side: str, size: float, scale: float) -> None:
+    """Only what is rotated has to be in its range, as in singd, which rotates the rows."""
+    rows = (size * torch.randn(512, 3)).half()
+    basis = DenseMatrix((scale * torch.eye(3)).half())
+    outer = scale**2 * rows.double().T @ rows.double()
+    if side == "input":
+        found = ours._input_term(basis, rows, nn.Linear(3, 3, bias=False), "expand")
+        expected = outer / 512
+    else:
+        found = ours._gradient_term(basis, rows, nn.Linear(3, 3), "batch", "expand", 1.0)
+        expected = 512 * outer
+    assert found.to_dense().dtype == torch.float16
+    error = (found.to_dense().double() - expected).norm()
+    assert error <= 2 * torch.finfo(torch.float16).eps * expected.norm()

@@ -185,13 +185,16 @@ def test_patterns_reach_the_projections_of_attention() -> None:
         "self_attn.q_proj": "skipped by pattern 'q_proj$'",
         "self_attn.out_proj": "skipped by pattern 'out_proj'",
     }
-    with pytest.raises(ValueError, match="got 'Dynamically' that matches none"):
-        found(layer, "Dynamically")
+    assert found(layer, "self_attn", "out_proj", "q_proj")[0] == names[2:]
+    with pytest.raises(ValueError, match="got 'a_proj' that matches none"):
+        found(layer, "a_proj")
 
 
 def test_a_compiled_modules_layers_have_the_names_of_the_module() -> None:
     model = nn.Sequential(nn.Linear(3, 4), torch.compile(nn.Sequential(nn.Linear(4, 2))))
     assert found(torch.compile(model))[0] == ["0", "1.0"]
+    assert found(nn.Sequential(torch.compile(nn.MultiheadAttention(4, 2))))[0][0] == "0.q_proj"
+    assert found(torch.compile(nn.Linear(3, 3)))[0] == [""]
 
 
 def test_a_complex_weight_leaves_its_layer_alone() -> None:

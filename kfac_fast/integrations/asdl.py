@@ -52,12 +52,12 @@ class Linear(operations.Linear):  # type: ignore[misc]
     @staticmethod
     def cov_kron_A(module: nn.Linear, in_data: Tensor) -> Tensor:  # noqa: N802
         """Input factor."""
-        return ops.gram(in_data)
+        return ops.gram(in_data).to(in_data.dtype)
 
     @staticmethod
     def cov_kron_B(module: nn.Linear, out_grads: Tensor) -> Tensor:  # noqa: N802
         """Gradient factor."""
-        return ops.gram(out_grads)
+        return ops.gram(out_grads).to(out_grads.dtype)
 
 
 class Conv2d(operations.Conv2d):  # type: ignore[misc]
@@ -81,15 +81,16 @@ class Conv2d(operations.Conv2d):  # type: ignore[misc]
     def cov_kron_A(module: nn.Conv2d, in_data: Tensor) -> Tensor:  # noqa: N802
         """Input factor."""
         if in_data.dim() == 3:
-            return ops.gram(in_data.mT, alpha=1 / in_data.shape[-1])
+            return ops.gram(in_data.mT, alpha=1 / in_data.shape[-1]).to(in_data.dtype)
         geometry = zero_padded_geometry(module)
         scale = 1 / output_positions(module, in_data)
-        return ops.conv_expand_gram(in_data, module.kernel_size, alpha=scale, **geometry)
+        total = ops.conv_expand_gram(in_data, module.kernel_size, alpha=scale, **geometry)
+        return total.to(in_data.dtype)
 
     @staticmethod
     def cov_kron_B(module: nn.Conv2d, out_grads: Tensor) -> Tensor:  # noqa: N802
         """Gradient factor."""
-        return ops.gram(out_grads.mT)
+        return ops.gram(out_grads.mT).to(out_grads.dtype)
 
 
 class Kron(symmatrix.Kron):  # type: ignore[misc]

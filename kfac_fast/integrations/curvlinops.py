@@ -44,6 +44,15 @@ class KFACLinearOperator(curvlinops.KFACLinearOperator):  # type: ignore[misc]
     Takes the same arguments. Source: Eschenhagen et al. (2023), section 3.
     """
 
+    def compute_kronecker_factors(self) -> None:
+        """Form the factors, summed up at least in float32, in the dtype of the weights."""
+        self._edges.clear()  # of a pass that was broken off
+        super().compute_kronecker_factors()
+        for covariances in (self._input_covariances, self._gradient_covariances):
+            for name, covariance in covariances.items():
+                weight = self._model_func.get_submodule(name).weight
+                covariances[name] = covariance.to(weight.dtype)
+
     def _hook_accumulate_input_covariance(
         self, module: nn.Module, inputs: tuple[Tensor, ...], module_name: str
     ) -> None:
@@ -150,6 +159,11 @@ class EKFACLinearOperator(KFACLinearOperator, curvlinops.EKFACLinearOperator):  
     Takes the same arguments. Source: George et al. (2018), section 3.
     """
 
+    def compute_eigenvalue_correction(self) -> None:
+        """Form the corrected eigenvalues."""
+        self._edges.clear()  # of a pass that was broken off
+        super().compute_eigenvalue_correction()
+
     def _compute_eigenvectors(self) -> None:
         if not (self._input_covariances or self._gradient_covariances):
             self.compute_kronecker_factors()
@@ -166,7 +180,7 @@ class EKFACLinearOperator(KFACLinearOperator, curvlinops.EKFACLinearOperator):  
         self, grad_output: Tensor, module: nn.Module, module_name: str
     ) -> None:
         right = self._input_covariances_eigenvectors.get(module_name)
-        if right is None or getattr(module, "groups", 1) > 1:
+        if right is None or type(module) not in RULES or getattr(module, "groups", 1) > 1:
             super()._accumulate_corrected_eigenvalues(grad_output, module, module_name)
             return
         g, scale = grad_output.detach(), self._scale(len(grad_output))

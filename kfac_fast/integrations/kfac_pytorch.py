@@ -159,10 +159,14 @@ def enabled(preconditioner: Any) -> Iterator[None]:
                 name = f"compute_{side}_inv"
                 own = getattr(layer, name)
                 replaced.append((layer, name, partial(inverses.compute, layer, side, own)))
+    before = [vars(owner).get(name) for owner, name, _ in replaced]
     for owner, name, function in replaced:
         setattr(owner, name, function)
     try:
         yield
     finally:
-        for owner, name, _ in replaced:
-            delattr(owner, name)
+        for (owner, name, _), own in zip(replaced, before, strict=True):
+            if own is None:
+                vars(owner).pop(name, None)
+            else:  # of a block around this one
+                setattr(owner, name, own)

@@ -19,7 +19,7 @@ Tested with nngeometry 0.4.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,12 +31,21 @@ from kfac_fast.integrations.convolutions import zero_padded_geometry
 from kfac_fast.integrations.dampings import shift_of
 from kfac_fast.integrations.versions import require
 from kfac_fast.layers import RULES
+from kfac_fast.schema import result_dtype
 
 require("nngeometry", "0.4")
 
 import nngeometry.layercollection as layers  # noqa: E402  # isort: skip
 from nngeometry.backend.torch_hooks import grads  # noqa: E402  # isort: skip
 from nngeometry.object import PMatKFAC  # noqa: E402  # isort: skip
+
+
+def _add(buffer: Tensor, form: Callable[..., Tensor], *inputs: Any, **options: Any) -> None:
+    """Add a batch's sum to a factor; one in half precision, as nngeometry's, is rounded to it."""
+    if buffer.dtype == result_dtype(buffer.dtype):
+        form(*inputs, beta=1.0, out=buffer, **options)
+    else:
+        buffer += form(*inputs, **options)
 
 
 def _add_squared_gradients(
@@ -60,12 +69,12 @@ class LinearFactory(grads.LinearJacobianFactory):  # type: ignore[misc]
     @classmethod
     def kfac_xx(cls, buffer: Tensor, mod: nn.Linear, layer: Any, x: Tensor, gy: Tensor) -> None:
         """Add a batch to the input factor."""
-        ops.gram(_rows(x), bias=layer.bias is not None, beta=1.0, out=buffer)
+        _add(buffer, ops.gram, _rows(x), bias=layer.bias is not None)
 
     @classmethod
     def kfac_gg(cls, buffer: Tensor, mod: nn.Linear, layer: Any, x: Tensor, gy: Tensor) -> None:
         """Add a batch to the gradient factor."""
-        ops.gram(_rows(gy), beta=1.0, out=buffer)
+        _add(buffer, ops.gram, _rows(gy))
 
     @classmethod
     def kfe_diag(
@@ -97,12 +106,12 @@ class _Convolution:
         """Add a batch to the input factor."""
         geometry = zero_padded_geometry(mod)
         bias = layer.bias is not None
-        ops.conv_expand_gram(x, mod.kernel_size, bias=bias, beta=1.0, out=buffer, **geometry)
+        _add(buffer, ops.conv_expand_gram, x, mod.kernel_size, bias=bias, **geometry)
 
     @classmethod
     def kfac_gg(cls, buffer: Tensor, mod: nn.Conv2d, layer: Any, x: Tensor, gy: Tensor) -> None:
         """Add a batch to the gradient factor."""
-        ops.gram(gy.movedim(1, -1), alpha=1 / gy.shape[2:].numel(), beta=1.0, out=buffer)
+        _add(buffer, ops.gram, gy.movedim(1, -1), alpha=1 / gy.shape[2:].numel())
 
     @classmethod
     def kfe_diag(
@@ -170,11 +179,11 @@ def enabled() -> Iterator[None]:
     Yields:
         Nothing.
     """
-    before = {kind: grads.FactoryMap[kind] for kind in _OURS}
+    before, own_inverse = {kind: grads.FactoryMap[kind] for kind in _OURS}, PMatKFAC.inverse
     grads.FactoryMap.update(_OURS)
     PMatKFAC.inverse = inverse
     try:
         yield
     finally:
         grads.FactoryMap.update(before)
-        PMatKFAC.inverse = _inverse
+        PMatKFAC.inverse = own_inverse

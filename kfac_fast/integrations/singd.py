@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from math import sqrt
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -118,7 +119,15 @@ def _input_term(k: DenseMatrix, x: Tensor, module: Any, approx: str) -> DenseMat
         covariance = ops.gram(x, **options)
     else:
         covariance = ops.shared_gram(x, reduction="mean", **options)
-    return k.from_inner2(covariance.to(x.dtype))
+    return _rotated(k, covariance, x.dtype)
+
+
+def _rotated(k: DenseMatrix, covariance: Tensor, dtype: torch.dtype) -> DenseMatrix:
+    """``K^T C K``, rounded to half precision at the end: the covariance may be beyond its range."""
+    if covariance.dtype == dtype:
+        return k.from_inner2(covariance)
+    basis = k.to_dense().to(covariance.dtype)
+    return type(k)((basis.T @ covariance @ basis).to(dtype))
 
 
 def _gradient_term(
@@ -134,7 +143,7 @@ def _gradient_term(
     terms = {None: 1, "batch": len(g), "batch+sequence": rows.shape[:-1].numel()}[average]
     form = ops.gram if expand else ops.shared_gram
     options: dict[str, Any] = {} if expand else {"reduction": "sum"}
-    return c.from_inner2(form(rows, alpha=terms * scale, **options).to(g.dtype))
+    return _rotated(c, form(rows, alpha=terms * scale, **options), g.dtype)
 
 
 @contextmanager

@@ -102,7 +102,8 @@ def mean_eigenvalues(matrices: Sequence[Tensor], *, out: Tensor | None = None) -
     """
     matrices = list(matrices)  # the kernels' views live as long as this list holds the tensors
     if out is None:
-        out = first_of(matrices).new_empty(number_of_matrices(matrices))
+        total = number_of_matrices(matrices)
+        out = first_of(matrices).new_empty(total)
     if quick("mean_eigenvalues", (matrices, out)) is None:
         check_tensors("mean_eigenvalues", {"matrices": matrices})
         call("mean_eigenvalues", all_detached(matrices), out)
