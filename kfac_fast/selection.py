@@ -64,10 +64,10 @@ def find_blocks(
     left_alone: dict[str, str] = {}
     layers: list[Layer] = []
     for name, module in modules:
-        kind = type(module).__name__
-        reason = skipped(name, kind)
         if name and name.rpartition(".")[0] in attention:
             continue  # an output projection, a layer of the attention module
+        kind = type(module).__name__
+        reason = skipped(name, kind)
         own = layers_of(name, module, approx)
         reasons = [skipped(layer.name) or _reason_against(layer, forward_only) for layer in own]
         if reason is not None or not own:
