@@ -292,8 +292,6 @@ class Capture:
             scalars: They are taken and backpropagated one by one.
             terms: Number of the loss's terms.
         """
-        if not self.calls and not self._traced:
-            return
         # Outputs inside of a compiled graph are out of reach; on the way to the weights it meets
         # the operators that record them.
         tapped = [layer.trained() for _, layer in self._tapped] if self._traced else []
@@ -322,7 +320,7 @@ class Capture:
             if index not in last
         ]
         inputs: list[Any] = [*(edges[index] for index in last), *dict.fromkeys(weights)]
-        if not inputs:  # all compiled layers are frozen
+        if not inputs:  # no call waits, or all compiled layers are frozen
             return
         try:
             for scalar in scalars:

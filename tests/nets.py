@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from kfac_fast import KFAC
 
@@ -37,6 +38,18 @@ class Net(nn.Module):
         x = self.strided(self.bend(self.grouped(x))).tanh()
         x = self.bend(self.shared(x.flatten(2).mT))
         return self.head(x).mT if self.tokens else self.head(x.mean(1))
+
+
+class Checkpointed(nn.Module):
+    """Recomputes its activations in the backward pass."""
+
+    def __init__(self, net: nn.Module, use_reentrant: bool) -> None:
+        super().__init__()
+        self.net = net
+        self.use_reentrant = use_reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.net, x, use_reentrant=self.use_reentrant)
 
 
 def images(examples: int = 5) -> Tensor:

@@ -8,22 +8,19 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import preconditioner
+from nets import Checkpointed, preconditioner
 from plain_kfac import assert_solved
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from kfac_fast import KFAC, capture
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    # What PyTorch's own compiler does, and hides outside of tests.
+    pytest.mark.filterwarnings("default:.*should not be instantiated:DeprecationWarning"),
+    pytest.mark.filterwarnings("default:The .grad attribute"),
+]
 BATCH = 16
-
-
-def may_compile(test: Callable[..., None]) -> Callable[..., None]:
-    """Warnings that torch's own compiler meets with."""
-    for ignored in ("The .grad attribute", ".*should not be instantiated:DeprecationWarning"):
-        test = pytest.mark.filterwarnings(f"default:{ignored}")(test)
-    return test
 
 
 @pytest.fixture(autouse=True)
@@ -249,7 +246,6 @@ class Language(nn.Module):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@may_compile
 def test_every_layer_has_the_number_of_terms_of_the_whole_batch(compiled: bool) -> None:
     model, x = Language(), torch.randint(7, (BATCH, 5))
     y = torch.randint(3, (BATCH,))
@@ -295,17 +291,6 @@ def test_the_batch_of_a_step_before_is_forgotten() -> None:
     assert_equal_covariances(*results)
 
 
-class Recomputed(nn.Module):
-    """A whole model whose forward pass runs without gradients."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: Tensor) -> Tensor:
-        return checkpoint(self.inner, x, use_reentrant=True)
-
-
 def test_terms_are_counted_before_a_recomputed_pass() -> None:
     """Of each micro-batch its own."""
     model, (x, y) = critic(), batch()
@@ -314,7 +299,7 @@ def test_terms_are_counted_before_a_recomputed_pass() -> None:
         with preconditioner(model, accumulation_steps=2) as kfac:
             for rows in (slice(0, 3), slice(3, BATCH)):
                 inputs, targets = x[rows].clone().requires_grad_(), y[rows]
-                outputs = (Recomputed(model) if recomputed else model)(inputs)
+                outputs = (Checkpointed(model, use_reentrant=True) if recomputed else model)(inputs)
                 kfac.update_curvature(outputs, loss="cross_entropy")
                 (F.cross_entropy(outputs, targets) / 2).backward()
             kfac.step()
@@ -326,14 +311,13 @@ def test_terms_are_counted_before_a_recomputed_pass() -> None:
 def test_layers_out_of_reach_are_said_to_be(fisher: str) -> None:
     model, (x, _) = critic(), batch()
     kfac = preconditioner(model, fisher=fisher)
-    outputs = Recomputed(model)(x.requires_grad_())
+    outputs = Checkpointed(model, use_reentrant=True)(x.requires_grad_())
     kfac.update_curvature(outputs, loss="mse")
     outputs.square().mean().backward()
     with pytest.raises(RuntimeError, match="use_reentrant=True.* hides them"):
         kfac.step()
 
 
-@may_compile
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("fisher", ["empirical", "mc", "exact"])
 def test_layers_may_be_frozen_for_the_first_steps(fisher: str, compiled: bool) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from host import never_waits
-from nets import Net, images, preconditioner, train_step
+from nets import Checkpointed, Net, images, preconditioner, train_step
 from oracle import bits
 from plain_kfac import Call, assert_covariances, covariances, factors, plain_covariances, record
 from torch import Tensor, nn
@@ -28,18 +28,6 @@ fishers = pytest.mark.parametrize("fisher", ["empirical", "mc", "exact"])
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
-
-
-class Checkpointed(nn.Module):
-    """Recomputes its activations in the backward pass."""
-
-    def __init__(self, net: Net, use_reentrant: bool) -> None:
-        super().__init__()
-        self.net = net
-        self.use_reentrant = use_reentrant
-
-    def forward(self, x: Tensor) -> Tensor:
-        return checkpoint(self.net, x, use_reentrant=self.use_reentrant)
 
 
 def test_in_place_activations_change_no_bit() -> None:
