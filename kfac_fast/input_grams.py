@@ -10,6 +10,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
+from kfac_fast.buffers import Buffers
 from kfac_fast.factors import Sum
 from kfac_fast.layers import Layer
 
@@ -40,11 +41,15 @@ class InputGrams:
     A tensor and its views are one where they read the same memory in the same way, and no operation
     in between has written to it. A write that autograd does not count, such as one through
     ``x.data``, is not seen here either; it spoils the gradients of the layers' weights, too.
+
+    Attributes:
+        buffers: Memory of the sums.
     """
 
     def __init__(self) -> None:
         # Of tensors by their addresses, only the latest state, and no longer than the tensor.
         self._latest: dict[int, State] = {}
+        self.buffers = Buffers()
         self._forget = partial(_forget, ref(self))
 
     def of(self, layer: Layer, x: Tensor, output: Tensor) -> Sum | None:
@@ -62,17 +67,29 @@ class InputGrams:
         if input_key is None:
             return None
         if x.is_inference():  # writes to it are not counted
-            return layer.input_gram(x.detach(), output)
+            return self._form(layer, x, output)
         sums = self._sums_of(x)
         view = x.storage_offset(), x.shape, x.stride(), x.dtype, x.is_neg()
         key = view, input_key
         if key not in sums:
-            sums[key] = layer.input_gram(x.detach(), output)
+            sums[key] = self._form(layer, x, output)
         return sums[key]
 
     def clear(self) -> None:
         """Let go of all sums."""
         self._latest.clear()
+
+    def release(self) -> None:
+        """Let go of their memory, too."""
+        self.clear()
+        self.buffers.clear()
+
+    def _form(self, layer: Layer, x: Tensor, output: Tensor) -> Sum | None:
+        formed = layer.input_gram(x.detach(), output, self.buffers.take(layer.name, output))
+        if formed is None:
+            return None
+        total, count = formed
+        return self.buffers.lend(layer.name, total), count
 
     def _sums_of(self, x: Tensor) -> dict[Hashable, Sum | None]:
         """The sums of the tensor's present state."""

@@ -545,9 +545,10 @@ class KFAC:
         """Bytes that the preconditioner holds between steps.
 
         Returns:
-            By kind: running averages, inverses or eigenbases, and Adam's second moments.
+            By kind: running averages, inverses or eigenbases, Adam's second moments, and where the
+            next batch's sums are formed.
         """
-        kinds = dict.fromkeys(("factors", "inverses", "norms"), 0)
+        kinds = {"factors": 0, "inverses": 0, "norms": 0, "sums": self._capture.nbytes}
         for block in self._blocks:
             for part in block.parts().values():
                 tensors = [getattr(part, field) for field in part.STATE]

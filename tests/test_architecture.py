@@ -33,7 +33,7 @@ ROOMS = [
     {"kernels"},
     {"backends"},
     {"ops"},
-    {"layers", "factors", "losses", "curvature", "grafting"},
+    {"buffers", "layers", "factors", "losses", "curvature", "grafting"},
     {"inverses", "eigenbases"},
     {"blocks"},
     {"capture", "input_grams", "selection", "state", "steps"},

@@ -175,7 +175,7 @@ def test_condition_numbers_are_those_of_the_damped_factors() -> None:
 def test_memory_counts_what_is_held_between_steps() -> None:
     model = nn.Linear(3, 2)
     kfac = preconditioner(model, grafting="adam")
-    assert kfac.memory() == {"factors": 0, "inverses": 0, "norms": 0}
+    assert kfac.memory() == {"factors": 0, "inverses": 0, "norms": 0, "sums": 0}
     model(torch.randn(5, 3)).square().mean().backward()
     kfac.step()
     floats = 4 * (4 * 4 + 2 * 2)
@@ -183,8 +183,9 @@ def test_memory_counts_what_is_held_between_steps() -> None:
         "factors": floats + 2 * (4 + 8),  # weight, skipped
         "inverses": floats + 2 * (8 + 8),  # failed, raised
         "norms": 4 * 2 * 4 + 4,
+        "sums": floats,
     }
-    assert kfac.summary().endswith("\n  MiB: factors 0.0, inverses 0.0, norms 0.0")
+    assert kfac.summary().endswith("\n  MiB: factors 0.0, inverses 0.0, norms 0.0, sums 0.0")
 
 
 def test_a_schedule_may_give_numpys_numbers() -> None:

@@ -333,7 +333,7 @@ def test_the_summary_names_every_module_with_parameters() -> None:
         "  2: Linear  input [4, 4]  gradient [2, 2]  updates skipped 0  inverses failed 0",
         "  0: left alone, skipped by pattern '^0$'",
         "  3: left alone, its weight is frozen",
-        "  MiB: factors 0.0, inverses 0.0, norms 0.0",
+        "  MiB: factors 0.0, inverses 0.0, norms 0.0, sums 0.0",
     ]
     expected = [*model[1].parameters(), *model[2].parameters()]
     assert [id(p) for p in kfac.parameters()] == [id(p) for p in expected]

@@ -56,9 +56,15 @@ class ProjectionLayer(LinearLayer):
         start = 0 if output.shape[-1] == self.width else self.part * self.width - missing
         return output.narrow(-1, start, self.width)
 
-    def gradient_gram(self, gradient: Tensor, scale: float, x: Tensor | None = None) -> Tensor:
+    def gradient_gram(
+        self,
+        gradient: Tensor,
+        scale: float,
+        x: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
         """Of this layer's part."""
-        return super().gradient_gram(self.output_part(gradient), scale)
+        return super().gradient_gram(self.output_part(gradient), scale, out=out)
 
     def squared_gradients(
         self, x: Tensor, gradient: Tensor, right: Tensor, left: Tensor, scale: float

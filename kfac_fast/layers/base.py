@@ -92,12 +92,15 @@ class Layer(ABC):
         return self.sharing.num_segments or self.batched(output).shape[0]
 
     @abstractmethod
-    def input_gram(self, x: Tensor, output: Tensor) -> tuple[Tensor, Count] | None:
+    def input_gram(
+        self, x: Tensor, output: Tensor, out: Tensor | None = None
+    ) -> tuple[Tensor, Count] | None:
         """Sum of the outer products of the layer's inputs, and their number.
 
         Args:
             x: The module's input.
             output: The module's output; only its shape is used.
+            out: Memory for the sum.
 
         Returns:
             Symmetric matrices, ``[(groups,) in (+ 1), in (+ 1)]``, and their count: examples times
@@ -118,13 +121,20 @@ class Layer(ABC):
         """
 
     @abstractmethod
-    def gradient_gram(self, gradient: Tensor, scale: float, x: Tensor | None = None) -> Tensor:
+    def gradient_gram(
+        self,
+        gradient: Tensor,
+        scale: float,
+        x: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
         """``scale`` times the sum of the outer products of the layer's output gradients.
 
         Args:
             gradient: Gradient of the loss with respect to the module's output.
             scale: Factor of the result.
             x: The module's input, for a layer that keeps it.
+            out: Memory for the sum.
 
         Returns:
             Symmetric matrices, ``[(groups,) out, out]``.
@@ -306,10 +316,11 @@ def gradient_gram(
     *,
     groups: int = 1,
     sharing: Sharing = Layer.sharing,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Gram of output gradients ``[N, *shared, out]``, or of their sums over positions."""
     if approx == "expand" or (rows.dim() == 2 and sharing.segments is None):
-        return ops.gram(rows, groups=groups, mask=sharing.mask, alpha=scale)
+        return ops.gram(rows, groups=groups, mask=sharing.mask, alpha=scale, out=out)
     mask, segments, examples = sharing
     return ops.shared_gram(
         rows,
@@ -319,4 +330,5 @@ def gradient_gram(
         segments=segments,
         num_segments=examples,
         alpha=scale,
+        out=out,
     )

@@ -52,7 +52,9 @@ class ConvLayer(RowLayer):
     def _output_padding(self, x: Tensor, output: Tensor) -> tuple[int, ...]:
         return (0,) * len(self.module.kernel_size)
 
-    def input_gram(self, x: Tensor, output: Tensor) -> tuple[Tensor, int]:
+    def input_gram(
+        self, x: Tensor, output: Tensor, out: Tensor | None = None
+    ) -> tuple[Tensor, int]:
         """Patches under expand, their means over the output positions under reduce."""
         x, output = self.batched(x), self.batched(output)
         positions = math.prod(output.shape[2:])
@@ -63,6 +65,7 @@ class ConvLayer(RowLayer):
             **self._geometry(),
             output_padding=self._output_padding(x, output),
             bias=self.has_bias,
+            out=out,
         )
         return result, x.shape[0] * (positions if expand else 1)
 
@@ -71,10 +74,16 @@ class ConvLayer(RowLayer):
         plan = self._plan()
         return type(self), self.approx, self.has_bias, plan, output.shape[-plan.dimensions :]
 
-    def gradient_gram(self, gradient: Tensor, scale: float, x: Tensor | None = None) -> Tensor:
+    def gradient_gram(
+        self,
+        gradient: Tensor,
+        scale: float,
+        x: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
         """Output pixels under expand, their sums over the image under reduce."""
         pixels = self.batched(gradient).movedim(1, -1)
-        return gradient_gram(pixels, self.approx, scale, groups=self.groups)
+        return gradient_gram(pixels, self.approx, scale, groups=self.groups, out=out)
 
     def rows(self, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """The patches, and the output's pixels."""

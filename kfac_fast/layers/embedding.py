@@ -40,11 +40,14 @@ class EmbeddingLayer(Layer):
         """The first dimension of the indices; 1 for a single index."""
         return output.shape[0] if output.dim() > 1 else 1
 
-    def input_gram(self, x: Tensor, output: Tensor) -> tuple[Tensor, Count]:
+    def input_gram(
+        self, x: Tensor, output: Tensor, out: Tensor | None = None
+    ) -> tuple[Tensor, Count]:
         """How often each index occurs, ``[in]``, and the number of positions."""
         dtype = torch.promote_types(output.dtype, torch.float32)
         ones = torch.ones(x.numel(), dtype=dtype, device=x.device)
-        counts = ones.new_zeros(self.module.num_embeddings).index_add_(0, x.flatten(), ones)
+        zeros = ones.new_zeros(self.module.num_embeddings) if out is None else out.zero_()
+        counts = zeros.index_add_(0, x.flatten(), ones)
         if self.module.padding_idx is None:
             return counts, x.numel()
         counts[self.module.padding_idx] = 0
@@ -59,10 +62,16 @@ class EmbeddingLayer(Layer):
         """The vocabulary, and which index is left out."""
         return type(self), self.module.num_embeddings, self.module.padding_idx, output.dtype
 
-    def gradient_gram(self, gradient: Tensor, scale: float, x: Tensor | None = None) -> Tensor:
+    def gradient_gram(
+        self,
+        gradient: Tensor,
+        scale: float,
+        x: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
         """Of every position that is used."""
         rows = gradient.reshape(-1, gradient.shape[-1])
-        return ops.gram(rows, mask=self._used(x), alpha=scale)
+        return ops.gram(rows, mask=self._used(x), alpha=scale, out=out)
 
     def squared_gradients(
         self, x: Tensor, gradient: Tensor, right: Tensor, left: Tensor, scale: float

@@ -22,11 +22,13 @@ class LinearLayer(RowLayer):
         """``[N, *shared, features]``."""
         return x if x.dim() > 1 else x[None]
 
-    def input_gram(self, x: Tensor, output: Tensor) -> tuple[Tensor, Count]:
+    def input_gram(
+        self, x: Tensor, output: Tensor, out: Tensor | None = None
+    ) -> tuple[Tensor, Count]:
         """Rows under expand, their means over the shared positions under reduce."""
         x, (mask, segments, examples) = self.batched(x), self.sharing
         if self.approx == "expand" or (x.dim() == 2 and segments is None):
-            total = ops.gram(x, bias=self.has_bias, mask=mask)
+            total = ops.gram(x, bias=self.has_bias, mask=mask, out=out)
             return total, math.prod(x.shape[:-1]) if mask is None else mask.sum()
         total = ops.shared_gram(
             x,
@@ -35,6 +37,7 @@ class LinearLayer(RowLayer):
             mask=mask,
             segments=segments,
             num_segments=examples,
+            out=out,
         )
         if segments is not None and examples is not None:
             return total, examples
@@ -44,9 +47,16 @@ class LinearLayer(RowLayer):
         """Whether positions are averaged, whether there is a bias, and which rows count."""
         return LinearLayer, self.approx, self.has_bias, *map(id, self.sharing)
 
-    def gradient_gram(self, gradient: Tensor, scale: float, x: Tensor | None = None) -> Tensor:
+    def gradient_gram(
+        self,
+        gradient: Tensor,
+        scale: float,
+        x: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
         """Rows under expand, their sums over the shared positions under reduce."""
-        return gradient_gram(self.batched(gradient), self.approx, scale, sharing=self.sharing)
+        rows = self.batched(gradient)
+        return gradient_gram(rows, self.approx, scale, sharing=self.sharing, out=out)
 
     def rows(self, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """The shared positions in one dimension."""

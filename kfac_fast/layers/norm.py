@@ -36,27 +36,33 @@ class NormLayer(Layer):
         self.groups = self.module.weight.numel()
 
     @abstractmethod
-    def _gram(self, x: Tensor, gradient: Tensor, scale: float) -> Tensor:
+    def _gram(self, x: Tensor, gradient: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
         """The sum of :meth:`gradient_gram`, of tensors of one dtype."""
 
     def batched(self, x: Tensor) -> Tensor:
         """The tensor itself."""
         return x
 
-    def input_gram(self, x: Tensor, output: Tensor) -> None:
+    def input_gram(self, x: Tensor, output: Tensor, out: Tensor | None = None) -> None:
         """None, there is a single factor."""
 
     def input_key(self, output: Tensor) -> None:
         """None, there is a single factor."""
 
-    def gradient_gram(self, gradient: Tensor, scale: float, x: Tensor | None = None) -> Tensor:
+    def gradient_gram(
+        self,
+        gradient: Tensor,
+        scale: float,
+        x: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
         """Blocks of all units, ``[units, 1 (+ 1), 1 (+ 1)]``."""
         if x is None:
             raise TypeError(f"{self.name}: x must be the module's input, got None")
         if x.dtype != gradient.dtype:
             dtype = torch.promote_types(x.dtype, gradient.dtype)
             x, gradient = x.to(dtype), gradient.to(dtype)
-        return self._gram(x, gradient, scale)
+        return self._gram(x, gradient, scale, out)
 
     def squared_gradients(
         self, x: Tensor, gradient: Tensor, right: Tensor, left: Tensor, scale: float
@@ -94,7 +100,7 @@ class FeatureNormLayer(NormLayer):
         """``[N, *shared, *features]``."""
         return x if x.dim() > len(self.module.normalized_shape) else x[None]
 
-    def _gram(self, x: Tensor, gradient: Tensor, scale: float) -> Tensor:
+    def _gram(self, x: Tensor, gradient: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
         """Of inputs that are normalised again."""
         rows, dims = [self.batched(x), self.batched(gradient)], len(self.module.normalized_shape)
         if dims > 1:
@@ -116,6 +122,7 @@ class FeatureNormLayer(NormLayer):
             segments=segments,
             num_segments=examples,
             alpha=scale,
+            out=out,
         )
 
 
@@ -128,7 +135,7 @@ class ChannelNormLayer(NormLayer):
 
     module: ChannelNorm
 
-    def _gram(self, x: Tensor, gradient: Tensor, scale: float) -> Tensor:
+    def _gram(self, x: Tensor, gradient: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
         """Of inputs that are read again."""
         module = self.module
         options: dict[str, Any] = {}
@@ -139,5 +146,5 @@ class ChannelNormLayer(NormLayer):
             dtype = result_dtype(x.dtype)
             options["mean"], options["variance"] = (value.to(dtype) for value in statistics)
         return ops.channel_norm_gram(
-            x, gradient, eps=module.eps, bias=self.has_bias, alpha=scale, **options
+            x, gradient, eps=module.eps, bias=self.has_bias, alpha=scale, out=out, **options
         )

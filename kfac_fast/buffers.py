@@ -1,0 +1,73 @@
+"""Memory of the host for small sums that are formed anew in every step."""
+
+from __future__ import annotations
+
+from functools import partial
+from weakref import ref
+
+from torch import Tensor
+
+from kfac_fast.schema import result_dtype
+
+MOST_BYTES = 2**21  # of a sum; to form a larger one takes longer than its pages
+
+
+class Buffers:
+    """Memory for sums of outer products, used again when nobody holds the sum any more.
+
+    Small sums that lie in between of a pass's activations keep the memory of these apart when they
+    are freed. The host's allocator would give it back to the system and ask for it again in every
+    step, page by page, which takes as long as the sums. Allocators of other devices keep what they
+    have, and a captured graph may rely on that; their memory is left to them.
+    """
+
+    def __init__(self) -> None:
+        self._spare: dict[str, Tensor] = {}
+        self._lent: set[ref[Tensor]] = set()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that wait for a sum."""
+        return sum(spare.nbytes for spare in self._spare.values())
+
+    def take(self, key: str, like: Tensor) -> Tensor | None:
+        """Memory for a sum, if there is some.
+
+        Args:
+            key: Whose sums these are, which have one shape.
+            like: A tensor of the device and, but for half precision, the dtype of the sum.
+
+        Returns:
+            A tensor whose contents nobody needs.
+        """
+        spare = self._spare.pop(key, None)
+        fits = spare is not None and like.is_cpu and spare.dtype == result_dtype(like.dtype)
+        return spare if fits else None
+
+    def lend(self, key: str, total: Tensor) -> Tensor:
+        """A sum, whose memory comes back when it is let go of.
+
+        Args:
+            key: As of :meth:`take`.
+            total: The sum, which nobody else holds.
+
+        Returns:
+            The same numbers in the same memory.
+        """
+        if not total.is_cpu or total.nbytes > MOST_BYTES:
+            return total
+        lent = total.detach()
+        self._lent.add(ref(lent, partial(_come_back, self._spare, self._lent, key, total)))
+        return lent
+
+    def clear(self) -> None:
+        """Let go of all memory, and of what is lent when it comes back."""
+        self._spare, self._lent = {}, set()
+
+
+def _come_back(
+    spare: dict[str, Tensor], lent: set[ref[Tensor]], key: str, total: Tensor, own: ref[Tensor]
+) -> None:
+    """Take a sum's memory back as the sum dies, if there is none yet."""
+    lent.discard(own)
+    spare.setdefault(key, total)
