@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kfac_fast.buffers import MOST_BYTES
 from kfac_fast.eigenbases import Eigenbasis, eigenvalues
 from kfac_fast.factors import Factor, RunningAverage, Sum, update_averages
 from kfac_fast.grafting import AdamNorm
@@ -46,6 +47,8 @@ class Block:
             they are not corrected.
         norm: Adam's step length; None if not grafted, or before the first step.
         counted_pass: The last forward pass of the model whose loss terms are counted.
+        spare: The last step's sum of output gradients, for its memory, see
+            :mod:`kfac_fast.buffers`.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class Block:
         self.correction: RunningAverage | None = None
         self.norm: AdamNorm | None = None
         self.counted_pass = 0
+        self.spare: Tensor | None = None
         self._sums: tuple[Sum | None, Sum, Tensor | None] | None = None
 
     @property
@@ -77,7 +81,8 @@ class Block:
 
         Args:
             inputs: Outer products of inputs and their count; None if the layer has a single factor.
-            gradients: Outer products of output gradients, and the number of the loss's terms.
+            gradients: Outer products of output gradients, which nobody else holds, and the number
+                of the loss's terms.
             squares: Squared gradients in the eigenbases, see :meth:`squared_gradients`.
         """
         if self._sums is not None:
@@ -86,6 +91,13 @@ class Block:
             gradients = _plus(old_gradients, gradients) or gradients
             squares = squares if old_squares is None or squares is None else old_squares + squares
         self._sums = inputs, gradients, squares
+
+    def memory_for(self, gradient: Tensor) -> Tensor | None:
+        """Memory for a sum of these output gradients, if there is some; once."""
+        spare, self.spare = self.spare, None
+        if spare is None or not gradient.is_cpu or spare.dtype != result_dtype(gradient.dtype):
+            return None
+        return spare
 
     def squared_gradients(
         self, layer: Layer, x: Tensor, gradient: Tensor, scale: float
@@ -114,6 +126,8 @@ class Block:
             return [], []
         inputs, (gradients, terms), squares = self._sums
         self.forget()
+        if gradients.is_cpu and gradients.nbytes <= MOST_BYTES:
+            self.spare = gradients
         divisor = terms if reduction == "mean" else 1
         sums = [(gradients, divisor)] if inputs is None else [inputs, (gradients, divisor)]
         if not self.factors:

@@ -1,4 +1,10 @@
-"""Memory of the host for small sums that are formed anew in every step."""
+"""Memory of the host for small sums that are formed anew in every step.
+
+Small sums that lie in between of a pass's activations keep the memory of these apart when they are
+freed. The host's allocator would give it back to the system and ask for it again in every step,
+page by page, which takes as long as the sums. Allocators of other devices keep what they have, and
+a captured graph may rely on that; their memory is left to them.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +19,7 @@ MOST_BYTES = 2**21  # of a sum; to form a larger one takes longer than its pages
 
 
 class Buffers:
-    """Memory for sums of outer products, used again when nobody holds the sum any more.
-
-    Small sums that lie in between of a pass's activations keep the memory of these apart when they
-    are freed. The host's allocator would give it back to the system and ask for it again in every
-    step, page by page, which takes as long as the sums. Allocators of other devices keep what they
-    have, and a captured graph may rely on that; their memory is left to them.
-    """
+    """Memory for sums that several may hold, used again when nobody does any more."""
 
     def __init__(self) -> None:
         self._spare: dict[str, Tensor] = {}

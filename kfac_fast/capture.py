@@ -17,7 +17,6 @@ from torch.utils.hooks import RemovableHandle
 
 from kfac_fast import compiled
 from kfac_fast.blocks import Block
-from kfac_fast.buffers import Buffers
 from kfac_fast.curvature import Fisher
 from kfac_fast.factors import Sum
 from kfac_fast.input_grams import InputGrams
@@ -109,13 +108,10 @@ class Call(NamedTuple):
     inputs: Sum | None
     output: GradientEdge | None = None
 
-    def sums(
-        self, gradient: Tensor, scale: float, buffers: Buffers
-    ) -> tuple[Tensor, Tensor | None]:
+    def sums(self, gradient: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
         """Outer products of output gradients, and squared gradients in the eigenbases, if asked."""
-        x, name = None if self.kept is None else self.kept.x, self.layer.name
-        gram = self.layer.gradient_gram(gradient, scale, x, buffers.take(name, gradient))
-        gram = buffers.lend(name, gram)
+        x = None if self.kept is None else self.kept.x
+        gram = self.layer.gradient_gram(gradient, scale, x, self.block.memory_for(gradient))
         if x is None:
             return gram, None
         return gram, self.block.squared_gradients(self.layer, x, gradient, scale)
@@ -225,6 +221,7 @@ class Capture:
     ) -> None:
         self.calls: list[Call] = []
         self.sharing: dict[str, Sharing] = {}
+        self._blocks = blocks
         self._due = due
         self._fisher = fisher
         self._mean = mean
@@ -238,7 +235,6 @@ class Capture:
         self._pass = ForwardPass()
         self._passes = {0: self._pass}
         self._input_grams = InputGrams()
-        self._buffers = Buffers()
         self._handle = compiled.register(self)
         self._tapped: list[tuple[Block, Layer]] = []
         self._traced = False
@@ -270,7 +266,9 @@ class Capture:
     @property
     def nbytes(self) -> int:
         """Bytes that wait for the sums of the next step."""
-        return self._input_grams.buffers.nbytes + self._buffers.nbytes
+        spares = [block.spare for block in self._blocks]
+        own = sum(spare.nbytes for spare in spares if spare is not None)
+        return own + self._input_grams.buffers.nbytes
 
     def forget(self) -> None:
         """Drop the calls that still wait and the shared sums, at the end of a step."""
@@ -287,7 +285,8 @@ class Capture:
         self._hooks = []
         self.forget()
         self._input_grams.release()
-        self._buffers.clear()
+        for block in self._blocks:
+            block.spare = None
 
     def count(self, terms: Count) -> None:
         """Take note of the number of the training loss's terms in the latest forward pass."""
@@ -315,7 +314,7 @@ class Capture:
         def add(key: Hashable, call: Call, gradient: Tensor | None) -> None:
             if gradient is None:
                 return
-            gram, squares = call.sums(gradient, 1.0, self._buffers)
+            gram, squares = call.sums(gradient, 1.0)
             if key in sums:
                 _, old_gram, old_squares = sums[key]
                 gram = old_gram.add_(gram)
@@ -530,11 +529,11 @@ class Capture:
         first_call = number == 0 or block.counted_pass != number
         block.counted_pass = number
         if isinstance(divisor, Tensor):
-            gram, squares = call.sums(gradient, scale**2, self._buffers)
+            gram, squares = call.sums(gradient, scale**2)
             gram = divisor**2 * gram
             squares = None if squares is None else divisor**2 * squares
         else:
-            gram, squares = call.sums(gradient, (scale * divisor) ** 2, self._buffers)
+            gram, squares = call.sums(gradient, (scale * divisor) ** 2)
         block.add(call.inputs, (gram, terms if first_call else 0), squares)
         if call.kept is not None:
             call.kept.release()

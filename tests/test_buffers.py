@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from kfac_fast import KFAC, ops
+from kfac_fast.blocks import Block
 from kfac_fast.buffers import MOST_BYTES, Buffers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -199,6 +200,7 @@ def test_factors_are_those_of_sums_in_new_memory(
     for reuses in (True, False):
         if not reuses:
             monkeypatch.setattr(Buffers, "take", lambda buffers, key, like: None)
+            monkeypatch.setattr(Block, "memory_for", lambda block, gradient: None)
         torch.manual_seed(0)
         formed.clear()
         model = Net()
