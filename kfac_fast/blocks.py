@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kfac_fast.buffers import MOST_BYTES
+from kfac_fast.buffers import fits, may_be_kept
 from kfac_fast.eigenbases import Eigenbasis, eigenvalues
 from kfac_fast.factors import Factor, RunningAverage, Sum, update_averages
 from kfac_fast.grafting import AdamNorm
@@ -47,8 +47,7 @@ class Block:
             they are not corrected.
         norm: Adam's step length; None if not grafted, or before the first step.
         counted_pass: The last forward pass of the model whose loss terms are counted.
-        spare: The last step's sum of output gradients, for its memory, see
-            :mod:`kfac_fast.buffers`.
+        spare: An earlier sum of output gradients, for its memory, see :mod:`kfac_fast.buffers`.
     """
 
     def __init__(
@@ -88,16 +87,18 @@ class Block:
         if self._sums is not None:
             old_inputs, old_gradients, old_squares = self._sums
             inputs = _plus(old_inputs, inputs)
-            gradients = _plus(old_gradients, gradients) or gradients
+            self._keep(gradients[0])
+            gradients = old_gradients[0].add_(gradients[0]), old_gradients[1] + gradients[1]
             squares = squares if old_squares is None or squares is None else old_squares + squares
         self._sums = inputs, gradients, squares
 
     def memory_for(self, gradient: Tensor) -> Tensor | None:
         """Memory for a sum of these output gradients, if there is some; once."""
         spare, self.spare = self.spare, None
-        if spare is None or not gradient.is_cpu or spare.dtype != result_dtype(gradient.dtype):
-            return None
-        return spare
+        return spare if spare is not None and fits(spare, gradient) else None
+
+    def _keep(self, total: Tensor) -> None:
+        self.spare = total if may_be_kept(total) else None
 
     def squared_gradients(
         self, layer: Layer, x: Tensor, gradient: Tensor, scale: float
@@ -126,8 +127,7 @@ class Block:
             return [], []
         inputs, (gradients, terms), squares = self._sums
         self.forget()
-        if gradients.is_cpu and gradients.nbytes <= MOST_BYTES:
-            self.spare = gradients
+        self._keep(gradients)
         divisor = terms if reduction == "mean" else 1
         sums = [(gradients, divisor)] if inputs is None else [inputs, (gradients, divisor)]
         if not self.factors:

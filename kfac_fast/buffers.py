@@ -8,21 +8,38 @@ a captured graph may rely on that; their memory is left to them.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from functools import partial
 from weakref import ref
 
 from torch import Tensor
 
+from kfac_fast.dispatch import is_traced
 from kfac_fast.schema import result_dtype
 
 MOST_BYTES = 2**21  # of a sum; to form a larger one takes longer than its pages
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is one of the host that nobody else can have seen."""
+    return type(tensor) is Tensor and tensor.is_cpu and not is_traced()
+
+
+def may_be_kept(total: Tensor) -> bool:
+    """Whether the memory of a sum is worth keeping, and nobody else's."""
+    return is_plain(total) and total.nbytes <= MOST_BYTES
+
+
+def fits(spare: Tensor, like: Tensor) -> bool:
+    """Whether memory serves for a sum of outer products of tensors of this kind."""
+    return is_plain(like) and spare.dtype == result_dtype(like.dtype)
 
 
 class Buffers:
     """Memory for sums that several may hold, used again when nobody does any more."""
 
     def __init__(self) -> None:
-        self._spare: dict[str, Tensor] = {}
+        self._spare: dict[Hashable, Tensor] = {}
         self._lent: set[ref[Tensor]] = set()
 
     @property
@@ -30,7 +47,7 @@ class Buffers:
         """Bytes that wait for a sum."""
         return sum(spare.nbytes for spare in self._spare.values())
 
-    def take(self, key: str, like: Tensor) -> Tensor | None:
+    def take(self, key: Hashable, like: Tensor) -> Tensor | None:
         """Memory for a sum, if there is some.
 
         Args:
@@ -41,10 +58,9 @@ class Buffers:
             A tensor whose contents nobody needs.
         """
         spare = self._spare.pop(key, None)
-        fits = spare is not None and like.is_cpu and spare.dtype == result_dtype(like.dtype)
-        return spare if fits else None
+        return spare if spare is not None and fits(spare, like) else None
 
-    def lend(self, key: str, total: Tensor) -> Tensor:
+    def lend(self, key: Hashable, total: Tensor) -> Tensor:
         """A sum, whose memory comes back when it is let go of.
 
         Args:
@@ -54,7 +70,7 @@ class Buffers:
         Returns:
             The same numbers in the same memory.
         """
-        if not total.is_cpu or total.nbytes > MOST_BYTES:
+        if not may_be_kept(total):
             return total
         lent = total.detach()
         self._lent.add(ref(lent, partial(_come_back, self._spare, self._lent, key, total)))
@@ -66,7 +82,11 @@ class Buffers:
 
 
 def _come_back(
-    spare: dict[str, Tensor], lent: set[ref[Tensor]], key: str, total: Tensor, own: ref[Tensor]
+    spare: dict[Hashable, Tensor],
+    lent: set[ref[Tensor]],
+    key: Hashable,
+    total: Tensor,
+    own: ref[Tensor],
 ) -> None:
     """Take a sum's memory back as the sum dies, if there is none yet."""
     lent.discard(own)

@@ -21,6 +21,7 @@ from kfac_fast.curvature import Fisher
 from kfac_fast.factors import Sum
 from kfac_fast.input_grams import InputGrams
 from kfac_fast.layers import Count, Layer, ProjectionCalls, ProjectionLayer, Sharing
+from kfac_fast.reference import diagonal_of
 from kfac_fast.schema import result_dtype
 
 MOST_WAITING = 64  # passes, each of which holds its activations
@@ -142,11 +143,14 @@ def _end_at(weight: Tensor) -> Node:
     return weight.view_as(weight).grad_fn.next_functions[0][0]  # type: ignore[union-attr, return-value]
 
 
-def _identity(layer: Layer, like: Tensor) -> Tensor:
+def _identity(block: Block, layer: Layer, like: Tensor) -> Tensor:
     """The gradient covariance of the forward-only Fisher, ``[(groups,) out, out]``."""
-    shape = layer.factor_shapes()["gradient"]
-    identity = torch.eye(shape[-1], dtype=result_dtype(like.dtype), device=like.device)
-    return identity.expand(shape).clone()
+    total = block.memory_for(like)
+    if total is None:
+        shape = layer.factor_shapes()["gradient"]
+        total = like.new_empty(shape, dtype=result_dtype(like.dtype))
+    diagonal_of(total.zero_()).fill_(1)
+    return total
 
 
 def _numbered(
@@ -485,7 +489,7 @@ class Capture:
             return
         call = self._call(block, layer, x, output)
         if self._fisher == "forward-only":
-            block.add(call.inputs, (_identity(layer, output), 1))
+            block.add(call.inputs, (_identity(block, layer, output), 1))
             return
         if self._fisher != "empirical":
             self.calls.append(call._replace(output=get_gradient_edge(output)))

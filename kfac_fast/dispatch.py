@@ -35,6 +35,13 @@ def is_listened() -> bool:
     )
 
 
+def is_traced() -> bool:
+    """Whether a tensor of this moment may end up in the graph of a compiler, a tracer or a mode."""
+    return (
+        is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or torch._C._is_tracing()  # type: ignore[no-untyped-call]
+    )
+
+
 def _is_lazy(tensor: torch.Tensor) -> bool:
     """Whether it is negated, or zero without memory, until the dispatcher sees it."""
     return tensor.is_neg() or tensor._is_zerotensor()

@@ -85,11 +85,12 @@ class InputGrams:
         self.buffers.clear()
 
     def _form(self, layer: Layer, x: Tensor, output: Tensor) -> Sum | None:
-        formed = layer.input_gram(x.detach(), output, self.buffers.take(layer.name, output))
+        key = layer.name, layer.parameters()[0].shape  # the module may grow
+        formed = layer.input_gram(x.detach(), output, self.buffers.take(key, output))
         if formed is None:
             return None
         total, count = formed
-        return self.buffers.lend(layer.name, total), count
+        return self.buffers.lend(key, total), count
 
     def _sums_of(self, x: Tensor) -> dict[Hashable, Sum | None]:
         """The sums of the tensor's present state."""

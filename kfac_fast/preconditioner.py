@@ -545,8 +545,8 @@ class KFAC:
         """Bytes that the preconditioner holds between steps.
 
         Returns:
-            By kind: running averages, inverses or eigenbases, Adam's second moments, and where the
-            next batch's sums are formed.
+            By kind: running averages, inverses or eigenbases, Adam's second moments, and memory
+            that waits for the next batch's sums.
         """
         kinds = {"factors": 0, "inverses": 0, "norms": 0, "sums": self._capture.nbytes}
         for block in self._blocks:

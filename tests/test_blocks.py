@@ -42,7 +42,7 @@ def test_calls_add_up_before_they_are_divided_once(reduction: str) -> None:
     gradients = [positive_definite(3, 3) for _ in range(3)]
     block = a_block()
     for a, g, count, terms in zip(inputs, gradients, (4, 1, 7), (2, 0, 3), strict=True):
-        block.add((a, count), (g, terms))
+        block.add((a, count), (g.clone(), terms))
     assert block.pending
     update_blocks([block], [0.9], reduction)
     assert not block.pending

@@ -9,14 +9,15 @@ import torch
 from nets import Net, classes, images, preconditioner
 from plain_kfac import covariances
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import cross_entropy
 
-from kfac_fast import KFAC, ops
+from kfac_fast import KFAC
 from kfac_fast.blocks import Block
 from kfac_fast.buffers import MOST_BYTES, Buffers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-LAYERS = 4
 
 
 @pytest.fixture(autouse=True)
@@ -68,53 +69,103 @@ def test_each_key_keeps_one_sum_and_no_large_one() -> None:
     assert buffers.nbytes == 0
 
 
+class Text(nn.Module):
+    """Embedded tokens, attention, normalisation, a layer called twice, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 4, padding_idx=0)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.norm = nn.LayerNorm(4)
+        self.twice = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 3)
+        self.float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, S]`` to ``[N, 3]``."""
+        x = self.embedding(x)
+        x = self.norm(x + self.attention(x, x, x, need_weights=False)[0])
+        return self.head(self.twice(self.twice(x).tanh()).mean(1))
+
+
+class Flat(nn.Sequential):
+    """Embedded tokens and a head."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Embedding(7, 4), nn.Flatten(), nn.Linear(24, 3))
+
+
+class Pixels(nn.Module):
+    """Channels that are normalised, in bfloat16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Net()
+        self.norm = nn.BatchNorm2d(2, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As :class:`Net`."""
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.net(self.norm(x)).double()
+
+
+def tokens() -> Tensor:
+    return torch.randint(7, (5, 6))
+
+
+INPUTS: dict[type[nn.Module], Callable[[], Tensor]] = {
+    Net: images,
+    Pixels: images,
+    Text: tokens,
+    Flat: tokens,
+}
+
+
 @pytest.fixture
-def formed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Addresses of all sums, in order."""
+def reused(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Addresses of all memory that sums were formed in anew, in order; NaN was left there."""
     addresses: list[int] = []
 
-    def noted(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def run(*args: Tensor, out: Tensor | None = None, **options: object) -> Tensor:
-            if out is not None:
-                out.fill_(torch.nan)  # whatever is left in it
-                addresses.append(out.data_ptr())
-            return operator(*args, out=out, **options)
+    def noted(find: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
+        def run(*args: object) -> Tensor | None:
+            found = find(*args)
+            if found is not None:
+                found.fill_(torch.nan)
+                addresses.append(found.data_ptr())
+            return found
 
         return run
 
-    for name in ("gram", "shared_gram", "conv_expand_gram", "conv_reduce_gram"):
-        monkeypatch.setattr(ops, name, noted(getattr(ops, name)))
+    monkeypatch.setattr(Buffers, "take", noted(Buffers.take))
+    monkeypatch.setattr(Block, "memory_for", noted(Block.memory_for))
     return addresses
 
 
 def batch(model: nn.Module, kfac: KFAC, retain_graph: bool = False) -> Tensor:
-    outputs = model(images())
-    if kfac.fisher == "mc":
+    outputs = model(INPUTS[type(model)]())
+    if kfac.fisher in ("mc", "exact"):
         kfac.update_curvature(outputs, loss="cross_entropy")
     loss = cross_entropy(outputs, classes(outputs))
     loss.backward(retain_graph=retain_graph)
     return loss
 
 
-@pytest.mark.parametrize("fisher", ["empirical", "mc"])
+@pytest.mark.parametrize("fisher", ["empirical", "mc", "forward-only"])
 @pytest.mark.parametrize("approx", ["expand", "reduce"])
 def test_steps_form_their_sums_where_the_last_ones_were(
-    formed: list[int], approx: str, fisher: str
+    reused: list[int], approx: str, fisher: str
 ) -> None:
     model = Net()
     kfac = preconditioner(model, approx=approx, fisher=fisher)
-    batch(model, kfac)
-    kfac.step()
     seen = []
-    for _ in range(2):
-        formed.clear()
+    for _ in range(3):
+        reused.clear()
         batch(model, kfac)
         kfac.step()
-        assert len(formed) >= 2 * LAYERS
-        seen.append(set(formed))
-    assert seen[0] == seen[1]
-    held = kfac.memory()["sums"]
-    assert held > 0
+        seen.append(set(reused))
+    assert not seen[0] and len(seen[1]) == 8 and seen[1] == seen[2]
+    sums = sum(factor.mean.nbytes for block in kfac._blocks for factor in block.factors)
+    assert kfac.memory()["sums"] == sums
     kfac.detach()
     assert kfac.memory()["sums"] == 0
 
@@ -149,7 +200,7 @@ def an_old_graph_again(model: nn.Module, kfac: KFAC) -> None:
 
 def a_backward_pass_in_the_next_step(model: nn.Module, kfac: KFAC) -> None:
     batch(model, kfac)
-    outputs = model(images())
+    outputs = model(INPUTS[type(model)]())
     kfac.step()
     batch(model, kfac)
     cross_entropy(outputs, classes(outputs)).backward()
@@ -159,8 +210,9 @@ def a_backward_pass_in_the_next_step(model: nn.Module, kfac: KFAC) -> None:
 def a_batch_that_is_not_finite(model: nn.Module, kfac: KFAC) -> None:
     batch(model, kfac)
     kfac.step()
-    model(images() * torch.inf).sum().backward()
-    kfac.step()
+    (model(INPUTS[type(model)]()) * torch.inf).sum().backward()
+    if kfac.fisher == "empirical":
+        kfac.step()
     batch(model, kfac)
     kfac.step()
 
@@ -177,7 +229,9 @@ def steps_that_fail(model: nn.Module, kfac: KFAC) -> None:
     kfac.step()
 
 
+@pytest.mark.parametrize("fisher", ["empirical", "exact"])
 @pytest.mark.parametrize("approx", ["expand", "reduce"])
+@pytest.mark.parametrize("kind", [Net, Pixels, Text])
 @pytest.mark.parametrize(
     "run",
     [
@@ -192,8 +246,10 @@ def steps_that_fail(model: nn.Module, kfac: KFAC) -> None:
 )
 def test_factors_are_those_of_sums_in_new_memory(
     run: Callable[[nn.Module, KFAC], None],
+    kind: type[nn.Module],
     approx: str,
-    formed: list[int],
+    fisher: str,
+    reused: list[int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     results = []
@@ -202,11 +258,54 @@ def test_factors_are_those_of_sums_in_new_memory(
             monkeypatch.setattr(Buffers, "take", lambda buffers, key, like: None)
             monkeypatch.setattr(Block, "memory_for", lambda block, gradient: None)
         torch.manual_seed(0)
-        formed.clear()
-        model = Net()
-        kfac = preconditioner(model, approx=approx)
+        reused.clear()
+        model = kind()
+        kfac = preconditioner(model, approx=approx, fisher=fisher)
         run(model, kfac)
-        assert bool(formed) == reuses
+        assert bool(reused) == reuses
         results.append([factor for pair in covariances(kfac).values() for factor in pair])
     assert all(torch.equal(*both) for both in zip(*results, strict=True))
     assert all(factor.isfinite().all() for factor in results[0])
+
+
+def test_an_embedding_that_has_grown_has_new_memory() -> None:
+    model = nn.Sequential(nn.Embedding(3, 2), nn.Linear(2, 2))
+    kfac = preconditioner(model)
+    model(torch.tensor([2, 0]))
+    model[0].weight = nn.Parameter(torch.randn(5, 2))
+    model[0].num_embeddings = 5
+    model(torch.tensor([2, 4])).square().mean().backward()
+    kfac.step()
+    assert kfac._blocks[0].factors[0].mean.tolist() == [0, 0, 0.5, 0, 0.5]
+
+
+@pytest.mark.parametrize("kind", [Net, Flat])
+@pytest.mark.parametrize("mode", ["real", "fake"])
+def test_a_traced_pass_has_no_memory_of_ours(kind: type[nn.Module], mode: str) -> None:
+    """What a tracer has seen as a constant is written to whenever its graph runs."""
+    results = []
+    for traces in (False, True):
+        torch.manual_seed(0)
+        model, inputs = kind(), INPUTS[kind]
+        kfac = preconditioner(model)
+        batch(model, kfac)
+        kfac.step()
+        state = torch.get_rng_state()
+        if traces:
+            trace = make_fx(model, tracing_mode=mode, _allow_non_fake_inputs=True)(inputs())
+            kfac._capture.forget()
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                model(inputs())
+        torch.set_rng_state(state)
+        batch(model, kfac)
+        kfac.step()
+        outputs = model(inputs())
+        if traces:
+            state = torch.get_rng_state()
+            with torch.no_grad():
+                trace(inputs())
+            torch.set_rng_state(state)
+        cross_entropy(outputs, classes(outputs)).backward()
+        kfac.step()
+        results.append([factor for pair in covariances(kfac).values() for factor in pair])
+    assert all(torch.equal(*both) for both in zip(*results, strict=True))
