@@ -20,19 +20,14 @@ from kfac_fast.schema import result_dtype
 MOST_BYTES = 2**21  # of a sum; to form a larger one takes longer than its pages
 
 
-def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is one of the host that nobody else can have seen."""
-    return type(tensor) is Tensor and tensor.is_cpu and not is_traced()
-
-
 def may_be_kept(total: Tensor) -> bool:
-    """Whether the memory of a sum is worth keeping, and nobody else's."""
-    return is_plain(total) and total.nbytes <= MOST_BYTES
+    """Whether the memory of a sum is worth keeping, and nobody else's: a tracer may have seen it."""
+    return total.is_cpu and total.nbytes <= MOST_BYTES and not is_traced()
 
 
 def fits(spare: Tensor, like: Tensor) -> bool:
     """Whether memory serves for a sum of outer products of tensors of this kind."""
-    return is_plain(like) and spare.dtype == result_dtype(like.dtype)
+    return like.is_cpu and spare.dtype == result_dtype(like.dtype) and not is_traced()
 
 
 class Buffers:

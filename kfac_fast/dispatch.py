@@ -37,9 +37,7 @@ def is_listened() -> bool:
 
 def is_traced() -> bool:
     """Whether a tensor of this moment may end up in the graph of a compiler, a tracer or a mode."""
-    return (
-        is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or torch._C._is_tracing()  # type: ignore[no-untyped-call]
-    )
+    return is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or torch._C._is_tracing()
 
 
 def _is_lazy(tensor: torch.Tensor) -> bool:

@@ -10,6 +10,7 @@ from nets import Net, classes, images, preconditioner
 from plain_kfac import covariances
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import cross_entropy
 
@@ -290,22 +291,40 @@ def test_a_traced_pass_has_no_memory_of_ours(kind: type[nn.Module], mode: str) -
         kfac = preconditioner(model)
         batch(model, kfac)
         kfac.step()
-        state = torch.get_rng_state()
+        x, more = inputs(), inputs()
         if traces:
-            trace = make_fx(model, tracing_mode=mode, _allow_non_fake_inputs=True)(inputs())
-            kfac._capture.forget()
-            with FakeTensorMode(allow_non_fake_inputs=True):
-                model(inputs())
-        torch.set_rng_state(state)
+            trace = make_fx(model, tracing_mode=mode, _allow_non_fake_inputs=True)(x)
         batch(model, kfac)
         kfac.step()
-        outputs = model(inputs())
+        outputs = model(x)
         if traces:
-            state = torch.get_rng_state()
             with torch.no_grad():
-                trace(inputs())
-            torch.set_rng_state(state)
+                trace(more)
         cross_entropy(outputs, classes(outputs)).backward()
         kfac.step()
         results.append([factor for pair in covariances(kfac).values() for factor in pair])
     assert all(torch.equal(*both) for both in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("kind", [Net, Flat])
+@pytest.mark.parametrize("steps_before", [0, 1])
+@pytest.mark.parametrize("inside", [True, False], ids=["mode", "tensors"])
+def test_a_pass_of_fake_tensors_leaves_no_memory(
+    kind: type[nn.Module], steps_before: int, inside: bool
+) -> None:
+    model = kind()
+    kfac = preconditioner(model)
+    for _ in range(steps_before):
+        batch(model, kfac)
+        kfac.step()
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    if inside:
+        with mode:
+            model(INPUTS[kind]())
+    else:
+        weights = {name: mode.from_tensor(weight) for name, weight in model.named_parameters()}
+        functional_call(model, weights, mode.from_tensor(INPUTS[kind]()))
+    batch(model, kfac)
+    kfac.step()
+    factors = [factor for pair in covariances(kfac).values() for factor in pair]
+    assert all(type(factor) is Tensor and factor.isfinite().all() for factor in factors)
