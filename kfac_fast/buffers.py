@@ -21,7 +21,7 @@ MOST_BYTES = 2**21  # of a sum; to form a larger one takes longer than its pages
 
 
 def may_be_kept(total: Tensor) -> bool:
-    """Whether the memory of a sum is worth keeping, and nobody else's: a tracer may have seen it."""
+    """Whether a sum's memory is worth keeping, and nobody else's: a tracer may have seen it."""
     return total.is_cpu and total.nbytes <= MOST_BYTES and not is_traced()
 
 
