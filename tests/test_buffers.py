@@ -280,7 +280,7 @@ def test_an_embedding_that_has_grown_has_new_memory() -> None:
     assert kfac._blocks[0].factors[0].mean.tolist() == [0, 0, 0.5, 0, 0.5]
 
 
-@pytest.mark.parametrize("kind", [Net, Flat])
+@pytest.mark.parametrize("kind", [Net, Flat, Text])
 @pytest.mark.parametrize("mode", ["real", "fake"])
 def test_a_traced_pass_has_no_memory_of_ours(kind: type[nn.Module], mode: str) -> None:
     """What a tracer has seen as a constant is written to whenever its graph runs."""
@@ -306,7 +306,7 @@ def test_a_traced_pass_has_no_memory_of_ours(kind: type[nn.Module], mode: str) -
     assert all(torch.equal(*both) for both in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("kind", [Net, Flat])
+@pytest.mark.parametrize("kind", [Net, Flat, Text])
 @pytest.mark.parametrize("steps_before", [0, 1])
 @pytest.mark.parametrize("inside", [True, False], ids=["mode", "tensors"])
 def test_a_pass_of_fake_tensors_leaves_no_memory(

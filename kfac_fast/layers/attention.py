@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from types import FunctionType
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -57,11 +58,7 @@ class ProjectionLayer(LinearLayer):
         return output.narrow(-1, start, self.width)
 
     def gradient_gram(
-        self,
-        gradient: Tensor,
-        scale: float,
-        x: Tensor | None = None,
-        out: Tensor | None = None,
+        self, gradient: Tensor, scale: float, x: Tensor | None = None, out: Tensor | None = None
     ) -> Tensor:
         """Of this layer's part."""
         return super().gradient_gram(self.output_part(gradient), scale, out=out)
@@ -155,7 +152,7 @@ def _with_names(function: Callable[..., Any], names: dict[str, Any]) -> Callable
 
 def _overlap(part: Tensor, whole: Tensor) -> bool:
     """Whether the first rows of a view are among those of another of the same memory."""
-    if part.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr():
+    if not torch._C._is_alias_of(part, whole):  # type: ignore[attr-defined]
         return False
     first, last = whole.storage_offset(), whole.storage_offset() + whole.numel()
     return first <= part.storage_offset() < last

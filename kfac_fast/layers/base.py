@@ -122,11 +122,7 @@ class Layer(ABC):
 
     @abstractmethod
     def gradient_gram(
-        self,
-        gradient: Tensor,
-        scale: float,
-        x: Tensor | None = None,
-        out: Tensor | None = None,
+        self, gradient: Tensor, scale: float, x: Tensor | None = None, out: Tensor | None = None
     ) -> Tensor:
         """``scale`` times the sum of the outer products of the layer's output gradients.
 

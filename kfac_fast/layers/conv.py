@@ -75,11 +75,7 @@ class ConvLayer(RowLayer):
         return type(self), self.approx, self.has_bias, plan, output.shape[-plan.dimensions :]
 
     def gradient_gram(
-        self,
-        gradient: Tensor,
-        scale: float,
-        x: Tensor | None = None,
-        out: Tensor | None = None,
+        self, gradient: Tensor, scale: float, x: Tensor | None = None, out: Tensor | None = None
     ) -> Tensor:
         """Output pixels under expand, their sums over the image under reduce."""
         pixels = self.batched(gradient).movedim(1, -1)

@@ -63,11 +63,7 @@ class EmbeddingLayer(Layer):
         return type(self), self.module.num_embeddings, self.module.padding_idx, output.dtype
 
     def gradient_gram(
-        self,
-        gradient: Tensor,
-        scale: float,
-        x: Tensor | None = None,
-        out: Tensor | None = None,
+        self, gradient: Tensor, scale: float, x: Tensor | None = None, out: Tensor | None = None
     ) -> Tensor:
         """Of every position that is used."""
         rows = gradient.reshape(-1, gradient.shape[-1])

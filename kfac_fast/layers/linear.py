@@ -48,11 +48,7 @@ class LinearLayer(RowLayer):
         return LinearLayer, self.approx, self.has_bias, *map(id, self.sharing)
 
     def gradient_gram(
-        self,
-        gradient: Tensor,
-        scale: float,
-        x: Tensor | None = None,
-        out: Tensor | None = None,
+        self, gradient: Tensor, scale: float, x: Tensor | None = None, out: Tensor | None = None
     ) -> Tensor:
         """Rows under expand, their sums over the shared positions under reduce."""
         rows = self.batched(gradient)

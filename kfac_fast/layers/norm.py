@@ -50,11 +50,7 @@ class NormLayer(Layer):
         """None, there is a single factor."""
 
     def gradient_gram(
-        self,
-        gradient: Tensor,
-        scale: float,
-        x: Tensor | None = None,
-        out: Tensor | None = None,
+        self, gradient: Tensor, scale: float, x: Tensor | None = None, out: Tensor | None = None
     ) -> Tensor:
         """Blocks of all units, ``[units, 1 (+ 1), 1 (+ 1)]``."""
         if x is None:
