@@ -62,6 +62,8 @@ def batches(images: Images, size: int, shift: int, seed: int) -> Iterator[tuple[
     Yields:
         Images `[size, 28, 28]` and labels `[size]`.
     """
+    if not 0 < size <= len(images.train_labels):
+        raise ValueError(f"batch size must be in 1 to {len(images.train_labels)}, got {size}")
     generator = torch.Generator().manual_seed(seed)
     padded = F.pad(images.train_images, [shift] * 4, value=images.background)
     side = torch.arange(images.train_images.shape[-1])

@@ -70,6 +70,8 @@ def collate(molecules: Iterable[Molecule]) -> Batch:
 
 def batches(molecules: list[Molecule], size: int, seed: int) -> Iterator[Batch]:
     """Yield shuffled batches without end; an epoch's incomplete last batch is left out."""
+    if not 0 < size <= len(molecules):
+        raise ValueError(f"batch size must be in 1 to {len(molecules)}, got {size}")
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(len(molecules), generator=generator)
@@ -89,9 +91,13 @@ def load_molecules(
     Returns:
         Training and validation molecules, the properties standardised over the former.
     """
+    if count < 10:
+        raise ValueError(f"molecules must be at least 10, got {count}")
     path = cache / f"qm9_{count}.pt"
     if not path.exists():
         rows = list(qm9_rows())
+        if count + count // 10 > len(rows):
+            raise ValueError(f"molecules must be at most {len(rows) * 10 // 11}, got {count}")
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(SPLIT_SEED))
         chosen = [rows[index] for index in order[: count + count // 10].tolist()]
         save([parse(*row) for row in track(chosen, "Parsing molecules")], path)

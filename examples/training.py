@@ -59,7 +59,7 @@ def schedule(step: int, steps: int, warm_up: float = 0.05) -> float:
     start = max(1, round(warm_up * steps))
     if step < start:
         return (step + 1) / start
-    return 0.5 * (1 + math.cos(math.pi * (step - start) / (steps - start)))
+    return 0.5 * (1 + math.cos(math.pi * (step - start) / max(1, steps - start)))
 
 
 def train(
@@ -172,6 +172,8 @@ def compare(problem: Problem, options: argparse.Namespace, name: str, metrics: l
         name: Of the saved files, without suffix.
         metrics: Columns of the table; the first is plotted.
     """
+    if options.steps < 1:
+        raise ValueError(f"steps must be at least 1, got {options.steps}")
     if options.threads:
         torch.set_num_threads(options.threads)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
@@ -180,7 +182,7 @@ def compare(problem: Problem, options: argparse.Namespace, name: str, metrics: l
         for seed, arm in itertools.product(options.seeds, options.arms):
             settings = options.arms_by_name[arm]
             share = options.kfac_share if isinstance(settings, KFACSettings) else 1
-            steps = int(share * options.steps)
+            steps = max(1, int(share * options.steps))
             task = progress.add_task(f"{settings.arm}, seed {seed}", total=steps, shown="")
             show = partial(_show, progress, task)
             records.append(train(settings, problem, steps=steps, seed=seed, report=show))

@@ -128,7 +128,9 @@ class Block:
         inputs, (gradients, terms), squares = self._sums
         self.forget()
         self._keep(gradients)
-        divisor = terms if reduction == "mean" else 1
+        # A batch without examples is none, of a sum, too: 0 / 0 is left out.
+        is_empty = isinstance(terms, int) and terms == 0
+        divisor = terms if reduction == "mean" or is_empty else 1
         sums = [(gradients, divisor)] if inputs is None else [inputs, (gradients, divisor)]
         if not self.factors:
             self._begin([total.new_empty(total.shape, dtype=self.dtype) for total, _ in sums])

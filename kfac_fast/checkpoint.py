@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import shutil
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 
@@ -29,17 +30,18 @@ def save_checkpoint(state: Any, path: str | os.PathLike[str]) -> None:
     Raises:
         OSError: If the file cannot be written; the one at the path is as it was.
     """
-    path = Path(path)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    beside = Path(name)
+    path = Path(os.path.realpath(path))  # what a link points to, not the link
+    beside = path.with_name(f".{uuid4().hex}.tmp")
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with open(beside, "xb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
+        if path.exists():
+            shutil.copymode(path, beside)
         beside.replace(path)
     except BaseException:
-        beside.unlink()
+        beside.unlink(missing_ok=True)
         raise
     _flush_folder(path.parent)
 

@@ -46,12 +46,25 @@ def backpropagated(
     Yields:
         One scalar after the other.
 
+    Raises:
+        RuntimeError: If the outputs are in no graph.
+
     Source: Martens & Grosse (2015), section 5; Eschenhagen et al. (2023), section 2.
     """
+    targets = None if targets is None else targets.detach()  # constants, even if learned
     if fisher == "mc":
         for _ in range(samples):
-            yield loss.sample(outputs, targets, generator) / samples**0.5
+            yield _in_graph(loss.sample(outputs, targets, generator)) / samples**0.5
     else:
-        columns = loss.root(outputs, targets).sum(0)
+        columns = _in_graph(loss.root(outputs, targets)).sum(0)
         for index in range(len(columns)):
             yield columns[index]
+
+
+def _in_graph(result: Tensor) -> Tensor:
+    if not result.requires_grad:
+        raise RuntimeError(
+            "update_curvature: outputs must be those of a forward pass with gradients enabled, got "
+            "none that need gradients"
+        )
+    return result

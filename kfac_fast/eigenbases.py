@@ -135,7 +135,8 @@ class Eigenbasis:
 
     def condition_number(self) -> Tensor:
         """Spectral condition number of each matrix, infinite if singular; of the batch shape."""
-        return self.values.amax(-1) / self.values.amin(-1)
+        largest, least = self.values.amax(-1), self.values.amin(-1)
+        return torch.where(least > 0, largest / least, math.inf)
 
 
 Decomposed = tuple[Sequence[Factor], Sequence[Eigenbasis]]

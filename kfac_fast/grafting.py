@@ -12,7 +12,7 @@ class AdamNorm:
     .. math:: \Big\| \frac{V_t}{\sqrt{\hat v_t} + \epsilon} \Big\|, \qquad
         \hat v_t = \frac{1 - \beta_2}{1 - \beta_2^t} \sum_{i \le t} \beta_2^{t-i} V_i^2
 
-    A gradient that is not finite leaves the second moment as it was.
+    A gradient whose square is not finite leaves the second moment as it was.
 
     Attributes:
         second_moment: Running average of the squared gradient, not bias-corrected.
@@ -37,9 +37,9 @@ class AdamNorm:
         Returns:
             Scalar tensor.
         """
-        finite = gradient.isfinite().all()
-        squares = torch.where(finite, gradient.square(), self.second_moment)
-        self.second_moment.lerp_(squares, 1 - self.beta2)
+        squares = gradient.square()
+        finite = squares.isfinite().all()
+        self.second_moment.lerp_(torch.where(finite, squares, self.second_moment), 1 - self.beta2)
         self.weight.lerp_(torch.where(finite, 1, self.weight), 1 - self.beta2)
         root = (self.second_moment / self.weight).sqrt()
         length: Tensor = torch.linalg.vector_norm(gradient / (root + self.epsilon))

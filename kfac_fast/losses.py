@@ -168,9 +168,9 @@ class CrossEntropy:
         """The weight of each term's label before smoothing, 0 if ignored: ``[N, *positions]``."""
         weights = self._class_weights(outputs)
         if targets.is_floating_point():
-            return (targets.movedim(1, -1) * weights).sum(-1)
+            return (targets.to(weights).movedim(1, -1) * weights).sum(-1)
         counted = targets != self.ignore_index
-        return counted * weights[targets.where(counted, 0)]
+        return counted * weights[targets.where(counted, 0).long()]  # bytes would be a mask
 
     def _term_weights(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The weight of each term's Hessian, ``[N, *positions]``."""
@@ -275,7 +275,8 @@ class BCEWithLogits:
 class GaussianNLL:
     r"""Negative log likelihood of normal distributions, a term for each entry of the mean.
 
-    The outputs are ``(mean, variance)`` as ``nn.GaussianNLLLoss`` takes them. In mean and variance
+    The outputs are ``(mean, variance)`` as ``nn.GaussianNLLLoss`` takes them: the variance may be a
+    number, lack the last dimension, or have 1 for one of the mean's. In mean and variance
     :math:`v`, the Fisher of a term is :math:`\operatorname{diag}(1 / v, 1 / (2 v^2))`. It is the
     mean of the Hessian under the model, and takes its place: the Hessian itself may be negative. A
     variance that is not trained counts as known.
@@ -286,13 +287,13 @@ class GaussianNLL:
 
     eps: float = 1e-6
 
-    def terms(self, outputs: tuple[Tensor, Tensor], targets: Tensor | None) -> Count:
+    def terms(self, outputs: tuple[Tensor, Tensor | float], targets: Tensor | None) -> Count:
         """Entries of the mean."""
         return self._mean_and_variance(outputs)[0].numel()
 
     def sample(
         self,
-        outputs: tuple[Tensor, Tensor],
+        outputs: tuple[Tensor, Tensor | float],
         targets: Tensor | None,
         generator: torch.Generator | None,
     ) -> Tensor:
@@ -303,14 +304,14 @@ class GaussianNLL:
         square = (mean - mean.detach() - deviation).square()
         return 0.5 * (variance.log() + square / variance).sum()
 
-    def root(self, outputs: tuple[Tensor, Tensor], targets: Tensor | None) -> Tensor:
+    def root(self, outputs: tuple[Tensor, Tensor | float], targets: Tensor | None) -> Tensor:
         r"""Unit vectors, times :math:`v^{-1/2}` for means, :math:`2^{-1/2} / v` for variances."""
         mean, variance = self._mean_and_variance(outputs)
         v = variance.detach()
         columns = [_entries(mean / v.sqrt()), _entries(variance / (2**0.5 * v))]
         return torch.cat(columns if variance.requires_grad else columns[:1], 1)
 
-    def _mean_and_variance(self, outputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def _mean_and_variance(self, outputs: tuple[Tensor, Tensor | float]) -> tuple[Tensor, Tensor]:
         """Both in the mean's shape; gradients pass the lower bound, as in PyTorch's loss."""
         if not isinstance(outputs, tuple) or len(outputs) != 2:
             raise TypeError(
@@ -319,13 +320,23 @@ class GaussianNLL:
             )
         mean, variance = outputs
         _check_outputs(mean, "([N, *], variance)", 1)
-        _check_outputs(variance, "(mean, [N, *])", 1)
+        if isinstance(variance, float):
+            variance = torch.full_like(mean, variance, requires_grad=False)
+        _check_outputs(variance, "(mean, [N, *])", 0)
+        given = tuple(variance.shape)
         if variance.shape == mean.shape[:-1]:
             variance = variance[..., None]
-        if variance.shape not in (mean.shape, (*mean.shape[:-1], 1)):
+        sizes = list(zip(variance.shape, mean.shape, strict=False))
+        others = [own for own, size in sizes if own != size]
+        if variance.dim() != mean.dim() or others not in ([], [1]):
             raise ValueError(
                 f"update_curvature: variance must have the mean's shape {tuple(mean.shape)}, but "
-                f"for a last dimension of 1 or none, got {tuple(outputs[1].shape)}"
+                f"for one dimension of 1 or a missing last one, got {given}"
+            )
+        if len(variance) != len(mean) and variance.requires_grad:
+            raise ValueError(
+                "update_curvature: variance must be each example's own if it is trained, got "
+                f"{len(variance)} for {len(mean)} examples"
             )
         variance = _precise(variance).expand_as(mean)
         bounded = variance + (variance.clamp(min=self.eps) - variance).detach()
@@ -362,7 +373,7 @@ def find_loss(loss: str | nn.Module | Loss[Outputs], reduction: str) -> Loss[Out
     if isinstance(loss, str) and loss in LOSSES:
         named: Loss[Outputs] = LOSSES[loss]()
         return named
-    if isinstance(loss, Loss):
+    if isinstance(loss, Loss) and not isinstance(loss, type):
         return loss
     if not isinstance(loss, nn.Module) or type(loss) not in MODULES:
         modules = sorted(module.__name__ for module in MODULES)

@@ -31,7 +31,7 @@ BOUNDS = {  # lowest value, and the value to stay below
     "factor_decay": (0, 1),
     "factor_update_steps": (1, math.inf),
     "inverse_update_steps": (1, math.inf),
-    "kl_clip": (0, math.inf),
+    "kl_clip": (1e-30, math.inf),
     "loss_scale": (1e-30, math.inf),
 }
 LAYER_OPTIONS = ("approx", "damping", "factor_decay")
@@ -53,9 +53,10 @@ def check_options(options: Mapping[str, Any]) -> None:
         if not isinstance(count, int) or count < least:
             raise ValueError(f"KFAC: {option} must be an int from {least}, got {count!r}")
     for pattern, own in options["layer_options"].items():
-        if not set(own) <= set(LAYER_OPTIONS):
+        if not isinstance(own, Mapping) or not set(own) <= set(LAYER_OPTIONS):
             raise ValueError(
-                f"KFAC: layer_options must hold {LAYER_OPTIONS}, got {sorted(own)} for {pattern!r}"
+                f"KFAC: layer_options must hold values of {LAYER_OPTIONS}, got {own!r} for "
+                f"{pattern!r}"
             )
         if "approx" in own:
             _check_choice("approx", own["approx"], CHOICES["approx"])
@@ -74,6 +75,7 @@ def _conflicts(options: Mapping[str, Any]) -> list[tuple[str, str, bool, str]]:
     exact = options["damping_mode"] == "exact"
     corrected, clips = options["eigenvalue_correction"], options["kl_clip"] is not None
     rate = options["learning_rate"]
+    is_rate = isinstance(rate, Real) and 0 < float(rate) < math.inf
     return [
         (
             "eigenvalue_correction",
@@ -93,7 +95,7 @@ def _conflicts(options: Mapping[str, Any]) -> list[tuple[str, str, bool, str]]:
             exact and options["refinement_steps"] > 0,
             "with damping_mode 'exact', which has no inverses",
         ),
-        ("learning_rate", "positive", clips and (rate is None or not rate > 0), "for kl_clip"),
+        ("learning_rate", "positive and finite", clips and not is_rate, "for kl_clip"),
         (
             "kl_clip",
             "None",

@@ -281,6 +281,7 @@ class KFAC:
             generator: Source of randomness; PyTorch's default if None.
 
         Raises:
+            RuntimeError: If the outputs need no gradients.
             TypeError: If the outputs are not what the loss takes.
             ValueError: If ``loss`` is unknown or has another reduction than ``loss_reduction``, if
                 outputs or targets have the wrong shape, or targets are needed.
@@ -569,11 +570,11 @@ class KFAC:
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        """A snapshot of everything that a resumed run needs to continue bit for bit.
+        """A snapshot of all that a resumed run needs of it to continue bit for bit.
 
         Returns:
             A nested dictionary that ``torch.load(weights_only=True)`` accepts. Save it between
-            steps.
+            steps, and schedules that keep a state apart.
         """
         return state_of(self.steps, self._saved_options(), self._blocks)
 

@@ -54,6 +54,8 @@ def restored_blocks(
     Raises:
         ValueError: If the version, an option, the steps, a layer, a part or a shape does not fit.
     """
+    if not isinstance(state, Mapping):
+        raise ValueError(f"load_state_dict: state must be a dictionary, got {state!r:.99}")
     expected = {"version": STATE_VERSION, "options": dict(options)}
     for key, value in expected.items():
         if state.get(key) != value:

@@ -40,6 +40,19 @@ def test_a_state_of_everything_survives(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["run.pt"]
 
 
+def test_a_file_has_the_mode_the_name_and_the_place_that_it_would_have(tmp_path: Path) -> None:
+    plain, ours = tmp_path / "plain", tmp_path / ("n" * 250)
+    torch.save({}, plain)
+    save_checkpoint({}, ours)
+    assert ours.stat().st_mode == plain.stat().st_mode
+    ours.chmod(0o640)
+    link = tmp_path / "link"
+    link.symlink_to(ours)
+    save_checkpoint({"number": 1}, link)
+    assert link.is_symlink() and torch.load(ours, weights_only=True) == {"number": 1}
+    assert ours.stat().st_mode & 0o777 == 0o640
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs a signal that cannot be caught")
 @pytest.mark.parametrize("delay", [0.0, 0.001, 0.003])
 def test_a_killed_writer_leaves_a_whole_file(tmp_path: Path, delay: float) -> None:

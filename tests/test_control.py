@@ -78,7 +78,8 @@ def test_a_layer_may_have_its_own_approximation_and_decay() -> None:
     ("options", "message"),
     [
         ({"nowhere": {"damping": 1.0}}, "layer_options must match preconditioned layers, got 'now"),
-        ({"head": {"kl_clip": 1.0}}, "layer_options must hold .*, got .'kl_clip'. for 'head'"),
+        ({"head": {"kl_clip": 1.0}}, "layer_options must hold .*, got .'kl_clip': 1.0. for 'head'"),
+        ({"head": "expand"}, "layer_options must hold values of .*, got 'expand' for 'head'"),
         ({"head": {"approx": "sum"}}, "approx must be one of .*, got 'sum'"),
         ({"head": {"damping": -1.0}}, r"damping must be in \[0, inf\), got -1.0 at step 0"),
     ],

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from host import never_waits
 from loss_cases import LOSS_CASES, LossCase
-from nets import Net, images, preconditioner
+from nets import Net, classes, images, preconditioner
 from oracle import assert_same
 from plain_kfac import assert_covariances, assert_solved, covariances, plain_covariances
 from torch import Tensor, nn
@@ -510,3 +510,48 @@ def test_ones_own_loss() -> None:
     kfac.step()
     for name, g in gradient_covariances(kfac).items():
         assert_same(g, expected[name])
+
+
+@pytest.mark.parametrize("fisher", ["mc", "exact"])
+def test_outputs_without_a_graph_are_refused(fisher: str) -> None:
+    model = Net()
+    kfac = preconditioner(model, fisher=fisher)
+    outputs = model(images()).detach()
+    with pytest.raises(RuntimeError, match="^update_curvature: outputs must be those of a forward"):
+        kfac.update_curvature(outputs, loss="cross_entropy")
+
+
+@pytest.mark.parametrize("fisher", ["mc", "exact"])
+def test_labels_that_are_learned_are_constants(fisher: str) -> None:
+    results = []
+    for learned in (False, True):
+        torch.manual_seed(0)
+        model = Net()
+        kfac = preconditioner(model, fisher=fisher)
+        outputs = model(images())
+        labels = outputs.softmax(1)
+        weighted = nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64))
+        targets = labels if learned else labels.detach()
+        kfac.update_curvature(outputs, loss=weighted, targets=targets)
+        weighted(outputs, targets.detach()).backward()
+        kfac.step()
+        results.append([factor for pair in covariances(kfac).values() for factor in pair])
+    assert all(torch.equal(*both) for both in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("fisher", ["empirical", "mc"])
+def test_a_batch_without_examples_changes_no_factor(fisher: str, reduction: str) -> None:
+    model = Net()
+    kfac = preconditioner(model, fisher=fisher, loss_reduction=reduction)
+    for examples in (5, 0):
+        outputs = model(images(examples))
+        if fisher == "mc":
+            kfac.update_curvature(outputs, loss="cross_entropy")
+        cross_entropy = nn.CrossEntropyLoss(reduction="sum")
+        cross_entropy(outputs, classes(outputs)).backward()
+        kfac.step()
+        if examples:
+            before = [f.clone() for pair in covariances(kfac).values() for f in pair]
+    after = [factor for pair in covariances(kfac).values() for factor in pair]
+    assert all(torch.equal(*both) for both in zip(before, after, strict=True))

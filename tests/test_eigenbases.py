@@ -180,6 +180,12 @@ def test_a_singular_covariance_has_no_negative_eigenvalues() -> None:
     )
 
 
+def test_the_condition_number_of_a_singular_matrix_is_infinite() -> None:
+    basis = Eigenbasis(torch.zeros(3, 2, 2))
+    basis.values.copy_(torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 2.0]]))
+    assert basis.condition_number().tolist() == [math.inf, math.inf, 2.0]
+
+
 def test_a_refresh_before_the_first_finite_batch_keeps_the_identity() -> None:
     a = torch.full((3, 3), math.nan)
     factor, basis = Factor(a), Eigenbasis(a)

@@ -121,6 +121,23 @@ def test_schedule_warms_up_and_ends_near_zero(example):
     assert 0 < rates[-1] < 1e-3
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_a_short_schedule_has_its_peak_and_no_end(example, steps):
+    rates = [example("training").schedule(step, steps) for step in range(steps + 1)]
+    assert rates[0] == 1 and all(0 <= rate <= 1 for rate in rates)
+
+
+@pytest.mark.parametrize("size", [0, 11])
+def test_a_batch_larger_than_the_data_is_refused(example, image_data, size):
+    pixels, labels = torch.zeros(10, 28, 28), torch.arange(10)
+    images = image_data.Images("blank", pixels, labels, pixels, labels, 0.0)
+    molecules = example("molecules")
+    streams = image_data.batches(images, size, 2, 0), molecules.batches([None] * 10, size, 0)
+    for stream in streams:
+        with pytest.raises(ValueError, match=f"batch size must be in 1 to 10, got {size}"):
+            next(stream)
+
+
 def saved_runs(folder, name, metric):
     """The records of a comparison, each with finite metrics up to its last step, and a plot."""
     records = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
@@ -293,6 +310,15 @@ def test_gpt_command_line(example, tmp_path, one_thread):
     example("train_gpt").main(options.split())
     runs = [("AdamW", 1, 4), ("K-FAC expand", 1, 3)]
     assert saved_runs(tmp_path, "train_gpt", "validation_loss") == runs
+
+
+def test_gpt_takes_one_step_or_more(example, tmp_path, one_thread):
+    options = f"--output {tmp_path} --seeds 1 --batch-size 2 --steps"
+    example("train_gpt").main([*options.split(), "1"])
+    runs = [("AdamW", 1, 1), ("K-FAC expand", 1, 1)]
+    assert saved_runs(tmp_path, "train_gpt", "validation_loss") == runs
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+        example("train_gpt").main([*options.split(), "0"])
 
 
 def test_gpt_sees_no_later_character_and_predicts_the_next(example):

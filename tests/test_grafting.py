@@ -38,7 +38,7 @@ def test_the_length_of_no_gradient_is_zero() -> None:
     assert AdamNorm(torch.zeros(2, 3)).update(torch.zeros(2, 3)) == 0
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e20])
 def test_a_bad_gradient_changes_no_bit_of_the_second_moment(value: float) -> None:
     clean, disturbed = AdamNorm(torch.zeros(3)), AdamNorm(torch.zeros(3))
     with never_waits():
@@ -46,7 +46,7 @@ def test_a_bad_gradient_changes_no_bit_of_the_second_moment(value: float) -> Non
     for _ in range(3):
         gradient = torch.randn(3)
         assert clean.update(gradient) == disturbed.update(gradient)
-        assert not disturbed.update(gradient * value).isfinite()
+        assert not disturbed.update(gradient * value).isfinite() or math.isfinite(value)
     for field in AdamNorm.STATE:
         pair = getattr(clean, field), getattr(disturbed, field)
         assert torch.equal(bits(pair[0]), bits(pair[1]))

@@ -298,10 +298,24 @@ REFUSED: list[tuple[nn.Module, Any, Tensor | None, type[Exception], str]] = [
     (nn.GaussianNLLLoss(), torch.ones(3, 2), None, TypeError, "must be a tuple .*, got Tensor"),
     (
         nn.GaussianNLLLoss(),
-        (torch.ones(3, 2), 1.0),
+        (torch.ones(3, 2), "1.0"),
         None,
         TypeError,
-        "outputs must be a tensor, got float",
+        "outputs must be a tensor, got str",
+    ),
+    (
+        nn.GaussianNLLLoss(),
+        (torch.ones(3, 2), torch.ones(1, 1)),
+        None,
+        ValueError,
+        r"variance must have the mean's shape \(3, 2\), .* got \(1, 1\)",
+    ),
+    (
+        nn.GaussianNLLLoss(),
+        (torch.ones(3, 2), torch.ones(1, 2, requires_grad=True)),
+        None,
+        ValueError,
+        "variance must be each example's own if it is trained, got 1 for 3 examples",
     ),
     (
         nn.GaussianNLLLoss(),
@@ -329,3 +343,66 @@ def test_what_a_loss_does_not_take_is_refused(
     arguments = (outputs, targets, None) if method == "sample" else (outputs, targets)
     with pytest.raises(error, match=f"^update_curvature: .*{message}"):
         getattr(loss, method)(*arguments)
+
+
+@pytest.mark.parametrize("method", ["terms", "sample", "root"])
+def test_labels_may_be_bytes(method: str) -> None:
+    outputs, labels = torch.randn(6, 3), torch.tensor([0, 2, 1, 1, 2, 0])
+    results = []
+    for targets in (labels, labels.byte()):
+        more = [torch.Generator().manual_seed(0)] if method == "sample" else []
+        loss = CrossEntropy(weight=torch.tensor([1.0, 2.0, 0.5]), ignore_index=1)
+        results.append(getattr(loss, method)(outputs, targets, *more))
+    assert torch.equal(*results)
+
+
+def test_soft_labels_may_be_more_precise_than_the_outputs() -> None:
+    outputs = torch.randn(6, 3)
+    labels = torch.rand(6, 3, dtype=torch.float64).softmax(1)
+    for smoothing in (0.0, 0.1):
+        loss = CrossEntropy(label_smoothing=smoothing)
+        root = loss.root(outputs, labels)
+        assert torch.equal(root, loss.root(outputs, labels.float()))
+        assert loss.sample(outputs, labels, None).dtype == torch.float32
+
+
+MEAN = (4, 3, 8)
+VARIANCES = {
+    "number": 0.5,
+    "last": torch.rand(4, 3) + 0.1,
+    "one": torch.rand(4, 3, 1) + 0.1,
+    "middle": torch.rand(4, 1, 8) + 0.1,
+    "examples": torch.rand(1, 3, 8) + 0.1,
+}
+
+
+@pytest.mark.parametrize("variance", VARIANCES.values(), ids=VARIANCES)
+def test_a_variance_may_be_what_pytorchs_loss_takes(variance: Tensor | float) -> None:
+    mean, targets = torch.randn(MEAN).double(), torch.randn(MEAN).double()
+    F.gaussian_nll_loss(mean, targets, variance)
+    if isinstance(variance, Tensor):
+        variance = variance.double()
+        shaped = variance[..., None] if variance.dim() == 2 else variance
+        full = shaped.expand(MEAN).clone()
+    else:
+        full = torch.full(MEAN, variance).double()
+    loss = LOSSES["gaussian_nll"]()
+    draws = [
+        loss.sample((mean, v), None, torch.Generator().manual_seed(0)) for v in (variance, full)
+    ]
+    assert draws[0] == draws[1] and loss.terms((mean, variance), None) == mean.numel()
+    assert torch.equal(loss.root((mean, variance), None), loss.root((mean, full), None))
+
+
+def test_a_variance_of_one_number_goes_with_a_mean_of_examples() -> None:
+    mean = torch.randn(5).double()
+    roots = [
+        LOSSES["gaussian_nll"]().root((mean, variance), None)
+        for variance in (torch.tensor(2.0).double(), torch.full((5,), 2.0).double())
+    ]
+    assert torch.equal(*roots)
+
+
+def test_a_class_is_no_loss() -> None:
+    with pytest.raises(ValueError, match="loss must be one of .*CrossEntropy"):
+        find_loss(CrossEntropy, "mean")

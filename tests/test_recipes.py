@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -82,6 +84,12 @@ def test_the_log_has_what_it_says() -> None:
         *(f"kfac/condition/{layer}" for layer in "014"),
     }
     assert {step for _, _, step in scalars} == {0, 10}
+
+
+def test_the_recipe_of_a_compiled_model_imports_what_it_sets() -> None:
+    recipe = RECIPES["A compiled model, with drawn labels"]
+    first = recipe[: recipe.index("kfac =")]
+    subprocess.run([sys.executable, "-c", f"import torch, kfac_fast\n{first}"], check=True)
 
 
 def test_there_is_a_recipe_under_every_heading() -> None:

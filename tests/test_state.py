@@ -201,6 +201,12 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(
     assert run.kfac.steps == 2
 
 
+@pytest.mark.parametrize("state", [None, [], "state"])
+def test_what_is_no_state_is_refused(state: Any) -> None:
+    with pytest.raises(ValueError, match="load_state_dict: state must be a dictionary, got"):
+        KFAC(nn.Linear(2, 2)).load_state_dict(state)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_state_of_a_layer_with_other_features_is_refused(bias: bool) -> None:
     def trained(inputs: int, has_bias: bool) -> KFAC:

@@ -387,7 +387,7 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"factor_decay": -0.1}, r"factor_decay must be in \[0, 1\), got -0.1"),
     ({"factor_update_steps": 0}, r"factor_update_steps must be in \[1, inf\), got 0"),
     ({"inverse_update_steps": 0.5}, r"inverse_update_steps must be in \[1, inf\), got 0.5"),
-    ({"kl_clip": -1.0, "learning_rate": 0.1}, r"kl_clip must be in \[0, inf\), got -1.0"),
+    ({"kl_clip": 0.0, "learning_rate": 0.1}, r"kl_clip must be in \[1e-30, inf\), got 0.0"),
     (
         {
             "fisher": "forward-only",
@@ -397,8 +397,14 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
         "eigenvalue_correction must be False with fisher 'forward-only'",
     ),
     ({"loss_scale": 0.0}, r"loss_scale must be in \[1e-30, inf\), got 0.0"),
-    ({"kl_clip": 1e-3}, "learning_rate must be positive for kl_clip, got None"),
-    ({"kl_clip": 1e-3, "learning_rate": 0.0}, "learning_rate must be positive .*, got 0.0"),
+    ({"kl_clip": 1e-3}, "learning_rate must be positive and finite for kl_clip, got None"),
+    *(
+        (
+            {"kl_clip": 1e-3, "learning_rate": rate},
+            f"learning_rate must be positive .*, got {rate!r}",
+        )
+        for rate in (0.0, math.inf, math.nan, "0.1")
+    ),
     ({"kl_clip": 1.0, "learning_rate": 0.1, "grafting": "adam"}, "kl_clip must be None with graft"),
     ({"damping_mode": "exact", "damping": 0.0}, "damping must be positive with damping_mode"),
     (
