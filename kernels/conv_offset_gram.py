@@ -342,7 +342,7 @@ def _pack(x: Tensor, tables: Tables, strips: Strips) -> tuple[Tensor, int]:
     packed_width = -(-width // packed_chunk) * packed_chunk
     positions = math.prod(tables.sizes)
     packed = x.new_empty(positions * batch * strips.strips * packed_width)
-    image = launch.Image.of(x, width)
+    image = launch.Image.of(x, math.gcd(width, channels))  # the last strip may be narrower
     channels_last = image.line == launch.Line.COLUMNS
     chunk = image.chunk if channels_last else 1
     blocks = -(-positions // POSITIONS) * -(-packed_width // CHANNELS)

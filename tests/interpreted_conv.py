@@ -152,6 +152,20 @@ def test_strides(
     _check(kernel, layout(torch.randn(3, channels, 3, 8).to(dtype)), case)
 
 
+@expand_kernels
+@pytest.mark.parametrize(
+    "channels, groups, dtype", [(34, 17, torch.float32), (36, 9, torch.bfloat16)]
+)
+def test_some_channels_of_wide_pixels(
+    kernel: str, channels: int, groups: int, dtype: torch.dtype
+) -> None:
+    """The last groups' channels are no whole chunk, though strips and strides are."""
+    torch.manual_seed(0)
+    case = Convolution(channels, (3, 4), {"kernel_size": 2, "groups": groups})
+    x = _channels_last(torch.randn(2, 40, 3, 4).to(dtype))[:, :channels]
+    _check(kernel, x, case)
+
+
 @kernels
 def test_pixels_that_no_tap_reads(kernel: str) -> None:
     torch.manual_seed(0)
