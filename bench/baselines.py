@@ -143,7 +143,8 @@ def _damped_ways(
     def by_size(out: Sequence[Tensor]) -> Sequence[Tensor]:
         results = list(out)
         for indices in _grouped(matrices):
-            stacked = _damped(torch.stack([matrices[i] for i in indices]), damping)
+            stacked = torch.stack([matrices[i] for i in indices])
+            stacked.diagonal(dim1=-2, dim2=-1).add_(damping)
             for i, result in zip(indices, function(stacked), strict=True):
                 results[i] = result
         return results
@@ -212,6 +213,8 @@ def _precondition_ways(
             for i, result in zip(indices, products, strict=True):
                 results[i] = result
         return [*results, inner]
+
+    by_shape.inputs = grads, stacked  # type: ignore[attr-defined]
 
     def run_reference(out: Sequence[Tensor]) -> list[Tensor]:
         inner = grads[0].new_zeros(())

@@ -68,12 +68,6 @@ def _timer(device: str) -> Callable[[Call], float]:
     return seconds
 
 
-def beyond_bare(seconds: dict[str, list[float]]) -> float:
-    """The library's median time beyond the bare passes over ours beyond them."""
-    library, ours, bare = (median(seconds[arm]) for arm in ("library", "ours", "bare"))
-    return (library - bare) / (ours - bare)
-
-
 def peaks(case: Case, implementation: str | None) -> dict[str, float]:
     """The peaks in MB: what a call takes over what there was, and what ``KFAC`` keeps."""
     with kfac_fast.use(implementation) if implementation else nullcontext():
@@ -109,8 +103,6 @@ def bench_peer(
     gradient = torch.empty(1, 1, device=device)
     implementation, _ = served(kfac_fast.explain("gram", gradient)) or ("none", None)
     beside = {f"{arm} ms": 1e3 * median(seconds[arm]) for arm in ("KFAC", "bare") if arm in arms}
-    if "bare" in arms:
-        beside["beyond bare x"] = beyond_bare(seconds)
     if not memory.missing(device):
         beside |= memory.in_new_process(peaks, case, pytestconfig.getoption("impl"))
     record = PeerRecord(

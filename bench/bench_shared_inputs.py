@@ -84,7 +84,12 @@ def _apart(training: Training, x: Tensor) -> Ways:
         with kfac_fast.use("reference"):
             return training(*copies)
 
-    return {"three tensors": lambda out: training(*copies), "reference": reference}
+    def three_tensors(out: Tensor) -> list[Tensor]:
+        return training(*copies)
+
+    for way in (three_tensors, reference):
+        way.inputs = copies  # type: ignore[attr-defined]
+    return {"three tensors": three_tensors, "reference": reference}
 
 
 def _flops(rows: Rows, x: Tensor, approx: str) -> int:

@@ -28,6 +28,7 @@ Call = Callable[[], Any]
 
 RATIO_FROM_MS = 0.2  # below this time of the baseline the added time counts, not the ratio
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 500
+CLOSE = 1.2  # times the best time in the trial: which of two ways is faster, the rounds must say
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class Case:
         arguments: The operator's positional arguments.
         options: Its keyword arguments but ``out``.
         out: What ``out`` holds at the start; never written.
-        ways: The ways to the same result in plain PyTorch.
+        ways: The ways to the same result in plain PyTorch. One that reads other tensors than the
+            arguments has them as its ``inputs``.
         flops: Operations of the definition, symmetry used.
         beside: Calls whose times are recorded beside ours, because a bar names them or is made of
             them. They take ``out`` like ways; their results are not looked at.
@@ -98,8 +100,8 @@ def _first_call(call: Call, timer: Timer) -> tuple[list[Tensor], float]:
     return results_of(map_tensors(Tensor.clone, kept)), seconds
 
 
-def _fastest(calls: dict[str, Call], timer: Timer, seconds: float) -> tuple[str, float]:
-    """The call with the best time over up to 5 rounds or about ``seconds``, and that time."""
+def _best_times(calls: dict[str, Call], timer: Timer, seconds: float) -> dict[str, float]:
+    """The best time of each call over up to 5 rounds or about ``seconds``."""
     best = dict.fromkeys(calls, math.inf)
     spent = 0.0
     for _ in range(5):
@@ -108,12 +110,11 @@ def _fastest(calls: dict[str, Call], timer: Timer, seconds: float) -> tuple[str,
             spent += taken
         if spent > seconds:
             break
-    name = min(best, key=best.__getitem__)
-    return name, best[name]
+    return best
 
 
 def _best(call: Call, timer: Timer, seconds: float) -> float:
-    return _fastest({"": call}, timer, seconds)[1]
+    return _best_times({"": call}, timer, seconds)[""]
 
 
 def _quantiles(seconds: list[float]) -> list[float]:
@@ -141,15 +142,15 @@ def _time_in_turn(
     ours: Call,
     others: dict[str, Call],
     every: dict[str, int],
-    read: Call,
+    inputs: dict[str, Any],
     timer: Timer,
     rounds: int,
 ) -> tuple[list[float], dict[str, list[float]]]:
     """Seconds of ours and of the others, one call of each in a round.
 
-    A call that is not ``every`` 1 sits out the rounds between. Each finds the inputs as ``read``
-    leaves them in the caches, whatever ran before it. pytest-benchmark's own statistics are of
-    ours; on a GPU they include its timer's work.
+    A call that is not ``every`` 1 sits out the rounds between. Each finds its ``inputs``, those of
+    ours are under ``"ours"``, just read, whatever ran before it. pytest-benchmark's own statistics
+    are of ours; on a GPU they include its timer's work.
     """
     our_seconds: list[float] = []
     their_seconds: dict[str, list[float]] = {name: [] for name in others}
@@ -159,9 +160,9 @@ def _time_in_turn(
         number = next(numbers)
         for name, call in others.items():
             if number % every[name] == 0:
-                read()
+                map_tensors(torch.sum, inputs[name])
                 their_seconds[name].append(timer(call))
-        read()
+        map_tensors(torch.sum, inputs["ours"])
 
     benchmark.pedantic(
         lambda: our_seconds.append(timer(ours)), setup=time_the_others, rounds=rounds
@@ -261,13 +262,18 @@ def measure(
 
     limit = 2 * min(took for _, took in first.values()) + 0.01
     likely = {name: way for name, way in ways.items() if first[name][1] < limit}
-    baseline, best = _fastest(likely, timer, seconds / 2)
-    rounds = rounds_in(seconds, best + _best(ours, timer, seconds / 10))
+    best = _best_times(likely, timer, seconds / 2)
+    close = {name: took for name, took in best.items() if took < CLOSE * min(best.values())}
+    rounds = rounds_in(seconds, min(close.values()) + _best(ours, timer, seconds / 10))
     beside = case.bound(case.beside)
-    others = {baseline: ways[baseline]} | beside
-    every = turns(beside, timer, rounds, seconds) | {baseline: 1}
-    read = partial(map_tensors, torch.sum, case.arguments)
+    others = {name: ways[name] for name in close} | beside
+    every = turns(beside, timer, rounds, seconds) | dict.fromkeys(close, 1)
+    read = {
+        n: getattr(way, "inputs", case.arguments) for n, way in (case.ways | case.beside).items()
+    }
+    read["ours"] = case.arguments
     our_seconds, theirs = _time_in_turn(benchmark, ours, others, every, read, timer, rounds)
+    baseline = min(close, key=lambda name: median(theirs[name]))
     record = Record(
         op=case.op,
         shape=case.shape,

@@ -141,11 +141,9 @@ class PeerRecord(Comparison):
 
     The error is the difference of the results, relative to the library's. Beside are in "ms" the
     median times of "KFAC", a step of :class:`kfac_fast.KFAC` to a like result, and of "bare"
-    passes: forward, and backward to the outputs of the layers. In "x" what the library takes
-    "beyond bare" passes over what it takes beyond them with kfac_fast; it is negative where that is
-    faster than they are. In "MB" the "peak" with kfac_fast, that of the "library", that of "bare"
-    passes, that of "KFAC" with the state that it keeps; and the size of the "result", if it is not
-    there before the call.
+    passes: forward, and backward to the outputs of the layers. In "MB" the "peak" with kfac_fast,
+    that of the "library", that of "bare" passes, that of "KFAC" with the state that it keeps; and
+    the size of the "result", if it is not there before the call.
 
     Attributes:
         library: The library's name.

@@ -233,15 +233,18 @@ def extras(record: PeerRecord) -> tuple[float | None, float | None]:
 def _ratios(record: PeerRecord) -> dict[str, float]:
     """The library's over ours: time, time beyond bare passes, extra memory; what was measured.
 
-    The last two are infinite where nothing is beyond on our side.
+    The last two are infinite where nothing is beyond on our side alone, zero where nothing is on
+    the library's alone, and not there where nothing is on either.
     """
     short = record.baseline_p50_ms < BARRED_FROM_MS
     found = {} if short else {"faster": record.ratio_of_medians}
-    beyond, (own, ours) = record.beside.get("beyond bare x"), extras(record)
-    if beyond is not None and not short:
-        found["beyond"] = beyond if beyond > 0 else math.inf
-    if own is not None and ours is not None:
-        found["memory"] = max(own, 0.0) / ours if ours > 0 else math.inf
+    pairs = {"memory": extras(record)}
+    if "bare ms" in record.beside and not short:
+        bare = record.beside["bare ms"]
+        pairs["beyond"] = record.baseline_p50_ms - bare, record.p50_ms - bare
+    for name, (own, ours) in pairs.items():
+        if own is not None and ours is not None and max(own, ours) > 0:
+            found[name] = max(own, 0.0) / ours if ours > 0 else math.inf
     return found
 
 
