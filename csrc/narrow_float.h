@@ -16,13 +16,15 @@ struct BFloat16 {
 struct Half {
   uint16_t bits;
 
-  // Exponents of Half and float differ by 112; the product also normalises the subnormals.
+  // Exponents of Half and float differ by 112. Subnormals are counted, for as floats they would be
+  // zero on threads that are set to flush such.
   operator float() const {
-    const uint32_t magnitude = (bits & 0x7fffu) << 13;
+    const int32_t magnitude = bits & 0x7fff;
     const uint32_t sign = (bits & 0x8000u) << 16;
-    const uint32_t infinite = (bits & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0u;
-    const float value = std::bit_cast<float>(magnitude) * 0x1p112f;
-    return std::bit_cast<float>(std::bit_cast<uint32_t>(value) | infinite | sign);
+    const uint32_t infinite = magnitude >= 0x7c00 ? 0x7f800000u : 0u;
+    const uint32_t normal = (static_cast<uint32_t>(magnitude) << 13) + (112u << 23);
+    const uint32_t subnormal = std::bit_cast<uint32_t>(static_cast<float>(magnitude) * 0x1p-24f);
+    return std::bit_cast<float>((magnitude < 0x0400 ? subnormal : normal) | infinite | sign);
   }
 };
 

@@ -46,6 +46,13 @@ class RowSum {
     }
   }
 
+  // Rows whose sum is a chain; that of more is added to a total with what the last one rounded off.
+  int64_t rows_a_chain() const { return rows_a_chain_; }
+
+  void end_chain(T* chain, int64_t columns, T* total, T* lost) const {
+    end_chain_(chain, columns, total, lost);
+  }
+
   void add(const In* rows, int64_t stride, int64_t count, int64_t columns, T* total) const {
     if (column_stride_ == 1) {
       rows_(rows, stride, count, columns, total);

@@ -18,6 +18,7 @@ using Scratch = std::unique_ptr<T[], FreeScratch>;
 template <typename T>
 Scratch<T> make_scratch(int64_t count) {
   constexpr int64_t line = 64;
+  if (count > (INT64_MAX - line) / static_cast<int64_t>(sizeof(T))) throw std::bad_alloc();
   const int64_t bytes = (count * static_cast<int64_t>(sizeof(T)) / line + 1) * line;
   void* memory = std::aligned_alloc(line, bytes);
   if (!memory) throw std::bad_alloc();

@@ -243,3 +243,19 @@ def test_refuses_an_out_of_another_size_or_dtype() -> None:
     for out in (torch.zeros(3, 3), torch.zeros(4, 4).double(), torch.zeros(4, 8)[:, ::2]):
         assert native.gram(x, None, 1, False, 1.0, 0.0, out) is None
         assert not out.any()
+
+
+def test_small_half_precision_is_read_where_denormals_are_flushed() -> None:
+    x = torch.full((64, 8), 3e-5, dtype=torch.float16)
+    every = torch.arange(2**16).to(torch.int32).to(torch.int16).view(torch.float16)
+    every = every[every.isfinite()]
+    expected = every.double().square()
+    try:
+        if not torch.set_flush_denormal(True):
+            pytest.skip("the processor does not flush denormals")
+        small = run(x)
+        alone = torch.stack([run(every[i : i + 1, None])[0, 0] for i in range(0, len(every), 97)])
+    finally:
+        torch.set_flush_denormal(False)
+    assert (small.double() / (64 * x[0, 0].double() ** 2) - 1).abs().max() < 1e-6
+    assert (alone.double() / expected[::97] - 1).abs()[expected[::97] > 0].max() < 1e-6

@@ -152,6 +152,20 @@ def test_long_sums() -> None:
     check(LAYOUTS["channels-first"](torch.randn(2, 20_000, 24) + 1), reduction="mean")
 
 
+@pytest.mark.parametrize(("layout", "chain"), [(Tensor.contiguous, 64), (spread, 1024)])
+@pytest.mark.parametrize("in_order", [True, False])
+def test_long_segments(layout: Callable[[Tensor], Tensor], chain: int, in_order: bool) -> None:
+    """In chains, too, whose additions each round once; a single sum is off by a thousandth."""
+    lengths = torch.tensor([150_000, 63, 64, 65, 1, 0, 2048, 2049])
+    segments = torch.arange(len(lengths)).repeat_interleave(lengths)
+    if not in_order:
+        segments = segments[torch.randperm(len(segments))]
+    x = layout(torch.full((len(segments), 9), 0.1))
+    out = run(x, reduction="mean", segments=segments, num_segments=len(lengths))
+    expected = (lengths > 0).sum() * torch.full((9, 9), x[0, 0].double() ** 2)
+    assert (out.double() / expected - 1).abs().max() < 2 * (chain + 8) * 2**-24
+
+
 def test_same_bits_every_time_and_for_any_number_of_threads(
     set_threads: Callable[[int], None],
 ) -> None:

@@ -102,7 +102,7 @@ class BlockGram {
   }
 
  private:
-  // 36 KB of sums, which meet each panel of a block while it is near; larger ones were not faster.
+  // 18 or 36 KB of sums, which meet each panel of a block while it is near; more was not faster.
   static constexpr int64_t large_tile = 4 * max_tile_edge / sizeof(T);
 
   static constexpr int64_t panels_a_task = 8;

@@ -54,8 +54,8 @@ class SharedSums {
     const int64_t wanted =
         divide_up(2 * torch::stable::get_num_threads(), std::max<int64_t>(a_.examples(), 1));
     const int64_t widest = std::max<int64_t>(1, divide_up(a_.columns(), narrowest));
-    const int64_t parts = std::min(wanted, widest);
-    const int64_t columns = divide_up(a_.columns(), parts);
+    const int64_t columns = divide_up(a_.columns(), std::min(wanted, widest));
+    const int64_t parts = columns == 0 ? 1 : divide_up(a_.columns(), columns);
     // Many short examples are a task together; segments may be of any length.
     constexpr int64_t entries_a_task = 1 << 13;
     const int64_t examples = a_.examples();
@@ -71,8 +71,9 @@ class SharedSums {
       const int64_t count = std::min(columns, a_.columns() - first);
       T* total = &scratch[worker * 3 * columns];
       for (int64_t example = begin; example < end; ++example) {
-        const int64_t terms = segments ? add_segment(*segments, example, first, count, total)
-                                       : add_example(example, first, count, columns, total);
+        const int64_t terms = segments
+                                  ? add_segment(*segments, example, first, count, columns, total)
+                                  : add_example(example, first, count, columns, total);
         store(example, first, count, total, terms);
       }
     });
@@ -88,11 +89,15 @@ class SharedSums {
   }
 
   int64_t add_segment(const Segments& segments, int64_t segment, int64_t first, int64_t columns,
-                      T* total) const {
-    std::fill_n(total, columns, T{0});
-    int64_t terms = 0;
-    const int64_t stride = a_.x.stride(0), end = segments.begin[segment + 1];
-    for (int64_t i = segments.begin[segment], next; i < end; i = next) {
+                      int64_t room, T* total) const {
+    const int64_t begin = segments.begin[segment], end = segments.begin[segment + 1];
+    const bool is_long = end - begin > sum_.rows_a_chain();  // as in RowSum
+    T* chain = is_long ? total + room : total;
+    T* lost = total + 2 * room;
+    for (T* sums : {total, chain, lost}) std::fill_n(sums, columns, T{0});
+    int64_t terms = 0, open = 0;  // rows of the chain
+    const int64_t stride = a_.x.stride(0);
+    for (int64_t i = begin, next; i < end; i = next) {
       // Rows of a segment mostly follow each other.
       const int64_t row = segments.rows[i];
       next = i + 1;
@@ -102,9 +107,18 @@ class SharedSums {
         ++next;
       }
       const In* rows = data_ + row * stride + first * a_.column_stride();
-      sum_.add(rows, stride, next - i, columns, total);
+      for (int64_t done = 0, count; done < next - i; done += count) {
+        count = std::min(next - i - done, sum_.rows_a_chain() - open);
+        sum_.add(rows + done * stride, stride, count, columns, chain);
+        open += count;
+        if (is_long && open == sum_.rows_a_chain()) {
+          sum_.end_chain(chain, columns, total, lost);
+          open = 0;
+        }
+      }
       terms += next - i;
     }
+    if (is_long) sum_.end_chain(chain, columns, total, lost);
     return terms;
   }
 
