@@ -288,7 +288,7 @@ class Capture:
             hook.remove()
         self._hooks = []
         self.forget()
-        self._input_grams.release()
+        self._input_grams.buffers.clear()
         for block in self._blocks:
             block.spare = None
 

@@ -79,11 +79,6 @@ class InputGrams:
         """Let go of all sums."""
         self._latest.clear()
 
-    def release(self) -> None:
-        """Let go of their memory, too."""
-        self.clear()
-        self.buffers.clear()
-
     def _form(self, layer: Layer, x: Tensor, output: Tensor) -> Sum | None:
         key = layer.name, layer.parameters()[0].shape  # the module may grow
         formed = layer.input_gram(x.detach(), output, self.buffers.take(key, output))

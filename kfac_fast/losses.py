@@ -326,7 +326,7 @@ class GaussianNLL:
         given = tuple(variance.shape)
         if variance.shape == mean.shape[:-1]:
             variance = variance[..., None]
-        sizes = list(zip(variance.shape, mean.shape, strict=False))
+        sizes = zip(variance.shape, mean.shape, strict=False)
         others = [own for own, size in sizes if own != size]
         if variance.dim() != mean.dim() or others not in ([], [1]):
             raise ValueError(
