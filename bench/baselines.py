@@ -175,6 +175,29 @@ def damped_cholesky(matrices: Sequence[Tensor], damping: float) -> Ways:
     return _damped_ways("damped_cholesky", torch.linalg.cholesky, matrices, damping)
 
 
+def eigh(matrices: Sequence[Tensor]) -> Ways:
+    """Ways to the eigenvalues and eigenvectors of ``M``."""
+    info = torch.empty(len(matrices), dtype=torch.int32, device=matrices[0].device)
+
+    def one_by_one(out: Any) -> Any:
+        return tuple(zip(*map(torch.linalg.eigh, matrices), strict=True))
+
+    def by_size(out: Any) -> Any:
+        values, vectors = map(list, out)
+        for indices in _grouped(matrices):
+            found = torch.linalg.eigh(torch.stack([matrices[i] for i in indices]))
+            for i, *values_and_vectors in zip(indices, *found, strict=True):
+                values[i], vectors[i] = values_and_vectors
+        return values, vectors
+
+    def run_reference(out: Any) -> Any:
+        reference.eigh(matrices, *out, info)
+        return out
+
+    ways = {"eigh, one by one": one_by_one, "eigh, grouped by size": by_size}
+    return {**ways, "reference": run_reference}
+
+
 def _precondition_ways(
     op: str,
     names: tuple[str, str],

@@ -1,14 +1,15 @@
-"""Damped inverses of all factors of a network, and the gradients preconditioned with them."""
+"""Damped inverses and eigenbases of all factors of a network, and preconditioning with inverses."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import baselines
 import pytest
 import torch
 from measure import Case, poisoned
-from shapes import INVERSES, NETWORKS, factor_sizes, layers_of
+from shapes import EIGENBASES, INVERSES, NETWORKS, factor_sizes, layers_of
 from torch import Tensor
 
 DAMPING = 1e-3
@@ -50,6 +51,28 @@ def bench_damped(op: str, shape: str, compare: Callable[[Case], None], device: s
         flops //= 3
     beside = {name: ways[name] for name in ("cholesky, one by one", "cholesky, grouped by size")}
     compare(Case(op, shape, (matrices, DAMPING), {}, out, ways, flops, beside=beside))
+
+
+def _products(results: list[Tensor]) -> list[Tensor]:
+    """Eigenvalues, and the matrices that they make with the eigenvectors, whose signs are free."""
+    values, vectors = results[: len(results) // 2], results[len(results) // 2 :]
+    pairs = zip(values, vectors, strict=True)
+    return [*values, *((q.double() * s.double()) @ q.double().mT for s, q in pairs)]
+
+
+@pytest.mark.parametrize("shape", EIGENBASES)
+def bench_eigh(shape: str, compare: Callable[[Case], None], device: str) -> None:
+    sizes = _sizes(shape)
+    matrices = [_covariance(size, device) for size in sizes]
+    out = [
+        [poisoned(size, device=device) for size in sizes],
+        [poisoned(size, size, device=device) for size in sizes],
+    ]
+    ways = baselines.eigh(matrices)
+    flops = sum(9 * size**3 for size in sizes)
+    beside = {name: ways[name] for name in ("eigh, one by one", "eigh, grouped by size")}
+    case = Case("eigh", shape, (matrices,), {}, out, ways, flops, beside=beside)
+    compare(replace(case, compared=_products))
 
 
 @pytest.mark.parametrize(

@@ -203,6 +203,13 @@ INVERSES = {
     "1x2304": (1, 2304),
     "1x4608": (1, 4608),
 }
+# Of the inverses' and the networks', without what takes many seconds.
+EIGENBASES = [
+    *(name for name, (_, size) in INVERSES.items() if size <= 1024),
+    "resnet18-to-layer2",
+    "vit-ti",
+    "small-layers-200",
+]
 
 
 def layers_of(network: str) -> list[Layer]:

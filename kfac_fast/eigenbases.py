@@ -9,17 +9,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from kfac_fast import ops
 from kfac_fast.factors import Damping, Factor, RunningAverage, multiply_sides, of_each
-
-LARGEST_STACKED = 256
-"""Larger matrices gain nothing from a common call."""
 
 
 class Eigendecomposition(NamedTuple):
@@ -39,64 +36,47 @@ class Eigendecomposition(NamedTuple):
 
 
 def eigendecompositions(matrices: Sequence[Tensor]) -> list[Eigendecomposition]:
-    """Eigendecompositions of symmetric matrices of mixed sizes, in one call for each small size.
+    """Eigendecompositions of symmetric matrices of mixed sizes, in one call for each dtype.
 
-    Equivalent to::
-
-        return [torch.linalg.eigh(m) for m in matrices]
-
-    A matrix on which the iteration does not converge is decomposed again in float64, with a
-    warning; one that fails there, too, is not valid. PyTorch's eigensolver makes the host wait for
-    the device.
+    A finite matrix on which the iteration does not converge is decomposed again in float64, with a
+    warning; one that fails there, too, is not valid.
 
     Args:
-        matrices: Matrices ``[n, n]`` or stacked batches ``[*, n, n]``; only lower triangles are
-            read.
+        matrices: As :func:`kfac_fast.ops.eigh` takes them, of one or of both dtypes.
 
     Returns:
         One decomposition for each entry, in its dtype.
     """
-    alike = defaultdict(list)
-    for index, matrix in enumerate(matrices):
-        size = matrix.shape[-1]
-        alike[(size, matrix.dtype) if size <= LARGEST_STACKED else index].append(index)
     results: dict[int, Eigendecomposition] = {}
-    for indices in alike.values():
-        stacks = [matrices[i].reshape(-1, *matrices[i].shape[-2:]) for i in indices]
-        values, vectors = _eigh(torch.cat(stacks))
-        counts = [len(stack) for stack in stacks]
-        parts = zip(indices, vectors.split(counts), values.split(counts), strict=True)
-        for i, own_vectors, own_values in parts:
-            shape = matrices[i].shape
-            # A row of a basis has entries of at most 1: its sum is finite if all of them are.
-            valid = (own_vectors.sum(-1) + own_values).isfinite().all(-1)
-            results[i] = Eigendecomposition(
-                own_vectors.reshape(shape),
-                own_values.reshape(shape[:-1]),
-                valid.reshape(shape[:-2]),
-            )
+    for dtype in {matrix.dtype for matrix in matrices}:
+        alike = [i for i, matrix in enumerate(matrices) if matrix.dtype == dtype]
+        found = ops.eigh([matrices[i] for i in alike])
+        infos = found.info.split([matrices[i].shape[:-2].numel() for i in alike])
+        for i, vectors, values, info in zip(alike, found.vectors, found.values, infos, strict=True):
+            own = Eigendecomposition(vectors, values, (info == 0).view(matrices[i].shape[:-2]))
+            results[i] = own if dtype == torch.float64 else _repaired(own, matrices[i])
     return [results[i] for i in range(len(matrices))]
 
 
-def _eigh(stack: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and eigenvectors of ``[count, n, n]``; NaN where there are none."""
-    try:
-        values, vectors = torch.linalg.eigh(stack)
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        if len(stack) > 1:
-            parts = [_eigh(matrix[None]) for matrix in stack]
-            return torch.cat([v for v, _ in parts]), torch.cat([q for _, q in parts])
-        if stack.dtype == torch.float64:
-            return torch.full_like(stack[..., 0], math.nan), torch.full_like(stack, math.nan)
-        size = stack.shape[-1]
-        warnings.warn(
-            f"the eigendecomposition of a {size} x {size} matrix did not converge in "
-            f"{stack.dtype}; it is done again in torch.float64",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        values, vectors = _eigh(stack.double())
-    return values.to(stack.dtype), vectors.to(stack.dtype)
+def _repaired(found: Eigendecomposition, matrix: Tensor) -> Eigendecomposition:
+    """A float32 decomposition, in float64 where there is none of a finite matrix."""
+    if bool(found.valid.all()):  # PyTorch's solver has made the host wait already
+        return found
+    missing = ~found.valid & matrix.isfinite().flatten(-2).all(-1)
+    if not bool(missing.any()):
+        return found
+    size = matrix.shape[-1]
+    warnings.warn(
+        f"the eigendecomposition of a {size} x {size} matrix did not converge in {matrix.dtype}; "
+        "it is done again in torch.float64",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+    again = ops.eigh([matrix[missing].double()])
+    found.vectors[missing] = again.vectors[0].to(matrix.dtype)
+    found.values[missing] = again.values[0].to(matrix.dtype)
+    found.valid[missing] = again.info == 0
+    return found
 
 
 class Eigenbasis:

@@ -151,6 +151,32 @@ def check_damped(
         check_out(op, "logdet", logdet, total, like.dtype, [like])
 
 
+def check_eigh(
+    op: str,
+    matrices: Sequence[Tensor],
+    values: Sequence[Tensor],
+    vectors: Sequence[Tensor],
+    info: Tensor,
+) -> None:
+    """Check the arguments of ``eigh``."""
+    results = {"values": values, "vectors": vectors}
+    for argument, tensors in results.items():
+        _check_length(op, argument, tensors, len(matrices))
+    if not matrices:
+        raise refused(op, "matrices", "at least one matrix", "an empty list")
+    like = matrices[0]
+    _check_squares(op, "matrices", matrices, like)
+    for i, matrix in enumerate(matrices):
+        if matrix.shape[-1] == 0:
+            raise refused(op, f"matrices[{i}]", "of at least one row", tuple(matrix.shape))
+        for argument, shape in (("values", matrix.shape[:-1]), ("vectors", matrix.shape)):
+            result = results[argument][i]
+            check_out(op, f"{argument}[{i}]", result, shape, matrix.dtype, [])
+            check_device(op, f"{argument}[{i}]", result, like)
+    check_apart(op, [*values, *vectors, info], matrices)
+    check_out(op, "info", info, (number_of_matrices(matrices),), torch.int32, [like])
+
+
 def check_symmetric(
     op: str, matrices: Sequence[Tensor], damping: Sequence[Tensor], *_: object
 ) -> None:

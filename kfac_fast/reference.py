@@ -282,6 +282,37 @@ def damped_cholesky(
     _damped_factors(matrices, damping, out, info, logdet, torch.clone)
 
 
+def eigh(
+    matrices: Sequence[Tensor], values: Sequence[Tensor], vectors: Sequence[Tensor], info: Tensor
+) -> None:
+    """Eigenvalues and eigenvectors of ``M``; see :func:`kfac_fast.ops.eigh`."""
+    counts = [math.prod(matrix.shape[:-2]) for matrix in matrices]
+    infos = info.split(counts)
+    for indices in _batches([matrix.shape[-1:] for matrix in matrices]):
+        stacks = [matrices[i].reshape(counts[i], *matrices[i].shape[-2:]) for i in indices]
+        results = [part.split([counts[i] for i in indices]) for part in _eigh(torch.cat(stacks))]
+        for i, own_values, own_vectors, failed in zip(indices, *results, strict=True):
+            values[i].copy_(own_values.reshape(values[i].shape))
+            vectors[i].copy_(own_vectors.reshape(vectors[i].shape))
+            infos[i].copy_(failed)
+
+
+def _eigh(stack: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Eigenvalues and eigenvectors of ``[count, n, n]``, and where there are none: NaN is there."""
+    lower = stack.tril()
+    failed = ~lower.isfinite().flatten(1).all(1)
+    try:  # one that fails, fails for all
+        values, vectors = torch.linalg.eigh(lower.masked_fill(failed[:, None, None], 0))
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        if len(stack) > 1:
+            each = zip(*map(_eigh, stack.split(1)), strict=True)
+            values, vectors, failed = (torch.cat(parts) for parts in each)
+            return values, vectors, failed
+        values, vectors, failed = lower[..., 0], lower, torch.ones_like(failed)
+    values = values.masked_fill(failed[:, None], math.nan)
+    return values, vectors.masked_fill(failed[:, None, None], math.nan), failed
+
+
 # Covariances
 
 

@@ -27,6 +27,7 @@ from kfac_fast.conv import PADDING_MODES, ConvGeometry
 from kfac_fast.list_checks import (
     check_averages,
     check_damped,
+    check_eigh,
     check_mean_eigenvalues,
     check_precondition,
     check_symmetric,
@@ -374,6 +375,11 @@ OPERATORS: dict[str, Operator] = {
     ),
     "mean_eigenvalues": Operator("Tensor[] matrices, Tensor(a!) out", check_mean_eigenvalues, 1),
     "update_averages": Operator(_AVERAGES, check_averages, 4),
+    "eigh": Operator(
+        "Tensor[] matrices, Tensor(a!)[] values, Tensor(b!)[] vectors, Tensor(c!) info",
+        check_eigh,
+        1,
+    ),
     "damped_inverse": Operator(_DAMPED, check_damped, 2, check_values=check_symmetric),
     "damped_cholesky": Operator(_DAMPED, check_damped, 2, check_values=check_symmetric),
     "precondition": Operator(_SIDES, check_precondition, 3),

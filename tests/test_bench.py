@@ -29,6 +29,7 @@ OPERATORS = {
     "conv_expand_gram",
     "conv_reduce_gram",
     "conv_window_sum",
+    "eigh",
     "damped_inverse",
     "damped_cholesky",
     "precondition",

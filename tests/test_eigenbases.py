@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from oracle import assert_same, assert_within_budget, positive_definite
+from oracle import assert_same, assert_within_budget, positive_definite, spread
 from plain_kfac import assert_solved, averaged
 from torch import Tensor
 
+import kfac_fast
+from kfac_fast import ops, schema
+from kfac_fast.backends import native
 from kfac_fast.eigenbases import (
     Eigenbasis,
     apply_eigenbases,
@@ -21,7 +25,7 @@ from kfac_fast.eigenbases import (
 from kfac_fast.factors import Factor, RunningAverage, update_averages
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SHAPES = [(5, 5), (3, 4, 4), (5, 5), (300, 300), (1, 1), (300, 300)]
+SHAPES = [(5, 5), (3, 4, 4), (5, 5), (300, 300), (1, 1), (290, 290), (300, 300)]
 Layer = tuple[tuple[Factor, ...], tuple[Eigenbasis, ...]]
 
 
@@ -45,10 +49,27 @@ def exactly_damped(v: Tensor, a: Tensor, g: Tensor, damping: float) -> Tensor:
     return torch.linalg.solve(damped, v.flatten()).reshape(v.shape)
 
 
+@pytest.fixture(params=["cpp", "reference"])
+def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
+    with kfac_fast.use(request.param):
+        yield request.param
+
+
+@pytest.mark.usefixtures("implementation")
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_lists_of_mixed_sizes_are_decomposed_as_one_by_one(dtype: torch.dtype) -> None:
+def test_lists_of_mixed_sizes_are_decomposed_as_one_by_one(
+    dtype: torch.dtype, threads: int
+) -> None:
+    torch.set_num_threads(threads)
     matrices = [positive_definite(*shape) for shape in SHAPES]
-    results = eigendecompositions([matrix.to(dtype) for matrix in matrices])
+    matrices += [positive_definite(60, 8, 8), positive_definite(2, 3, 4, 4)]
+    lower = [spread(matrix.to(dtype)) for matrix in matrices]  # in memory with gaps
+    lower[0] = lower[0].mT
+    for matrix in lower:  # the upper triangle is not read
+        above = torch.ones(matrix.shape[-2:]).triu(1).bool()
+        matrix[..., above] = math.nan
+    results = eigendecompositions(lower)
     for matrix, result in zip(matrices, results, strict=True):
         rounded = matrix.to(dtype)
         values, vectors = torch.linalg.eigh(rounded)
@@ -64,12 +85,64 @@ def test_lists_of_mixed_sizes_are_decomposed_as_one_by_one(dtype: torch.dtype) -
         assert_within_budget(orthogonal.to(dtype), expected.to(dtype), identity)
 
 
+@pytest.mark.usefixtures("implementation")
+def test_what_is_not_finite_fails_alone() -> None:
+    matrices = [torch.stack([positive_definite(4, 4).float() for _ in range(5)]) for _ in range(2)]
+    broken = [stack.clone() for stack in matrices]
+    broken[0][1, 3, 0], broken[0][4, 2, 2], broken[1][0, 0, 0] = math.nan, math.inf, -math.inf
+    found, whole = ops.eigh(broken), ops.eigh(matrices)
+    assert found.info.tolist() == [0, 1, 0, 0, 1, 1, 0, 0, 0, 0]
+    failed = found.info.bool().split(5)
+    for part, expected in ((found.values, whole.values), (found.vectors, whole.vectors)):
+        for own, other, bad in zip(part, expected, failed, strict=True):
+            assert own[bad].isnan().all() and torch.equal(own[~bad], other[~bad])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # float64 would not help
+        assert eigendecompositions(broken)[0].valid.tolist() == [True, False, True, True, False]
+
+
+def eigh_arguments(matrix: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
+    """Matrices, values, vectors and info."""
+    results = [torch.full_like(matrix[0], math.nan)], [torch.full_like(matrix, math.nan)]
+    return [matrix], *results, torch.full((1,), 7, dtype=torch.int32)
+
+
+MATRIX = torch.eye(3)
+REFUSED: dict[str, dict[int, Any]] = {
+    "no matrix": {0: [], 1: [], 2: [], 3: torch.zeros(0, dtype=torch.int32)},
+    "no square": {0: [torch.ones(3, 2)]},
+    "an empty matrix": {0: [torch.ones(0, 0)], 1: [torch.ones(0)], 2: [torch.ones(0, 0)]},
+    "half precision": {0: [MATRIX.half()]},
+    "values of another shape": {1: [torch.ones(2)]},
+    "values of another dtype": {1: [torch.ones(3).double()]},
+    "values that are missing": {1: []},
+    "vectors with gaps": {2: [torch.ones(3, 6)[:, ::2]]},
+    "vectors in the matrix": {2: [MATRIX]},
+    "values in the matrix": {1: [MATRIX[1]]},
+    "an info of another length": {3: torch.zeros(2, dtype=torch.int32)},
+    "an info of another dtype": {3: torch.zeros(1)},
+}
+
+
+@pytest.mark.parametrize("replaced", REFUSED.values(), ids=list(REFUSED))
+def test_what_eigh_refuses(replaced: dict[int, Any]) -> None:
+    given = eigh_arguments(MATRIX)
+    arguments = [replaced.get(i, value) for i, value in enumerate(given)]
+    with pytest.raises((ValueError, TypeError), match=r"^eigh: "):
+        schema.check("eigh", *arguments)
+    assert native.eigh(*arguments) is None
+    with pytest.raises((ValueError, TypeError), match=r"^eigh: "):
+        torch.ops.kfac_fast.eigh(*arguments)
+    assert given[1][0].isnan().all() and given[2][0].isnan().all() and given[3] == 7
+    assert torch.equal(MATRIX, torch.eye(3))
+
+
 def failing_eigh(dtypes: set[torch.dtype], bad: Tensor) -> Any:
     """PyTorch's eigensolver, but for a matrix on which it does not converge in some dtypes."""
     eigh = torch.linalg.eigh
 
     def solve(stack: Tensor) -> Any:
-        if stack.dtype in dtypes and any(torch.equal(m.float(), bad) for m in stack):
+        if stack.dtype in dtypes and any(torch.equal(m.float(), bad.tril()) for m in stack):
             raise torch.linalg.LinAlgError("did not converge")
         return eigh(stack)
 
@@ -79,7 +152,10 @@ def failing_eigh(dtypes: set[torch.dtype], bad: Tensor) -> Any:
 def test_what_does_not_converge_is_decomposed_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     matrices = [positive_definite(6, 6).float() for _ in range(3)]
     monkeypatch.setattr(torch.linalg, "eigh", failing_eigh({torch.float32}, matrices[1]))
-    with pytest.warns(RuntimeWarning, match="6 x 6 .* torch.float32; .* again in torch.float64"):
+    with (
+        kfac_fast.use("reference"),
+        pytest.warns(RuntimeWarning, match="6 x 6 .* torch.float32; .* again in torch.float64"),
+    ):
         results = eigendecompositions(matrices)
     for matrix, result in zip(matrices, results, strict=True):
         assert result.valid and result.vectors.dtype == torch.float32
@@ -94,12 +170,12 @@ def test_what_does_not_converge_at_all_is_not_valid_and_its_neighbours_are(
     matrices = [positive_definite(4, 4).float() for _ in range(3)]
     failing = failing_eigh({torch.float32, torch.float64}, matrices[1])
     monkeypatch.setattr(torch.linalg, "eigh", failing)
-    with pytest.warns(RuntimeWarning):
+    with kfac_fast.use("reference"), pytest.warns(RuntimeWarning):
         results = eigendecompositions([torch.stack(matrices), matrices[2]])
     assert results[0].valid.tolist() == [True, False, True] and results[1].valid
     assert results[0].vectors[1].isnan().all()
     assert torch.equal(results[0].values[2], results[1].values)
-    with warnings.catch_warnings():
+    with kfac_fast.use("reference"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         layer = layer_of(torch.stack(matrices).mean(0), matrices[1])
         layer[0][1].mean, layer[0][1].weight = matrices[1], torch.tensor(1.0)

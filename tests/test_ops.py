@@ -182,6 +182,7 @@ NOT_DIFFERENTIABLE = {
         weights=[torch.zeros(())],
         skipped=[torch.tensor(0)],
     ),
+    "eigh": lambda: ops.eigh(identities()),
     "damped_inverse": lambda: ops.damped_inverse(
         identities(), torch.ones((), requires_grad=True), logdet=True
     ),

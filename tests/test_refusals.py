@@ -381,7 +381,7 @@ def test_inputs_may_share_their_memory() -> None:
 def test_an_entry_that_is_no_tensor_is_named(wrong: object) -> None:
     two = [torch.empty(3, 3) for _ in range(2)]
     calls: list[tuple[Any, tuple[Any, ...], Any, str]] = [
-        (ops.mean_eigenvalues, ([wrong],), torch.empty(1), "matrices[0]")
+        (ops.mean_eigenvalues, ([wrong],), torch.empty(1), "matrices[0]"),
     ]
     for op in (ops.damped_inverse, ops.damped_cholesky):
         calls.append((op, ([SQUARE, wrong], 1.0), two, "matrices[1]"))

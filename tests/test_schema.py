@@ -56,6 +56,7 @@ def dispatcher_arguments(op: str) -> tuple[Any, ...]:
             *([2 * m for m in square], [2, 1.0, 5], 0.9, True, outs),
             *([torch.zeros(()) for _ in outs], [torch.zeros((), dtype=torch.int64) for _ in outs]),
         ),
+        "eigh": (square, [m[..., 0].contiguous() for m in square], outs, info),
         "damped_inverse": (square, damping, outs, info, values),
         "damped_cholesky": (square, damping, outs, info, None),
         "precondition": (grads, *sides, outs, torch.zeros(())),
@@ -115,6 +116,7 @@ PUBLIC_CALLS: dict[str, Callable[..., Any]] = {
     "update_averages": lambda x: ops.update_averages(
         [x], [2.0], 0.5, **averages_like(x), covariances=False
     ),
+    "eigh": lambda x: ops.eigh([x.T @ x, torch.stack([x.T @ x, torch.eye(4)])]),
     "damped_inverse": lambda x: ops.damped_inverse(
         [x.T @ x, (x.T @ x)[:2, :2].contiguous()], [0.5, x[0, 0].abs()], logdet=True
     ),

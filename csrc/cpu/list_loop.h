@@ -42,28 +42,40 @@ inline double busiest_thread(const std::vector<Job>& jobs, const std::vector<int
   return *std::max_element(busy.begin(), busy.end());
 }
 
+// How many of the jobs, the largest first, all threads should share one after another before each
+// takes others for itself: that is `speedup` times faster than a thread alone.
+inline size_t jobs_to_share(const std::vector<Job>& jobs, const std::vector<int64_t>& order,
+                            size_t threads, double speedup) {
+  constexpr double work_to_share = 5e7, balanced = 1.03;
+  size_t shared = 0;
+  double together = 0, best = busiest_thread(jobs, order, 0, threads);
+  for (size_t i = 0; i < order.size() && jobs[order[i]].work >= work_to_share; ++i) {
+    together += jobs[order[i]].work / speedup;
+    const double whole = together + busiest_thread(jobs, order, i + 1, threads);
+    if (whole * balanced < best) {
+      best = whole;
+      shared = i + 1;
+    }
+  }
+  return shared;
+}
+
 // Calls run(job, scratch, share) for every job, the largest first, so that no thread begins a long
 // one when the others are done. All threads share as many of the largest as it takes that the rest
 // keeps all of them busy; some small ones together are one task.
 template <typename T, typename Run>
-void for_each_job(const std::vector<Job>& jobs, const Run& run) {
-  constexpr double work_to_share = 5e7, work_a_task = 1e5, balanced = 1.03;
+void for_each_job(const std::vector<Job>& jobs, const Run& run,
+                  double speedup = torch::stable::get_num_threads()) {
+  constexpr double work_a_task = 1e5;
   std::vector<int64_t> order(jobs.size());
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(),
                    [&](int64_t a, int64_t b) { return jobs[a].work > jobs[b].work; });
-  double left = 0;
-  for (const Job& job : jobs) left += job.work;
   const auto threads = static_cast<size_t>(torch::stable::get_num_threads());
-  size_t shared = 0;
+  const size_t shared = threads > 1 ? jobs_to_share(jobs, order, threads, speedup) : 0;
   int64_t scratch_to_share = 0;
-  for (; shared < order.size() && threads > 1; ++shared) {
-    const Job& job = jobs[order[shared]];
-    if (job.work < work_to_share) break;
-    const double mean = left / static_cast<double>(threads);
-    if (busiest_thread(jobs, order, shared, threads) <= balanced * mean) break;
-    left -= job.work;
-    scratch_to_share = std::max(scratch_to_share, job.scratch_to_share);
+  for (size_t i = 0; i < shared; ++i) {
+    scratch_to_share = std::max(scratch_to_share, jobs[order[i]].scratch_to_share);
   }
   if (shared > 0) {  // new memory for each of them would be new pages each time
     const auto scratch = make_scratch<T>(scratch_to_share);
@@ -71,10 +83,11 @@ void for_each_job(const std::vector<Job>& jobs, const Run& run) {
   }
   std::vector<size_t> begin{shared};
   int64_t scratch_size = 0;
-  double gathered = 0;
+  double gathered = 0, left = 0;
   for (size_t i = shared; i < order.size(); ++i) {
     scratch_size = std::max(scratch_size, jobs[order[i]].scratch);
     gathered += jobs[order[i]].work;
+    left += jobs[order[i]].work;
     if (gathered >= work_a_task || i + 1 == order.size()) {
       begin.push_back(i + 1);
       gathered = 0;

@@ -40,6 +40,9 @@ bool update_averages(const std::vector<Tensor>& sums, const std::vector<double>&
                      double decay, bool covariances, const std::vector<Tensor>& out,
                      const std::vector<Tensor>& weights, const std::vector<Tensor>& skipped);
 
+bool eigh(const std::vector<Tensor>& matrices, const std::vector<Tensor>& values,
+          const std::vector<Tensor>& vectors, const Tensor& info);
+
 bool damped_inverse(const std::vector<Tensor>& matrices, const std::vector<Tensor>& damping,
                     const std::vector<Tensor>& out, const Tensor& info,
                     const std::optional<Tensor>& logdet);

@@ -144,6 +144,15 @@ py::object call_update_averages(const std::vector<Tensor>& sums, const std::vect
   }));
 }
 
+py::object call_eigh(const std::vector<Tensor>& matrices, const std::vector<Output>& values,
+                     const std::vector<Output>& vectors, const Output& info) {
+  py::list written = objects(values);
+  for (const Output& output : vectors) append(written, output);
+  append(written, info);
+  return true_or_none(
+      run(written, [&] { return eigh(matrices, tensors(values), tensors(vectors), info); }));
+}
+
 // Returns `info` if it is made here, which is so if it is None.
 template <decltype(damped_inverse)& op>
 py::object call_damped(const std::vector<Tensor>& matrices, const std::vector<Tensor>& damping,
@@ -228,6 +237,7 @@ void bind_operators(py::module_& module) {
   bind("channel_norm_gram", &call_channel_norm_gram);
   bind("mean_eigenvalues", &call_mean_eigenvalues);
   bind("update_averages", &call_update_averages);
+  bind("eigh", &call_eigh);
   bind("damped_inverse", &call_damped<damped_inverse>);
   bind("damped_cholesky", &call_damped<damped_cholesky>);
   bind("precondition", &call_precondition<precondition>);

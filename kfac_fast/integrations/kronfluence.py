@@ -14,7 +14,7 @@ rows that an attention mask leaves out are missing from the sum of the inputs bu
 the gradients; of a module that is called several times, lambda matrices know the last call only,
 unless parameters are declared to be shared. Other is how they are computed: the factors' patches
 are never written out, one triangle is enough, per-example gradients are formed for a few examples
-at a time, and small matrices of all modules are decomposed in common calls. Covariances that are
+at a time, and matrices of several modules are decomposed at the same time. Covariances that are
 given to the eigendecomposition stay as they are, where kronfluence divides float64 ones by their
 counts in place.
 
@@ -23,7 +23,7 @@ Tested with kronfluence 1.0.1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from kfac_fast import ops
-from kfac_fast.eigenbases import LARGEST_STACKED, eigendecompositions
+from kfac_fast.eigenbases import eigendecompositions
 from kfac_fast.integrations.convolutions import output_positions, patches_gram
 from kfac_fast.integrations.versions import require
 from kfac_fast.layers import RULES
@@ -48,6 +48,9 @@ from kronfluence.utils import constants  # noqa: E402  # isort: skip
 
 Factors = dict[str, dict[str, Tensor]]
 """Tensors by the names of the factor and of the module."""
+
+MOST_ENTRIES = 2**23
+"""Of covariances that are decomposed together, the last one's aside."""
 
 
 class CovarianceTracker(factor.CovarianceTracker):  # type: ignore[misc]
@@ -202,6 +205,21 @@ class TrackedConv2d(_Tracked, conv2d.TrackedConv2d):  # type: ignore[misc]
         return pixels, pixels.shape[:-1].numel()
 
 
+Sized = tuple[int, str, tuple[str, ...]]
+"""Entries of a covariance, the module's name and the names of what belongs to it."""
+
+
+def _parts(covariances: Iterable[Sized]) -> Iterator[list[Sized]]:
+    """Parts to decompose in one call: all of a large model's would double the memory it takes."""
+    part: list[Sized] = []
+    for covariance in covariances:
+        part.append(covariance)
+        if sum(entries for entries, *_ in part) >= MOST_ENTRIES:
+            yield part
+            part = []
+    yield part
+
+
 @torch.no_grad()
 def perform_eigendecomposition(
     covariance_factors: Factors,
@@ -210,7 +228,7 @@ def perform_eigendecomposition(
     factor_args: Any,
     disable_tqdm: bool = True,
 ) -> Factors:
-    """Decompose the covariances of every module, small ones in common calls.
+    """Decompose the covariances of every module, several at the same time.
 
     Args:
         covariance_factors: Sums and counts of every module.
@@ -241,20 +259,19 @@ def perform_eigendecomposition(
             constants.GRADIENT_EIGENVALUES_NAME,
         ),
     ]
-    small: list[tuple[str, tuple[str, ...]]] = []
-    large: list[tuple[str, tuple[str, ...]]] = []
-    for name in names:
-        for side in sides:
-            is_large = len(covariance_factors[side[0]][name]) > LARGEST_STACKED
-            (large if is_large else small).append((name, side))
-    for together in [small, *([one] for one in large)]:
+    sized = [
+        (len(covariance_factors[side[0]][name]) ** 2, name, side)
+        for name in names
+        for side in sides
+    ]
+    for together in _parts(sorted(sized, key=lambda entry: entry[0])):
         means = [
             covariance_factors[total][name].to(state.device, factor_args.eigendecomposition_dtype)
             / covariance_factors[count][name].to(state.device)
-            for name, (total, count, *_) in together
+            for _, name, (total, count, *_) in together
         ]
         solved = eigendecompositions([(mean + mean.mT).div_(2) for mean in means])
-        for (name, (total, _, vectors, values)), found in zip(together, solved, strict=True):
+        for (_, name, (total, _, vectors, values)), found in zip(together, solved, strict=True):
             if not found.valid:
                 raise ValueError(f"{name}: {total} has no eigendecomposition")
             dtype = covariance_factors[total][name].dtype

@@ -1,4 +1,4 @@
-"""The public operators: Gram matrices, damped inverses, preconditioning.
+"""The public operators: Gram matrices, damped inverses, eigenbases, preconditioning.
 
 The Gram operators accumulate, ``out <- beta * out + alpha * (...)``, so a fresh factor, one summed
 over micro-batches and a running average are the same call. No operator is differentiable: they
@@ -12,10 +12,12 @@ from kfac_fast.ops.covariances import mean_eigenvalues, update_averages
 from kfac_fast.ops.matrices import (
     DampedInverses,
     Damping,
+    Eigendecompositions,
     Preconditioned,
     cholesky_precondition,
     damped_cholesky,
     damped_inverse,
+    eigh,
     precondition,
 )
 from kfac_fast.ops.norms import channel_norm_gram, feature_norm_gram
@@ -24,6 +26,7 @@ from kfac_fast.ops.rows import gram, shared_gram
 __all__ = [
     "DampedInverses",
     "Damping",
+    "Eigendecompositions",
     "Preconditioned",
     "channel_norm_gram",
     "cholesky_precondition",
@@ -32,6 +35,7 @@ __all__ = [
     "conv_window_sum",
     "damped_cholesky",
     "damped_inverse",
+    "eigh",
     "feature_norm_gram",
     "gram",
     "mean_eigenvalues",

@@ -1,4 +1,4 @@
-"""Operators on lists of matrices: damped inverses, preconditioning."""
+"""Operators on lists of matrices: eigendecompositions, damped inverses, preconditioning."""
 
 from __future__ import annotations
 
@@ -195,6 +195,68 @@ def damped_cholesky(
     Source: Martens & Grosse (2015), section 6.3.
     """
     return _damped("damped_cholesky", matrices, damping, logdet, out)
+
+
+class Eigendecompositions(NamedTuple):
+    """Result of :func:`eigh`.
+
+    Attributes:
+        values: Eigenvalues of each input, ascending, ``[*, n]``; NaN where ``info`` is not zero.
+        vectors: Eigenvectors, one a column, ``[*, n, n]``; NaN where ``info`` is not zero.
+        info: int32, one entry for each matrix in order: 0, or 1 if the matrix is not finite or the
+            iteration does not converge.
+    """
+
+    values: list[Tensor]
+    vectors: list[Tensor]
+    info: Tensor
+
+
+@public
+def eigh(
+    matrices: Sequence[Tensor],
+    *,
+    out: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None,
+) -> Eigendecompositions:
+    r"""Eigendecompositions of many symmetric matrices of mixed sizes.
+
+    .. math:: M_i = Q_i \operatorname{diag}(s_i) \, Q_i^\top
+
+    Equivalent to::
+
+        return [torch.linalg.eigh(m) for m in matrices]
+
+    On a CPU as many are found at the same time as there are threads. A matrix that fails is
+    reported in ``info`` and its results are NaN; the others are not touched by it. On a GPU,
+    PyTorch's eigensolver makes the host wait.
+
+    Args:
+        matrices: Matrices ``[n, n]`` or stacked batches ``[*, n, n]`` of any mix of sizes, all
+            float32 or all float64; only lower triangles are read.
+        out: Contiguous results, one for each entry of ``matrices``: eigenvalues and eigenvectors.
+
+    Returns:
+        The eigenvalues, the eigenvectors and ``info``.
+
+    Raises:
+        ValueError: If the list is empty, or a shape, a length, a device or the memory of ``out`` is
+            refused.
+        TypeError: If a dtype is refused.
+
+    Source: George et al. (2018), section 3, for what they are for.
+    """
+    matrices = list(matrices)  # the kernels' views live as long as this list holds the tensors
+    check_tensors("eigh", {"matrices": matrices})
+    if out is None:
+        values = [m.new_empty(m.shape[:-1]) for m in matrices]
+        vectors = _contiguous_like(matrices)
+    else:
+        values, vectors = map(list, out)
+        check_tensors("eigh", {"values": values, "vectors": vectors})
+    info = first_of(matrices).new_empty(number_of_matrices(matrices), dtype=torch.int32)
+    if quick("eigh", (matrices, values, vectors, info)) is None:
+        call("eigh", all_detached(matrices), values, vectors, info)
+    return Eigendecompositions(values, vectors, info)
 
 
 class Preconditioned(NamedTuple):
