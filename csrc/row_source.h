@@ -34,6 +34,12 @@ class RowSource {
   int64_t rows() const { return rows_; }
   int64_t column_stride() const { return column_stride_; }
 
+  RowSource from_column(int64_t column) const {
+    RowSource part = *this;
+    part.data_ += column * column_stride_;
+    return part;
+  }
+
   // The distance of neighbouring rows where all rows count and are evenly spaced, else 0.
   int64_t even_row_stride() const { return axes_.size() == 1 && !mask_ ? axes_[0].stride : 0; }
 

@@ -103,8 +103,8 @@ WORK_A_PACKED_ENTRY = 5.5
 WORK_A_GATHERED_SUM = 25.0
 # The patch kernel gathers every entry of every patch from the input.
 WORK_A_GATHERED_ENTRY = 4.5
-# Bytes that the offset kernel may pack whatever the size of the input.
-ALWAYS_PACKED = 2**20
+# Bytes that the offset kernel may take whatever the size of the input.
+ALWAYS_ALLOWED = 3 * 2**18
 # The offset kernel keeps the sums of all cells of a tile, and a list of the cells of all windows.
 MOST_SUMS = 2**22
 MOST_CELLS_OF_WINDOWS = 2**17
@@ -139,10 +139,14 @@ def _cost(kernel: str, geometry: ConvGeometry, shape: tuple[int, ...], item: int
     sums = cells * edge * (1 if depthwise else edge)
     if sums > MOST_SUMS or cells_of_windows > MOST_CELLS_OF_WINDOWS:
         return math.inf
-    packed = pixels * strips * vectors * LANES
-    result = 4 * geometry.groups * geometry.features(channels) ** 2
-    # One example is packed at once, in float32.
-    if 4 * packed > ALWAYS_PACKED + 1.25 * item * math.prod(shape) + result:
+    packed = pixels * strips * vectors * LANES  # of one example
+    panels = -(-vectors // 3)
+    number = max(item, 4)
+    result = number * geometry.groups * geometry.features(channels) ** 2
+    budget = ALWAYS_ALLOWED + 1.5 * item * math.prod(shape) + result - 8 * cells_of_windows
+    # All examples are packed at once and a tile's sums kept, or one example and all tiles' sums.
+    all_sums = sums * strips * panels * (panels + 1) / 2
+    if number * min(batch * packed + sums, packed + all_sums) > budget:
         return math.inf
     # Products of a channel with all of its strip, or with itself; of the sums the lower triangle.
     products = (1 if depthwise else width) + LOADS_A_ROW

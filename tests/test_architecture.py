@@ -119,6 +119,13 @@ def test_kernels_know_no_python_and_only_the_stable_abi(path: Path) -> None:
     assert not [i for i in includes if re.match(unstable, i)]
 
 
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_threads_are_torchs_alone(path: Path) -> None:
+    own = r"#\s*pragma\s+omp|<omp\.h>|std::j?thread\b|std::async|pthread_"
+    assert not re.search(own, path.read_text())
+    assert "parallel_for(" not in path.read_text() or path.name == "parallel.h"
+
+
 # Documentation
 
 PUBLIC_OPERATORS = [getattr(ops, name) for name in schema.OPERATORS]

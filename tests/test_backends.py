@@ -146,6 +146,15 @@ def test_explain_checks_but_computes_nothing() -> None:
     assert served_by() == 3.0
 
 
+def test_explain_names_the_way_of_a_convolution() -> None:
+    ways = {(8, 64, 28, 28): "offset correlation", (8, 3, 28, 28): "patches read from the input"}
+    for size, way in ways.items():
+        options = {"stride": 2, "padding": 3} if size[1] == 3 else {"padding": 3}
+        text = kfac_fast.explain("conv_expand_gram", torch.zeros(size), 7, **options)
+        expected = f"conv_expand_gram on cpu: cpp serves this call by {way}"
+        assert text == expected if backends.EXTENSION_BUILT else way in text
+
+
 def test_explain_takes_lists_of_matrices() -> None:
     text = kfac_fast.explain("damped_inverse", [torch.eye(2)], 1.0)
     assert text.splitlines()[-1].startswith("damped_inverse on cpu: ")

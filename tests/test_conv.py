@@ -225,6 +225,25 @@ def test_chosen_kernels() -> None:
     assert chosen((4, 1, 28, 28), 5) == "conv_patch_gram"
 
 
+def test_offset_correlation_needs_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each limit of the model alone decides for the patches."""
+
+    def costs(shape: tuple[int, ...], kernel_size: int, **options: Any) -> float:
+        geometry = ConvGeometry.normalize("test", len(shape) - 2, kernel_size, **options)
+        return conv_kernels._cost("conv_offset_gram", geometry, shape, 4)
+
+    limits = {
+        "MOST_SUMS": ((256, 64, 56, 56), 7, {}),
+        "MOST_CELLS_OF_WINDOWS": ((64, 64, 200, 200), 15, {"groups": 64}),
+        "ALWAYS_ALLOWED": ((1, 24, 28, 28), 5, {"padding": 2, "padding_mode": "reflect"}),
+    }
+    for limit, (shape, kernel_size, options) in limits.items():
+        assert costs(shape, kernel_size, **options) == math.inf
+        with monkeypatch.context() as patch:
+            patch.setattr(conv_kernels, limit, 2**60)
+            assert costs(shape, kernel_size, **options) < math.inf
+
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"kernel_size": (3, 3, 3)}, r"kernel_size must be an int or 2 ints, got \(3, 3, 3\)"),
     ({"kernel_size": 2.5}, r"kernel_size must be an int or 2 ints, got 2.5"),

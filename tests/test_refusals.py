@@ -233,6 +233,7 @@ PRECONDITION_REFUSALS: list[tuple[tuple[Any, ...], type[Exception], str]] = [
     ),
 ]
 
+ON_META = "out must be on meta like the other tensors, got cpu"
 REFUSALS: list[Refusal] = [
     *GRAM_REFUSALS,
     *SHARED_REFUSALS,
@@ -241,6 +242,14 @@ REFUSALS: list[Refusal] = [
         (op, call[1], call[2], call[3], call[4])
         for op in (ops.conv_reduce_gram, ops.conv_window_sum)
         for call in CONV_REFUSALS[:-1]
+    ),
+    *(
+        (op, (IMAGE.to(META), 1), {"out": torch.randn(size)}, ValueError, ON_META)
+        for op, size in (
+            (ops.conv_expand_gram, (4, 4)),
+            (ops.conv_reduce_gram, (4, 4)),
+            (ops.conv_window_sum, (2, 4)),
+        )
     ),
     *(
         (op, *row[:1], {}, *row[1:])
@@ -313,6 +322,10 @@ def test_out_may_not_overlap_an_input() -> None:
     check_refusal(call)
     image = memory[:36].view(1, 1, 6, 6)
     check_refusal(conv(image, apart, kernel_size=2, out=memory[30:46].view(4, 4)))
+    reduced = (image, 2), {"out": memory[30:46].view(4, 4)}
+    check_refusal((ops.conv_reduce_gram, *reduced, ValueError, apart))
+    summed = (image, 2), {"out": memory[33:37].view(1, 4)}
+    check_refusal((ops.conv_window_sum, *summed, ValueError, apart))
 
 
 def test_out_may_not_overlap_an_input_of_another_storage() -> None:

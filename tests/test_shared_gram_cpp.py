@@ -204,7 +204,7 @@ def test_reads_nothing_beyond_the_end(dtype: torch.dtype) -> None:
 def test_refuses_segments_that_are_not_there(bad: int) -> None:
     x, out = torch.ones(4, 5), torch.zeros(5, 5)
     segments = torch.tensor([0, 1, bad, 2])
-    with pytest.raises(RuntimeError, match=rf"segments must be in \[0, 3\), got {bad}"):
+    with pytest.raises(ValueError, match=rf"^shared_gram: segments must be in \[0, 3\), got {bad}"):
         run(x, segments=segments, num_segments=3, out=out)
     assert not out.any()
 

@@ -107,8 +107,11 @@ class BlockGram {
 
   static constexpr int64_t panels_a_task = 8;
 
+  // Of rounds by tiles: one to pack, one to multiply, one with late tasks.
+  static constexpr int64_t buffers = 3;
+
   void cut(int64_t edge) {
-    tile_edge_ = layout_.strip_columns <= layout_.panel_width ? layout_.panel_width : edge;
+    tile_edge_ = std::min(edge, round_up(layout_.strip_columns, layout_.panel_width));
     tiles_ = layout_.tiles(tile_edge_);
   }
 
@@ -214,7 +217,6 @@ class BlockGram {
   // and wait only for what they need, which after the first round was drawn a round earlier. A core
   // that the system takes away for a while then delays its own task, not all the others.
   void by_tiles() {
-    constexpr int64_t buffers = 3;  // one to pack, one to multiply, one with late tasks
     const int64_t block_size = blocks_.packed_size();
     const int64_t together = blocks_a_round();
     const int64_t rounds = divide_up(blocks_.count(), together);
@@ -264,7 +266,7 @@ class BlockGram {
 
   // Blocks of 1 MB together, or of up to 6 MB if the sums, read and written in every round, leave
   // the caches; or all, in one round, if they are small beside the sums, which then need not be
-  // kept.
+  // kept. Of a small input fewer: all memory is one and a half times the input's and the result's.
   int64_t blocks_a_round() const {
     constexpr int64_t large_sums = 12 << 20, megabyte = 1 << 20;
     const int64_t sums_size = tile_count() * tile_size();
@@ -273,8 +275,13 @@ class BlockGram {
     const int64_t sums_bytes = sums_size * static_cast<int64_t>(sizeof(T));
     const int64_t round_bytes =
         sums_bytes > large_sums ? std::min(6 * megabyte, sums_bytes / 3) : megabyte;
+    const int64_t groups = layout_.columns / layout_.group_columns;
+    const int64_t result_bytes =
+        groups * store_.edge * store_.edge * static_cast<int64_t>(sizeof(T));
+    const int64_t allowed = 3 * blocks_.input_bytes() / 2 + result_bytes + megabyte - sums_bytes;
     const int64_t block_bytes = block_size * static_cast<int64_t>(sizeof(T));
-    return std::clamp<int64_t>(round_bytes / block_bytes, 1, blocks_.count());
+    const int64_t together = std::min(round_bytes, allowed / buffers) / block_bytes;
+    return std::clamp<int64_t>(together, 1, blocks_.count());
   }
 
   void multiply(const Tile& tile, const Block<T>& block, T* sum, bool accumulate) const {
@@ -326,15 +333,32 @@ class BlockGram {
   std::vector<Tile> tiles_;
 };
 
+// Calls run(first, count) for all groups, some at a time: a block of rows is packed with all of its
+// columns, of which narrow groups make more.
+template <typename Run>
+void for_parts_of_groups(int64_t groups, int64_t group_columns, const Run& run) {
+  constexpr int64_t columns_together = 2048;
+  const int64_t together = std::max<int64_t>(columns_together / group_columns, 1);
+  for (int64_t first = 0; first < groups; first += together) {
+    run(first, std::min(together, groups - first));
+  }
+}
+
 // The Gram matrices of rows that lie in memory, `columns` of them; without the entry of a count.
 template <typename In, typename T>
 void gram_of_rows(const RowSource<In>& rows, int64_t columns, int64_t groups,
                   const SymmetricStore<T>& store, bool bias, T* out) {
   const InstructionSet set = instruction_set_in_use();
   const TileProduct<T>& product = tile_product<T>(set);
-  const GramLayout layout(columns, groups, product.panel_width(), product.lanes);
-  const RowBlocks<In, T> blocks(rows, layout, packing<In, T>(set));
-  BlockGram(blocks, layout, set, store, bias, out).run();
+  const int64_t width = columns / groups;
+  const auto form = [&](int64_t first, int64_t count) {
+    const RowSource<In> part = rows.from_column(first * width);
+    const GramLayout layout(count * width, count, product.panel_width(), product.lanes);
+    const RowBlocks<In, T> blocks(part, layout, packing<In, T>(set));
+    BlockGram(blocks, layout, set, store, bias, out + first * store.edge * store.edge).run();
+  };
+  if (FewRows<T>(set, store, width, bias).serves(rows.rows())) return form(0, groups);
+  for_parts_of_groups(groups, width, form);
 }
 
 // The last entry of every group's matrix: its rows' ones, counted exactly.

@@ -23,10 +23,15 @@ ConvKernel conv_patch_gram(const std::vector<int64_t>& plan, const std::vector<i
       if (columns > 0) {
         const InstructionSet set = instruction_set_in_use();
         const TileProduct<T>& product = tile_product<T>(set);
-        const GramLayout layout(columns, groups, product.panel_width(), product.lanes);
-        const ImageSource<In> source = image_of<In>(x);
-        const PatchBlocks<In, T> blocks(source, axes, layout, set);
-        BlockGram(blocks, layout, set, store, bias, data).run();
+        for_parts_of_groups(groups, columns / groups, [&](int64_t first, int64_t count) {
+          const GramLayout layout(count * (columns / groups), count, product.panel_width(),
+                                  product.lanes);
+          ImageSource<In> source = image_of<In>(x);
+          source.channels = source.channels / groups * count;
+          source.data += first * (source.channels / count) * source.channel_stride;
+          const PatchBlocks<In, T> blocks(source, axes, layout, set);
+          BlockGram(blocks, layout, set, store, bias, data + first * store.edge * store.edge).run();
+        });
       }
       if (bias) store_count(store, rows, groups, data);
     });

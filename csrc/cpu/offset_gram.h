@@ -52,7 +52,9 @@ class OffsetGram {
   void run() {
     choose_chunks();
     const int64_t rounds = chunks_ / chunks_a_round_;
-    const int64_t sets = chunks_ == 1 ? worker_count(tile_count(), operations()) : chunks_a_round_;
+    const int64_t sets = chunks_ == 1
+                             ? std::min(worker_count(tile_count(), operations()), most_workers_)
+                             : chunks_a_round_;
     const int64_t tiles_a_set = chunks_ == 1 ? 1 : tile_count();
     const auto packed = make_scratch<T>(chunks_a_round_ * largest_chunk() * image_size());
     const auto sums = make_scratch<T>(sets * tiles_a_set * sums_size_);
@@ -61,7 +63,8 @@ class OffsetGram {
       const int64_t last = first + chunks_a_round_;
       pack_chunks(first, last, packed.get());
       const int64_t tasks = (last - first) * tile_count();
-      for_each_task(tasks, worker_count(tasks, operations()), [&](int64_t task, int64_t worker) {
+      const int64_t workers = chunks_ == 1 ? sets : worker_count(tasks, operations());
+      for_each_task(tasks, workers, [&](int64_t task, int64_t worker) {
         const int64_t set = task % (last - first), tile = task / (last - first);
         const int64_t place = chunks_ == 1 ? worker : set * tile_count() + tile;
         T* own = &sums[place * sums_size_];
@@ -246,23 +249,30 @@ class OffsetGram {
   }
 
   // Few tiles are cut into chunks of examples, for enough tasks for many threads. Those of a round
-  // are packed together, one example at least, in no more memory than one and a quarter times the
-  // input and the result take; each has a set of sums, together a third of the input at most, which
-  // the next rounds add to. Both numbers depend on the shape alone.
+  // are packed together, one example at least; each has a set of sums, together a third of the
+  // input at most, which the next rounds add to. Both numbers depend on the shape alone. All memory
+  // together is one and a half times the input's and the result's, as _cost in
+  // kfac_fast/conv_kernels.py makes sure that it can be: few threads may have to do.
   void choose_chunks() {
-    constexpr int64_t enough_tasks = 16, always_allowed = 1 << 20;
+    constexpr int64_t enough_tasks = 16, always_allowed = 3 << 18;
     const int64_t examples = std::max<int64_t>(source_.examples, 1);
     const int64_t input = examples * source_.channels * pixels() * sizeof(In);
     const int64_t groups = source_.channels / layout_.group_columns;
     const int64_t result = groups * store_.matrix_size() * sizeof(T);
-    const int64_t sums = std::max<int64_t>(tile_count() * sums_size_ * sizeof(T), 1);
+    const int64_t tables = windows_.cells.size() * sizeof(windows_.cells[0]);
+    const int64_t budget = 3 * input / 2 + result + always_allowed - tables;
+    const int64_t tile_sums = std::max<int64_t>(sums_size_ * sizeof(T), 1);
+    const int64_t sums = tile_count() * tile_sums;
     const int64_t packed = examples * image_size() * sizeof(T);
-    const int64_t most_packed = std::max(5 * input / 4 + result, always_allowed);
+    const bool at_once = packed + tile_sums <= budget;
+    const int64_t most_packed = std::max<int64_t>(at_once ? packed : budget - sums, 1);
     const int64_t rounds = std::clamp<int64_t>(divide_up(packed, most_packed), 1, examples);
-    const int64_t most_sets = std::max(input / 3, always_allowed) / sums;
+    const int64_t left = budget - divide_up(packed, rounds);
+    const int64_t most_sets = std::min(std::max(input / 3, always_allowed), left) / sums;
     const int64_t wanted = std::min(divide_up(enough_tasks, tile_count()), most_sets);
     chunks_a_round_ = std::clamp<int64_t>(wanted, 1, divide_up(examples, rounds));
     chunks_ = rounds * chunks_a_round_;
+    most_workers_ = std::max<int64_t>(left / tile_sums, 1);
   }
 
   int64_t first_example(int64_t chunk) const { return chunk * source_.examples / chunks_; }
@@ -436,7 +446,7 @@ class OffsetGram {
   int64_t still_cells_ = 0, sums_size_ = 0;
   std::vector<std::vector<Operand>> operands_;     // by the row that is the left operand
   std::vector<JointShifts> joints_, half_joints_;  // of the shifts along x
-  int64_t chunks_ = 1, chunks_a_round_ = 1;
+  int64_t chunks_ = 1, chunks_a_round_ = 1, most_workers_ = 1;
 };
 
 }  // namespace kfac_fast

@@ -1,10 +1,10 @@
 #pragma once
 // The rows that belong to each segment.
 
-#include <torch/headeronly/util/Exception.h>
-
 #include <cstdint>
 #include <numeric>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "tensors.h"
@@ -22,8 +22,10 @@ struct Segments {
     const auto total = static_cast<int64_t>(rows.size());
     for (int64_t row = 0; row < total; ++row) {
       const int64_t id = id_of(row);
-      STD_TORCH_CHECK(0 <= id && id < count, op, ": segments must be in [0, ", count, "), got ",
-                      id);
+      if (id < 0 || id >= count) {
+        throw std::invalid_argument(std::string(op) + ": segments must be in [0, " +
+                                    std::to_string(count) + "), got " + std::to_string(id));
+      }
       ++begin[id + 1];
     }
     std::partial_sum(begin.begin(), begin.end(), begin.begin());

@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 
 #include <new>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -42,6 +43,8 @@ class FastFunction {
       error.restore();
     } catch (const py::builtin_exception& error) {
       error.set_error();
+    } catch (const std::invalid_argument& error) {
+      PyErr_SetString(PyExc_ValueError, error.what());
     } catch (const std::bad_alloc&) {
       PyErr_NoMemory();
     } catch (const std::exception& error) {
