@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
@@ -21,7 +20,7 @@ from kfac_fast.layers import Approximation, Sharing
 from kfac_fast.losses import Loss, Outputs, find_loss
 from kfac_fast.options import BOUNDS, DampingMode, Schedule, check_options, number
 from kfac_fast.precision import in_own_precision
-from kfac_fast.selection import apply_layer_options, find_blocks
+from kfac_fast.selection import apply_layer_options, find_blocks, layers_with_rows
 from kfac_fast.state import restored_blocks, state_of
 from kfac_fast.steps import (
     StepReport,
@@ -336,14 +335,7 @@ class KFAC:
             )
         if segments is not None and self.eigenvalue_correction:
             raise ValueError("share_rows: segments must be None with eigenvalue_correction")
-        layers = [layer for block in self._blocks for layer in block.layers]
-        found = [layer for layer in layers if re.search(pattern, layer.name)]
-        refused = [layer.name for layer in found if not layer.takes_sharing]
-        if not found or refused:
-            raise ValueError(
-                "share_rows: pattern must be found in names of layers that take rows, "
-                f"got {pattern!r}, found in {refused or 'none'}"
-            )
+        found = layers_with_rows(self._blocks, pattern)
         sharing = Sharing(mask, segments, num_segments)
         self._capture.sharing |= {layer.name: sharing for layer in found}
 

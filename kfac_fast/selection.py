@@ -129,6 +129,30 @@ def apply_layer_options(
             block.options |= own
 
 
+def layers_with_rows(blocks: Sequence[Block], pattern: str) -> list[Layer]:
+    """The layers that :meth:`kfac_fast.KFAC.share_rows` is about.
+
+    Args:
+        blocks: The blocks.
+        pattern: Regular expression, searched for in the layers' qualified names.
+
+    Returns:
+        At least one layer.
+
+    Raises:
+        ValueError: If the pattern is found in no name, or in that of a layer that takes no rows.
+    """
+    layers = [layer for block in blocks for layer in block.layers]
+    found = [layer for layer in layers if re.search(pattern, layer.name)]
+    refused = [layer.name for layer in found if not layer.takes_sharing]
+    if not found or refused:
+        raise ValueError(
+            "share_rows: pattern must be found in names of layers that take rows, "
+            f"got {pattern!r}, found in {refused or 'none'}"
+        )
+    return found
+
+
 def _reason_against(layer: Layer, forward_only: bool) -> str | None:
     reason = layer.reason_against()
     if reason is None and forward_only and "input" not in layer.factor_shapes():
