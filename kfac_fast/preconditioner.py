@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal
@@ -14,7 +13,6 @@ from torch.utils.hooks import RemovableHandle
 from kfac_fast.blocks import Block, Form, left_out, update_blocks
 from kfac_fast.capture import Capture
 from kfac_fast.curvature import Fisher, backpropagated
-from kfac_fast.host_copy import HostCopy
 from kfac_fast.inverses import refine_inverses
 from kfac_fast.layers import Approximation, Sharing
 from kfac_fast.losses import Loss, Outputs, find_loss
@@ -23,6 +21,7 @@ from kfac_fast.precision import in_own_precision
 from kfac_fast.selection import apply_layer_options, find_blocks, layers_with_rows
 from kfac_fast.state import restored_blocks, state_of
 from kfac_fast.steps import (
+    Failures,
     StepReport,
     clip_scale,
     graft,
@@ -186,8 +185,7 @@ class KFAC:
         self.factor_dtype = factor_dtype
         self.callback = callback
         self.steps = 0
-        self._failures = HostCopy()
-        self._warned = False
+        self._failures = Failures()
         check_options(vars(self))
         form: Form = "inverse"
         if damping_mode == "exact":
@@ -396,26 +394,14 @@ class KFAC:
         known = [block for block in self._blocks if block.factors]
         due = self._due("inverse_update_steps") or len(known) > sum(had_factors)
         if due:
-            self._warn_of_failures()
+            self._failures.warn()
             refresh(known, self._dampings(known), self.damping_mode)
-            self._failures.send(left_out(self._blocks)[1])
+            self._failures.count(known)
         elif update and self.refinement_steps:
             layers = [(block.factors, block.inverses) for block in known]
             count, dampings = self.refinement_steps, self._dampings(known)
             refine_inverses(layers, dampings, self.damping_mode, steps=count)
         return update, due
-
-    def _warn_of_failures(self) -> None:
-        """Warn once, a refresh later: by then the count has come without the host's waiting."""
-        failed = self._failures.read()
-        if failed and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"KFAC: {failed} matrices could not be inverted; their layers keep what they had, "
-                "and their damping is raised until it suffices; summary() says which",
-                RuntimeWarning,
-                stacklevel=5,
-            )
 
     def _precondition(self) -> tuple[Tensor | None, Tensor | None]:
         """The clip's scale, and the inner product of gradients and preconditioned ones."""

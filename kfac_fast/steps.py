@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from kfac_fast.blocks import Block
+from kfac_fast.blocks import Block, left_out
 from kfac_fast.eigenbases import apply_eigenbases, refresh_eigenbases
 from kfac_fast.factors import multiply_sides
 from kfac_fast.grafting import AdamNorm
+from kfac_fast.host_copy import HostCopy
 from kfac_fast.inverses import apply_inverses, refresh_inverses
 from kfac_fast.options import DampingMode
 
@@ -39,6 +41,30 @@ class StepReport(NamedTuple):
     inner_product: Tensor | None
     skipped: Tensor
     failed: Tensor
+
+
+class Failures:
+    """How many inverses have failed, as far as the host knows without waiting for the device."""
+
+    def __init__(self) -> None:
+        self._failed = HostCopy()
+        self._warned = False
+
+    def count(self, blocks: Sequence[Block]) -> None:
+        """Count them after a refresh of these blocks."""
+        self._failed.send(left_out(blocks)[1])
+
+    def warn(self) -> None:
+        """Warn once, a refresh later: by then the count has come."""
+        failed = self._failed.read()
+        if failed and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"KFAC: {failed} matrices could not be inverted; their layers keep what they had, "
+                "and their damping is raised until it suffices; summary() says which",
+                RuntimeWarning,
+                stacklevel=5,
+            )
 
 
 def refresh(blocks: Sequence[Block], damping: Sequence[float], mode: DampingMode) -> None:
