@@ -46,6 +46,7 @@ class Block:
         correction: Running average of the corrected eigenvalues in the present eigenbases; None if
             they are not corrected.
         norm: Adam's step length; None if not grafted, or before the first step.
+        follows_grad: Whether sums are dropped whose weight's ``.grad`` was cleared before the step.
         counted_pass: The last forward pass of the model whose loss terms are counted.
         spare: An earlier sum of output gradients, for its memory, see :mod:`kfac_fast.buffers`.
     """
@@ -66,9 +67,11 @@ class Block:
         self.bases: tuple[Eigenbasis, ...] = ()
         self.correction: RunningAverage | None = None
         self.norm: AdamNorm | None = None
+        self.follows_grad = False
         self.counted_pass = 0
         self.spare: Tensor | None = None
         self._sums: tuple[Sum | None, Sum, Tensor | None] | None = None
+        self._backward_pass = -1
 
     @property
     def pending(self) -> bool:
@@ -84,6 +87,8 @@ class Block:
                 of the loss's terms.
             squares: Squared gradients in the eigenbases, see :meth:`squared_gradients`.
         """
+        self.forget_cleared()
+        self._backward_pass = torch._C._current_graph_task_id()
         if self._sums is not None:
             old_inputs, old_gradients, old_squares = self._sums
             inputs = _plus(old_inputs, inputs)
@@ -143,6 +148,15 @@ class Block:
     def forget(self) -> None:
         """Drop what the current step's batches have added."""
         self._sums, self.counted_pass = None, 0
+
+    def forget_cleared(self) -> None:
+        """Drop the sums of an earlier backward pass whose gradients are no longer there."""
+        if not self.follows_grad or self._sums is None:
+            return
+        # A pass adds to the gradient after it has added all that it has to the sums.
+        is_earlier = self._backward_pass != torch._C._current_graph_task_id()
+        if is_earlier and self.layer.gradients()[0] is None:
+            self._sums = None
 
     def restart_correction(self) -> None:
         """Forget the corrected eigenvalues, because the eigenbases are other ones."""

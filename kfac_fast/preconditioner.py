@@ -96,7 +96,7 @@ class KFAC:
         loss_scale: Number that the training loss is multiplied by before ``backward()``
             (*schedule*), for the empirical Fisher; with a ``torch.amp.GradScaler``,
             ``lambda step: scaler.get_scale()``. Call :meth:`step` between ``scaler.unscale_`` and
-            ``scaler.step``, which skips the optimizer after an overflow and :meth:`attach` with it.
+            ``scaler.step`` even after an overflow, or see :meth:`attach`.
         mc_samples: Draws of labels in each :meth:`update_curvature`.
         damping: Tikhonov damping :math:`\lambda` (*schedule*).
         damping_mode: ``"factored"`` as above; ``"plain"``: :math:`\lambda` on each factor;
@@ -451,6 +451,12 @@ class KFAC:
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Call :meth:`step` at the start of every ``optimizer.step()``.
 
+        One that is skipped, as by a ``torch.amp.GradScaler`` after an overflow, counts as none:
+        what its batches have added is forgotten once ``zero_grad`` has set ``.grad`` to None. Call
+        :meth:`step` yourself, skipped or not, if ``.grad`` is zeroed in place instead
+        (``set_to_none=False``) or set to None between the passes of one step. Under other Fishers
+        than the empirical, the curvature of a skipped batch counts with that of the next.
+
         Args:
             optimizer: Any optimizer that holds some of the preconditioned parameters.
 
@@ -467,6 +473,8 @@ class KFAC:
                 "KFAC.attach: optimizer must hold a preconditioned parameter, got one with none"
             )
         self._optimizer_hook = optimizer.register_step_pre_hook(self._before_optimizer)
+        for block in self._blocks:
+            block.follows_grad = self.fisher == "empirical"
 
     def _before_optimizer(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], named: dict[str, Any]
@@ -475,6 +483,8 @@ class KFAC:
             raise RuntimeError(
                 "KFAC.attach: optimizer.step must be called without a closure, got one"
             )
+        for block in self._blocks:
+            block.forget_cleared()
         self.step()
 
     def detach(self) -> None:

@@ -1,0 +1,234 @@
+"""Steps that a gradient scaler skips, and batches that are not finite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nets import Checkpointed, Net, images, preconditioner
+from plain_kfac import assert_covariances, covariances
+from torch import Tensor, nn
+
+from kfac_fast import KFAC
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    # What PyTorch's own compiler does, and hides outside of tests.
+    pytest.mark.filterwarnings("default:.*should not be instantiated:DeprecationWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def equal_states(one: KFAC, two: KFAC) -> bool:
+    """Whether all parts of both are the same, bit for bit."""
+    states = [kfac.state_dict()["layers"] for kfac in (one, two)]
+    tensors = [
+        {
+            (layer, part, field): tensor
+            for layer, parts in state.items()
+            for part, fields in parts.items()
+            for field, tensor in fields.items()
+        }
+        for state in states
+    ]
+    return tensors[0].keys() == tensors[1].keys() and all(
+        torch.equal(tensor, tensors[1][key]) for key, tensor in tensors[0].items()
+    )
+
+
+# A step that is skipped
+
+
+def infinite(gradient: Tensor) -> Tensor:
+    return torch.full_like(gradient, math.inf)
+
+
+class Loop:
+    """Training with an attached preconditioner and a scaler, on batches of 4 to 8 examples.
+
+    Args:
+        clears: Called between forward and backward pass, or before both, to clear ``.grad``.
+        clears_late: Which of the two.
+        compiled: The model is.
+        micro_batches: Of a batch.
+    """
+
+    def __init__(
+        self,
+        clears: Callable[[Loop], None] = lambda loop: loop.optimizer.zero_grad(),
+        clears_late: bool = False,
+        compiled: bool = False,
+        micro_batches: int = 1,
+    ) -> None:
+        torch.manual_seed(0)
+        self.model = Net()
+        self.run = torch.compile(self.model, backend="aot_eager") if compiled else self.model
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.05, momentum=0.9)
+        self.clears, self.clears_late, self.micro_batches = clears, clears_late, micro_batches
+        self.kfac = preconditioner(
+            self.model,
+            loss_scale=lambda step: self.scaler.get_scale(),
+            accumulation_steps=micro_batches,
+        )
+        self.kfac.attach(self.optimizer)
+
+    def train(self, seed: int, overflows: str | None = None) -> None:
+        """One step on a batch; the gradients of all layers may overflow, or those up to one."""
+        torch.manual_seed(seed)
+        factor = math.inf if overflows == "loss" else 1.0
+        for index in range(self.micro_batches):
+            x, y = images(4), torch.randint(3, (4,))
+            if index == 0 and not self.clears_late:
+                self.clears(self)
+            outputs = self.run(x)
+            if index == 0 and self.clears_late:
+                self.clears(self)
+            hook = self.model.shared.weight.register_hook(
+                infinite if overflows == "layer" else torch.clone
+            )
+            self.scaler.scale(factor * F.cross_entropy(outputs, y) / self.micro_batches).backward()
+            hook.remove()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+
+def clear_each(loop: Loop) -> None:
+    for parameter in loop.model.parameters():
+        parameter.grad = None
+
+
+LOOPS = {
+    "optimizer": {},
+    "model": {"clears": lambda loop: loop.model.zero_grad()},
+    "each": {"clears": clear_each},
+    "late": {"clears_late": True},
+    "accumulated": {"micro_batches": 3},
+    "compiled": {"compiled": True},
+}
+
+
+@pytest.mark.parametrize("overflows", ["loss", "layer"])
+@pytest.mark.parametrize("first", [True, False], ids=["first", "later"])
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_batch_whose_step_is_skipped_leaves_no_trace(
+    loop: str, first: bool, overflows: str
+) -> None:
+    """The run is that without the batch, bit for bit: the scale is a power of two."""
+    plain, disturbed = Loop(**LOOPS[loop]), Loop(**LOOPS[loop])
+    for seed in (1, 2, 3):
+        if first == (seed == 1):
+            disturbed.train(10 + seed, overflows)
+        for run in (plain, disturbed):
+            run.train(seed)
+    assert disturbed.scaler.get_scale() < plain.scaler.get_scale()
+    assert disturbed.kfac.steps == plain.kfac.steps == 3
+    assert equal_states(disturbed.kfac, plain.kfac)
+    pairs = zip(disturbed.model.parameters(), plain.model.parameters(), strict=True)
+    assert all(torch.equal(*pair) for pair in pairs)
+    torch.compiler.reset()
+
+
+class Experts(nn.Module):
+    """Examples go to one of two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(3, 2), nn.Linear(3, 2)])
+        self.double()
+
+    def forward(self, x: Tensor, expert: int) -> Tensor:
+        return self.experts[expert](x)
+
+
+def test_a_layer_that_the_next_batch_does_not_reach_forgets_the_skipped_one_too() -> None:
+    model = Experts()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    kfac = preconditioner(model)
+    kfac.attach(optimizer)
+    for expert in (0, 1):
+        optimizer.zero_grad()
+        model(torch.randn(5, 3).double(), expert).square().mean().backward()
+    optimizer.step()
+    assert [len(block.factors) for block in kfac._blocks] == [0, 2]
+
+
+def accumulated(model: nn.Module) -> None:
+    for _ in range(2):
+        F.cross_entropy(model(images()), torch.randint(3, (5,))).backward()
+
+
+def in_one_pass(model: nn.Module) -> None:
+    sum(F.cross_entropy(model(images()), torch.randint(3, (5,))) for _ in range(2)).backward()
+
+
+def twice_through_one_graph(model: nn.Module) -> None:
+    outputs = model(images())
+    F.cross_entropy(outputs, torch.randint(3, (5,))).backward(retain_graph=True)
+    outputs.square().mean().backward()
+
+
+def recomputed(model: nn.Module, use_reentrant: bool) -> None:
+    run = Checkpointed(model, use_reentrant=use_reentrant)
+    losses = [run(images().requires_grad_()).square().mean() for _ in range(2)]
+    sum(losses).backward()
+
+
+def of_two_parts(model: nn.Module) -> None:
+    loss = F.cross_entropy(model(images()), torch.randint(3, (5,)))
+    loss.backward(inputs=[model.head.weight], retain_graph=True)
+    loss.backward(inputs=[p for p in model.parameters() if p is not model.head.weight])
+
+
+PASSES = {
+    "accumulated": accumulated,
+    "in one pass": in_one_pass,
+    "twice through one graph": twice_through_one_graph,
+    "recomputed": lambda model: recomputed(model, False),
+    "recomputed, reentrant": lambda model: recomputed(model, True),
+    "of two parts": of_two_parts,
+}
+
+
+@pytest.mark.parametrize("passes", PASSES)
+def test_all_passes_of_one_step_count_in_an_attached_run(passes: str) -> None:
+    """As they do if the step is called by hand."""
+    kfacs = []
+    for attach in (False, True):
+        torch.manual_seed(0)
+        model = Net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        kfac = preconditioner(model)
+        if attach:
+            kfac.attach(optimizer)
+        for _ in range(2):
+            optimizer.zero_grad()
+            PASSES[passes](model)
+            if not attach:
+                kfac.step()
+            optimizer.step()
+        kfacs.append(kfac)
+    assert equal_states(*kfacs)
+
+
+def test_factors_that_are_formed_by_hand_outlive_the_gradients() -> None:
+    """Those of many batches, without memory for their gradients."""
+    model, kfacs = Net(), []
+    batches = [(images(), torch.randint(3, (5,))) for _ in range(2)]
+    for clears in (False, True):
+        with preconditioner(model) as kfac:
+            model.zero_grad()
+            for x, y in batches:
+                F.cross_entropy(model(x), y).backward()
+                if clears:
+                    model.zero_grad()
+            kfac.step()
+            kfacs.append(kfac)
+    assert_covariances(kfacs[0], covariances(kfacs[1]))
