@@ -462,7 +462,8 @@ class KFAC:
 
         Raises:
             RuntimeError: If an optimizer is already attached; later, from ``optimizer.step()``, if
-                it is given a closure, whose gradients come too late.
+                it is given a closure, whose gradients come too late, or if it is a fused one whose
+                gradients a scaler has not unscaled yet, with ``kl_clip`` or ``grafting``.
             ValueError: If the optimizer holds none of the parameters.
         """
         if self._optimizer_hook is not None:
@@ -482,6 +483,12 @@ class KFAC:
         if any(argument is not None for argument in (*args[1:], *named.values())):
             raise RuntimeError(
                 "KFAC.attach: optimizer.step must be called without a closure, got one"
+            )
+        length_counts = self.kl_clip is not None or self.grafting is not None
+        if length_counts and getattr(optimizer, "grad_scale", None) is not None:
+            raise RuntimeError(
+                "KFAC.attach: gradients must be unscaled for kl_clip and grafting, call "
+                "scaler.unscale_(optimizer) before scaler.step, got a fused optimizer's scaled ones"
             )
         for block in self._blocks:
             block.forget_cleared()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from nets import Checkpointed, Net, images, preconditioner
+from oracle import assert_same
 from plain_kfac import assert_covariances, covariances
 from torch import Tensor, nn
 
@@ -232,3 +234,37 @@ def test_factors_that_are_formed_by_hand_outlive_the_gradients() -> None:
             kfac.step()
             kfacs.append(kfac)
     assert_covariances(kfacs[0], covariances(kfacs[1]))
+
+
+CLIP = {"kl_clip": 1e-3, "learning_rate": 0.1}
+LENGTHS = {"none": {}, "clip": CLIP, "graft": {"grafting": "adam"}}
+
+
+def scaled_step(fused: bool, unscales: bool, **options: Any) -> list[Tensor]:
+    """Weights after one step of a scaler and an optimizer that may scale back the gradients."""
+    torch.manual_seed(0)
+    model, scaler = nn.Linear(4, 3).double(), torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=fused)
+    kfac = preconditioner(model, loss_scale=lambda step: scaler.get_scale(), **options)
+    kfac.attach(optimizer)
+    scaler.scale(
+        F.cross_entropy(model(torch.randn(5, 4).double()), torch.randint(3, (5,)))
+    ).backward()
+    if unscales:
+        scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    return [parameter.detach() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("options", LENGTHS.values(), ids=LENGTHS)
+def test_a_fused_optimizer_takes_the_same_step(options: dict[str, Any]) -> None:
+    """It undoes the scale by itself, but a step's length is that of gradients without one."""
+    expected = scaled_step(False, False, **options)
+    for out, weight in zip(scaled_step(True, True, **options), expected, strict=True):
+        assert_same(out, weight)
+    if options:
+        with pytest.raises(RuntimeError, match=r"call scaler.unscale_\(optimizer\) before"):
+            scaled_step(True, False, **options)
+        return
+    for out, weight in zip(scaled_step(True, False), expected, strict=True):
+        assert_same(out, weight)
