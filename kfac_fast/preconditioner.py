@@ -21,7 +21,7 @@ from kfac_fast.precision import in_own_precision
 from kfac_fast.selection import apply_layer_options, find_blocks, layers_with_rows
 from kfac_fast.state import restored_blocks, state_of
 from kfac_fast.steps import (
-    Failures,
+    Refreshes,
     StepReport,
     clip_scale,
     graft,
@@ -108,7 +108,8 @@ class KFAC:
             refresh on.
         factor_decay: Weight of the past in the factors' running averages, in [0, 1) (*schedule*).
         factor_update_steps: Steps between updates of the factors (*schedule*).
-        inverse_update_steps: Steps between refreshes of the inverses or eigenbases (*schedule*).
+        inverse_update_steps: Steps between refreshes of the inverses or eigenbases (*schedule*). A
+            layer's first finite batch brings one too.
         refinement_steps: Newton-Schulz iterations by which the inverses follow each update of the
             factors between refreshes, see :func:`kfac_fast.inverses.refine_inverses`.
         kl_clip: Bound :math:`\kappa` on the step's squared length in the Fisher metric
@@ -185,7 +186,7 @@ class KFAC:
         self.factor_dtype = factor_dtype
         self.callback = callback
         self.steps = 0
-        self._failures = Failures()
+        self._refreshes = Refreshes()
         check_options(vars(self))
         form: Form = "inverse"
         if damping_mode == "exact":
@@ -385,18 +386,19 @@ class KFAC:
 
     def _update_factors(self) -> tuple[bool, bool]:
         """Whether factors were updated and inverses refreshed."""
-        had_factors = [bool(block.factors) for block in self._blocks]
+        had_factors = sum(bool(block.factors) for block in self._blocks)
         update = self._due("factor_update_steps")
         if update:
             # Forward-only identities are averaged over the calls.
             reduction = "mean" if self.fisher == "forward-only" else self.loss_reduction
             update_blocks(self._blocks, self._numbers("factor_decay", self._blocks), reduction)
         known = [block for block in self._blocks if block.factors]
-        due = self._due("inverse_update_steps") or len(known) > sum(had_factors)
-        if due:
-            self._failures.warn()
+        due = self._due("inverse_update_steps") or len(known) > had_factors
+        if due or (update and self._refreshes.came_too_early(known)):
+            due = True
+            self._refreshes.warn()
             refresh(known, self._dampings(known), self.damping_mode)
-            self._failures.count(known)
+            self._refreshes.count(known)
         elif update and self.refinement_steps:
             layers = [(block.factors, block.inverses) for block in known]
             count, dampings = self.refinement_steps, self._dampings(known)
@@ -592,3 +594,4 @@ class KFAC:
         self._capture.forget()
         for block, saved in zip(self._blocks, restored, strict=True):
             block.replace(saved)
+        self._refreshes.count([block for block in self._blocks if block.factors])

@@ -43,19 +43,43 @@ class StepReport(NamedTuple):
     failed: Tensor
 
 
-class Failures:
-    """How many inverses have failed, as far as the host knows without waiting for the device."""
+class Refreshes:
+    """What the host gets to know of past refreshes without waiting for the device."""
 
     def __init__(self) -> None:
         self._failed = HostCopy()
         self._warned = False
+        self._unseen = HostCopy()
+        self._unseen_since = HostCopy()
 
     def count(self, blocks: Sequence[Block]) -> None:
-        """Count them after a refresh of these blocks."""
+        """Count what has failed in a refresh of these blocks, and what is still to come."""
         self._failed.send(left_out(blocks)[1])
+        self._unseen.send(_unseen(blocks))
+        self._unseen_since = HostCopy()
+
+    def came_too_early(self, blocks: Sequence[Block]) -> bool:
+        """Whether the last one is known to have been before some factors' first finite batch.
+
+        A device's counts arrive later: they are looked at in the next update of the factors.
+
+        Args:
+            blocks: Those with factors, which were updated.
+
+        Returns:
+            Whether these factors have had one since.
+        """
+        then = self._unseen.read()
+        if not then:
+            return False
+        before = self._unseen_since.read()
+        self._unseen_since.send(_unseen(blocks))
+        now = self._unseen_since.read()
+        known = before if now is None else now
+        return known is not None and known < then
 
     def warn(self) -> None:
-        """Warn once, a refresh later: by then the count has come."""
+        """Warn of failures once, a refresh later: by then their count has come."""
         failed = self._failed.read()
         if failed and not self._warned:
             self._warned = True
@@ -65,6 +89,14 @@ class Failures:
                 RuntimeWarning,
                 stacklevel=5,
             )
+
+
+def _unseen(blocks: Sequence[Block]) -> Tensor:
+    """Number of factors that have seen no finite batch."""
+    weights = [factor.weight for block in blocks for factor in block.factors]
+    if not weights:
+        return torch.zeros((), dtype=torch.int64, device="cpu")
+    return (torch.stack(weights) == 0).sum()
 
 
 def refresh(blocks: Sequence[Block], damping: Sequence[float], mode: DampingMode) -> None:

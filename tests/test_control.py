@@ -223,4 +223,4 @@ def test_a_default_device_changes_nothing() -> None:
             kfac.step()
     finally:
         torch.set_default_device(None)
-    assert kfac.steps == 2 and kfac._failures._failed.read() == 0
+    assert kfac.steps == 2 and kfac._refreshes._failed.read() == 0

@@ -9,12 +9,21 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import Checkpointed, Net, images, preconditioner
+from host import never_waits
+from nets import DAMPING, LAYER_NAMES, Checkpointed, Net, images, preconditioner
 from oracle import assert_same
-from plain_kfac import assert_covariances, covariances
+from plain_kfac import (
+    assert_covariances,
+    assert_solved,
+    covariances,
+    damp,
+    grad_matrices,
+    solve,
+)
 from torch import Tensor, nn
 
-from kfac_fast import KFAC
+from kfac_fast import KFAC, steps
+from kfac_fast.host_copy import HostCopy
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -43,6 +52,120 @@ def equal_states(one: KFAC, two: KFAC) -> bool:
     return tensors[0].keys() == tensors[1].keys() and all(
         torch.equal(tensor, tensors[1][key]) for key, tensor in tensors[0].items()
     )
+
+
+# A first batch that is not finite
+
+
+def bad_step(kfac: KFAC, bad: str) -> None:
+    """A step without finite gradients of all layers, or of those below the head, or of none."""
+    model, y = kfac.model, torch.randint(3, (5,))
+
+    def overflow(module: nn.Module, inputs: tuple[Tensor]) -> None:
+        inputs[0].register_hook(infinite if bad == "below" else torch.clone)
+
+    hook = model.head.register_forward_pre_hook(overflow)
+    outputs = model(images())
+    hook.remove()
+    labels = torch.full_like(y, -100) if bad == "ignored" else y
+    kfac.update_curvature(outputs, loss="cross_entropy", targets=labels)
+    (F.cross_entropy(outputs, labels) * (math.inf if bad == "loss" else 1)).backward()
+    kfac.step()
+
+
+def good_step(kfac: KFAC) -> dict[str, Tensor]:
+    """A step on a finite batch; the raw gradient of each layer."""
+    kfac.model.zero_grad()
+    y = torch.randint(3, (5,))
+    outputs = kfac.model(images())
+    kfac.update_curvature(outputs, loss="cross_entropy", targets=y)
+    F.cross_entropy(outputs, y).backward()
+    raw = {name: grad_matrices(kfac.model.get_submodule(name)) for name in LAYER_NAMES}
+    kfac.step()
+    return raw
+
+
+BAD = [("empirical", "loss"), ("empirical", "below"), ("empirical", "ignored"), ("mc", "ignored")]
+INTERVALS = {"factor_update_steps": 2, "inverse_update_steps": 100}
+
+
+@pytest.mark.parametrize(("fisher", "bad"), BAD)
+def test_the_first_finite_batch_does_not_wait_for_the_next_refresh(fisher: str, bad: str) -> None:
+    """The inverses of factors that have seen none are identities; later batches have to wait."""
+    refreshed: list[bool] = []
+    kfac = preconditioner(
+        Net(), fisher=fisher, callback=lambda r: refreshed.append(r.refreshed), **INTERVALS
+    )
+    bad_step(kfac, bad)
+    good_step(kfac)
+    raw = good_step(kfac)
+    for name, pair in covariances(kfac).items():
+        step = grad_matrices(kfac.model.get_submodule(name))
+        assert_solved(step, solve(raw[name], damp(pair, DAMPING)))
+    for _ in range(4):
+        good_step(kfac)
+    assert refreshed == [True, False, True, False, False, False, False]
+
+
+def test_eigenbases_do_not_wait_either() -> None:
+    kfac = preconditioner(Net(), damping_mode="exact", **INTERVALS)
+    bad_step(kfac, "below")
+    good_step(kfac)
+    good_step(kfac)
+    for block in kfac._blocks:
+        for basis, factor in zip(block.bases, block.factors, strict=True):
+            rotated = basis.vectors * basis.values[..., None, :]
+            assert_solved(rotated @ basis.vectors.mT, factor.mean)
+
+
+def test_a_layer_without_finite_batches_does_not_refresh_the_others_time_and_again() -> None:
+    refreshed: list[bool] = []
+    kfac = preconditioner(Net(), callback=lambda r: refreshed.append(r.refreshed), **INTERVALS)
+    for _ in range(6):
+        bad_step(kfac, "below")
+    assert refreshed == [True] + 5 * [False]
+
+
+class LateCopy(HostCopy):
+    """A number that arrives when the next one is asked for, as from a device that is behind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = False
+
+    def send(self, number: Tensor) -> None:
+        super().send(number)
+        self.asked = False
+
+    def read(self) -> int | None:
+        arrived, self.asked = self.asked, True
+        return super().read() if arrived else None
+
+
+def test_a_device_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The refresh comes an update later, when the host knows of the first finite batch."""
+    monkeypatch.setattr(steps, "HostCopy", LateCopy)
+    refreshed: list[bool] = []
+    kfac = preconditioner(
+        Net(), inverse_update_steps=100, callback=lambda r: refreshed.append(r.refreshed)
+    )
+    with never_waits():
+        bad_step(kfac, "loss")
+        for _ in range(7):
+            good_step(kfac)
+    assert refreshed.count(True) == 2 and refreshed[0] and any(refreshed[2:5])
+
+
+def test_a_resumed_run_knows_what_came_too_early() -> None:
+    runs = [preconditioner(Net(), **INTERVALS) for _ in range(2)]
+    bad_step(runs[0], "below")
+    runs[1].model.load_state_dict(runs[0].model.state_dict())
+    runs[1].load_state_dict(runs[0].state_dict())
+    for kfac in runs:
+        torch.manual_seed(1)
+        for _ in range(3):
+            good_step(kfac)
+    assert equal_states(*runs)
 
 
 # A step that is skipped
@@ -83,7 +206,7 @@ class Loop:
         self.kfac.attach(self.optimizer)
 
     def train(self, seed: int, overflows: str | None = None) -> None:
-        """One step on a batch; the gradients of all layers may overflow, or those up to one."""
+        """One step on a batch; all gradients may overflow, or only that of a weight."""
         torch.manual_seed(seed)
         factor = math.inf if overflows == "loss" else 1.0
         for index in range(self.micro_batches):
@@ -94,7 +217,7 @@ class Loop:
             if index == 0 and self.clears_late:
                 self.clears(self)
             hook = self.model.shared.weight.register_hook(
-                infinite if overflows == "layer" else torch.clone
+                infinite if overflows == "weight" else torch.clone
             )
             self.scaler.scale(factor * F.cross_entropy(outputs, y) / self.micro_batches).backward()
             hook.remove()
@@ -117,7 +240,7 @@ LOOPS = {
 }
 
 
-@pytest.mark.parametrize("overflows", ["loss", "layer"])
+@pytest.mark.parametrize("overflows", ["loss", "weight"])
 @pytest.mark.parametrize("first", [True, False], ids=["first", "later"])
 @pytest.mark.parametrize("loop", LOOPS)
 def test_a_batch_whose_step_is_skipped_leaves_no_trace(
