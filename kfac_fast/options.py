@@ -32,6 +32,7 @@ BOUNDS = {  # lowest value, and the value to stay below
     "factor_update_steps": (1, math.inf),
     "inverse_update_steps": (1, math.inf),
     "kl_clip": (1e-30, math.inf),
+    "learning_rate": (1e-30, math.inf),
     "loss_scale": (1e-30, math.inf),
 }
 LAYER_OPTIONS = ("approx", "damping", "factor_decay")
@@ -75,7 +76,7 @@ def _conflicts(options: Mapping[str, Any]) -> list[tuple[str, str, bool, str]]:
     exact = options["damping_mode"] == "exact"
     corrected, clips = options["eigenvalue_correction"], options["kl_clip"] is not None
     rate = options["learning_rate"]
-    is_rate = isinstance(rate, Real) and 0 < float(rate) < math.inf
+    is_rate = callable(rate) or (isinstance(rate, Real) and 0 < float(rate) < math.inf)
     return [
         (
             "eigenvalue_correction",

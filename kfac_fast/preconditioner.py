@@ -115,9 +115,9 @@ class KFAC:
         kl_clip: Bound :math:`\kappa` on the step's squared length in the Fisher metric
             (*schedule*): all layers are scaled by :math:`\nu = \min(1, \sqrt{\kappa / (\eta^2 \sum
             \langle V, P V \rangle)})`.
-        learning_rate: Peak learning rate :math:`\eta` that ``kl_clip`` assumes. The peak on
-            purpose: with the current rate of a decaying schedule, the decay would cancel wherever
-            the clip acts.
+        learning_rate: Peak learning rate :math:`\eta` that ``kl_clip`` assumes (*schedule*). The
+            peak on purpose: with the current rate of a decaying schedule, the decay would cancel
+            wherever the clip acts.
         grafting: ``"adam"`` scales each layer's direction to the length of Adam's step on its raw
             gradient.
         skip: Regular expressions; a layer is left alone if one is found in its qualified or its
@@ -156,7 +156,7 @@ class KFAC:
         inverse_update_steps: Schedule = 100,
         refinement_steps: int = 0,
         kl_clip: Schedule | None = None,
-        learning_rate: float | None = None,
+        learning_rate: Schedule | None = None,
         grafting: Literal["adam"] | None = None,
         skip: Sequence[str] = (),
         layer_options: Mapping[str, Mapping[str, Any]] | None = None,
@@ -211,7 +211,7 @@ class KFAC:
     def _check_schedules(self) -> None:
         """Read every schedule at this step, so that a bad one stops before any change."""
         for option in BOUNDS:
-            if option != "kl_clip" or self.kl_clip is not None:
+            if option not in ("kl_clip", "learning_rate") or self.kl_clip is not None:
                 self._now(option)
         for block in self._blocks:
             for option in block.options:
@@ -416,8 +416,8 @@ class KFAC:
             ready, grads, self._dampings(ready), self.damping_mode
         )
         scale = None
-        if self.kl_clip is not None and self.learning_rate is not None:
-            scale = clip_scale(inner_product, self._now("kl_clip"), self.learning_rate)
+        if self.kl_clip is not None:
+            scale = clip_scale(inner_product, self._now("kl_clip"), self._now("learning_rate"))
             torch._foreach_mul_(directions, scale)
         if self.grafting is not None:
             directions = list(map(graft, ready, grads, directions))

@@ -405,6 +405,10 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
         )
         for rate in (0.0, math.inf, math.nan, "0.1")
     ),
+    (
+        {"kl_clip": 1e-3, "learning_rate": lambda step: 0.0},
+        r"learning_rate must be in \[1e-30, inf\), got 0.0 at step 0",
+    ),
     ({"kl_clip": 1.0, "learning_rate": 0.1, "grafting": "adam"}, "kl_clip must be None with graft"),
     ({"damping_mode": "exact", "damping": 0.0}, "damping must be positive with damping_mode"),
     (
