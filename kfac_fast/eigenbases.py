@@ -174,10 +174,8 @@ def apply_eigenbases(
 
     Source: George et al. (2018), section 3.
     """
-    right = [own[0].vectors for own in bases]
-    left = [own[1].vectors if len(own) > 1 else None for own in bases]
-    rotated, inner = multiply_sides(grads, right, [None if q is None else q.mT for q in left])
-    inner.zero_()
+    right, left = _sides(bases)
+    rotated, inner = _rotated(grads, bases)
     scaled = []
     shifts = of_each(damping, bases)
     for part, own, correction, shift in zip(rotated, bases, corrections, shifts, strict=True):
@@ -185,6 +183,44 @@ def apply_eigenbases(
         inner = inner + (part * scaled[-1]).sum()
     back = [side if side.dim() == 1 else side.mT for side in right]
     return multiply_sides(scaled, back, left)[0], inner
+
+
+def quadratic_form(
+    steps: Sequence[Tensor],
+    bases: Sequence[Sequence[Eigenbasis]],
+    corrections: Sequence[RunningAverage | None],
+) -> Tensor:
+    r"""Curvature along a step by the undamped blocks that :func:`apply_eigenbases` inverts.
+
+    .. math:: \sum_l \langle \Lambda_l, (Q_{G,l}^\top \delta_l Q_{A,l})^2 \rangle
+
+    Args:
+        steps: Matrices :math:`\delta_l`, ``[*, out, in]``.
+        bases: As there.
+        corrections: As there.
+
+    Returns:
+        Scalar tensor.
+    """
+    rotated, total = _rotated(steps, bases)
+    for part, own, correction in zip(rotated, bases, corrections, strict=True):
+        total = total + (eigenvalues(own, correction) * part.square()).sum()
+    return total
+
+
+def _sides(bases: Sequence[Sequence[Eigenbasis]]) -> tuple[list[Tensor], list[Tensor | None]]:
+    """The eigenvectors of each layer's inputs and outputs."""
+    left = [own[1].vectors if len(own) > 1 else None for own in bases]
+    return [own[0].vectors for own in bases], left
+
+
+def _rotated(
+    matrices: Sequence[Tensor], bases: Sequence[Sequence[Eigenbasis]]
+) -> tuple[list[Tensor], Tensor]:
+    """Matrices in the eigenbases, and a zero to add to."""
+    right, left = _sides(bases)
+    rotated, inner = multiply_sides(matrices, right, [None if q is None else q.mT for q in left])
+    return rotated, inner.zero_()
 
 
 def eigenvalues(bases: Sequence[Eigenbasis], correction: RunningAverage | None) -> Tensor:

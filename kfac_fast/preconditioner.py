@@ -434,7 +434,8 @@ class KFAC:
         .. math:: M(\delta) - M(0) = \sum_l \langle V_l, \delta_l \rangle + \tfrac12
             \langle \delta_l, G_l \delta_l A_l + \lambda \delta_l \rangle
 
-        over the preconditioned layers :math:`l`; other parameters are left out.
+        over the preconditioned layers :math:`l`; other parameters are left out. Corrected
+        eigenvalues take the place of those of :math:`A_l` and :math:`G_l`.
 
         Args:
             gradients: Gradients of the loss before they were preconditioned.

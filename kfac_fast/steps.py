@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kfac_fast.blocks import Block, left_out
-from kfac_fast.eigenbases import apply_eigenbases, refresh_eigenbases
+from kfac_fast.eigenbases import apply_eigenbases, quadratic_form, refresh_eigenbases
 from kfac_fast.factors import multiply_sides
 from kfac_fast.grafting import AdamNorm
 from kfac_fast.host_copy import HostCopy
@@ -207,17 +207,20 @@ def predicted_change(
     Returns:
         Scalar tensor.
     """
-    right = [block.factors[0].mean for block in blocks]
-    left = [block.factors[1].mean if len(block.factors) > 1 else None for block in blocks]
     grads, deltas = (
         [
-            block.layer.matrix([tensors[p] for p in block.layer.parameters()], a.dtype)
-            for block, a in zip(blocks, right, strict=True)
+            block.layer.matrix([of[p] for p in block.layer.parameters()], block.dtype)
+            for block in blocks
         ]
-        for tensors in (gradients, steps)
+        for of in (gradients, steps)
     )
-    _, change = multiply_sides(deltas, right, left)
-    change = change / 2
+    corrections = [block.correction for block in blocks]
+    if any(correction is not None for correction in corrections):
+        change = quadratic_form(deltas, [block.bases for block in blocks], corrections) / 2
+    else:
+        right = [block.factors[0].mean for block in blocks]
+        left = [block.factors[1].mean if len(block.factors) > 1 else None for block in blocks]
+        change = multiply_sides(deltas, right, left)[1] / 2
     for grad, delta, own in zip(grads, deltas, damping, strict=True):
         change = change + ((grad + own / 2 * delta) * delta).sum()
     return change

@@ -134,6 +134,28 @@ def test_a_bad_batch_leaves_the_correction_as_it_was(approx: str) -> None:
         assert torch.equal(block.correction.mean, mean) and block.correction.skipped == 1
 
 
+@approximations
+def test_the_quadratic_model_is_that_of_the_step(approx: str) -> None:
+    """Its minimum is the step, half of the gradient's inner product with it below where we are.
+
+    The first step is that of bases without a correction yet.
+    """
+    model, reports = Net(), []
+    kfac = corrected(model, approx=approx, callback=reports.append)
+    for _ in range(3):
+        model.zero_grad()
+        F.cross_entropy(model(images()), torch.randint(3, (5,))).backward()
+        gradients = {p: p.grad.clone() for p in model.parameters()}
+        kfac.step()
+        steps = {p: -p.grad for p in model.parameters()}
+        change = kfac.predicted_change(gradients, steps)
+        assert_solved(change, -reports[-1].inner_product / 2)
+        for length in (0.5, 3.0):
+            other = {p: length * step for p, step in steps.items()}
+            expected = (2 * length - length**2) * change
+            assert_solved(kfac.predicted_change(gradients, other), expected)
+
+
 def test_a_corrected_state_survives_saving() -> None:
     model = Net()
     kfac = corrected(model)
