@@ -349,6 +349,32 @@ def test_factors_under_autocast_are_sums_in_float32(approx: str) -> None:
             assert error <= 1e-6 * torch.linalg.vector_norm(expected)
 
 
+@approximations
+@pytest.mark.parametrize("mode", ["factored", "corrected"])
+def test_the_memorys_order_changes_nothing(mode: str, approx: str) -> None:
+    """A network, its images and its gradients with the channels last; the steps of an optimizer."""
+    exact = {"damping_mode": "exact", "eigenvalue_correction": True, "inverse_update_steps": 2}
+    results = []
+    for order in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(1)
+        model = Net().to(memory_format=order)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        kfac = preconditioner(model, approx=approx, **(exact if mode == "corrected" else {}))
+        kfac.attach(optimizer)
+        for _ in range(2):
+            optimizer.zero_grad()
+            x = images(64).to(memory_format=order)  # so many that eigenvectors are unique
+            F.cross_entropy(model(x), torch.randint(3, (64,))).backward()
+            optimizer.step()
+        assert model.grouped.weight.grad.is_contiguous(memory_format=order)
+        results.append((kfac, model))
+    (plain, expected), (kfac, model) = results
+    assert_covariances(kfac, covariances(plain))
+    for out, weight in zip(model.parameters(), expected.parameters(), strict=True):
+        assert_solved(out.detach(), weight.detach())
+        assert_solved(out.grad, weight.grad)
+
+
 GEOMETRIES = st.fixed_dictionaries(
     {
         "kernel": st.integers(1, 3),

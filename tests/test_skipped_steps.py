@@ -1,7 +1,8 @@
-"""Steps that a gradient scaler skips, and batches that are not finite."""
+"""Steps that a gradient scaler skips, batches that are not finite, and half precision."""
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,13 +12,18 @@ import torch
 import torch.nn.functional as F
 from host import never_waits
 from nets import DAMPING, LAYER_NAMES, Checkpointed, Net, images, preconditioner
-from oracle import assert_same
+from oracle import assert_same, assert_within_budget
 from plain_kfac import (
+    Call,
     assert_covariances,
     assert_solved,
+    condition,
     covariances,
     damp,
+    factors,
     grad_matrices,
+    plain_covariances,
+    record,
     solve,
 )
 from torch import Tensor, nn
@@ -391,3 +397,51 @@ def test_a_fused_optimizer_takes_the_same_step(options: dict[str, Any]) -> None:
         return
     for out, weight in zip(scaled_step(True, False), expected, strict=True):
         assert_same(out, weight)
+
+
+# Half precision
+
+
+@pytest.mark.parametrize("attach", [False, True])
+@pytest.mark.parametrize("approx", ["expand", "reduce"])
+def test_float16_under_autocast_with_a_scaler(approx: str, attach: bool) -> None:
+    """Scales are tried until nothing overflows; then the factors are no worse than unscaled ones.
+
+    These are sums in float32 of what autocast computes in float16.
+    """
+    model, x, y = Net().float(), images(), torch.randint(3, (5,))
+    double, twin = copy.deepcopy(model).double(), copy.deepcopy(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    kfac = preconditioner(model, approx=approx, loss_scale=lambda step: scaler.get_scale())
+    if attach:
+        kfac.attach(optimizer)
+    scale = math.inf
+    while scaler.get_scale() < scale:  # it has seen an overflow
+        scale = scaler.get_scale()
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.float16):
+            outputs = model(x.float())
+        scaler.scale(F.cross_entropy(outputs.float(), y)).backward()
+        scaler.unscale_(optimizer)
+        raw = {name: grad_matrices(model.get_submodule(name)) for name in LAYER_NAMES}
+        if not attach:
+            kfac.step()
+        scaler.step(optimizer)
+        scaler.update()
+    assert outputs.dtype == torch.float16 and 1 < scale < 2.0**24
+    assert kfac.steps == (1 if attach else 25 - int(math.log2(scale)))
+    exact = plain_covariances(double, lambda: F.cross_entropy(double(x), y), approx, 5, "mean")
+    with torch.autocast("cpu", torch.float16):
+        calls = record(twin, lambda: F.cross_entropy(twin(x.float()).float(), y))
+    for name, of in calls.items():
+        wide = [Call(call.rows.float(), 5.0 * call.gradients.float()) for call in of]
+        unscaled = factors(wide, approx, 5)
+        for out, theirs, ref64 in zip(covariances(kfac)[name], unscaled, exact[name], strict=True):
+            assert_within_budget(out, theirs, ref64)
+        pair = tuple(matrix.double() for matrix in covariances(kfac)[name])
+        damped = damp(pair, DAMPING)
+        step, expected = grad_matrices(model.get_submodule(name)), solve(raw[name].double(), damped)
+        assert step.dtype == torch.float32
+        error = torch.linalg.vector_norm(step - expected) / torch.linalg.vector_norm(expected)
+        assert error <= 64 * torch.finfo(torch.float32).eps * condition(damped)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from host import never_waits
 from nets import DAMPING, Net, images, preconditioner, train_step
+from oracle import assert_same
 from plain_kfac import assert_solved, covariances, plain_covariances
 from torch import Tensor, nn
 
@@ -215,6 +217,25 @@ def test_attaching_is_calling_step_before_the_optimizer(name: str) -> None:
         assert kfac.steps == 4
         weights.append(list(model.parameters()))
     assert all(torch.equal(*pair) for pair in zip(*weights, strict=True))
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_weight_decay_is_the_optimizers_own(name: str) -> None:
+    """It is added to the preconditioned gradient, or apart from it; never preconditioned."""
+    model, lr, decay = Net(), 0.05, 0.3
+    twin = copy.deepcopy(model)
+    kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[name]
+    optimizer = kind(model.parameters(), lr=lr, weight_decay=decay)
+    old = [parameter.detach().clone() for parameter in model.parameters()]
+    x, y, hand = images(), torch.randint(3, (5,)), preconditioner(twin)
+    preconditioner(model).attach(optimizer)
+    for net in (twin, model):
+        F.cross_entropy(net(x), y).backward()
+    hand.step()
+    optimizer.step()
+    for out, weight, own in zip(model.parameters(), old, twin.parameters(), strict=True):
+        step = own.grad if name == "sgd" else own.grad / (own.grad.abs() + 1e-8)
+        assert_same(out.detach(), (1 - lr * decay) * weight - lr * step)
 
 
 def test_one_optimizer_at_a_time_is_attached_and_it_must_hold_a_parameter() -> None:
