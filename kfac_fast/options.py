@@ -1,4 +1,4 @@
-"""The options of :class:`kfac_fast.KFAC`: what is allowed, and the numbers of schedules."""
+"""The options of :class:`kfac_fast.KFAC`: what is allowed and where, the numbers of schedules."""
 
 from __future__ import annotations
 
@@ -36,6 +36,18 @@ BOUNDS = {  # lowest value, and the value to stay below
     "loss_scale": (1e-30, math.inf),
 }
 LAYER_OPTIONS = ("approx", "damping", "factor_decay")
+
+
+def refuse_replicas() -> None:
+    """Each process would precondition the common gradient by factors of its own.
+
+    Raises:
+        RuntimeError: If several processes train one model.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        size = torch.distributed.get_world_size()
+        if size > 1:
+            raise RuntimeError(f"KFAC: the process group must have one process, got {size}")
 
 
 def check_options(options: Mapping[str, Any]) -> None:

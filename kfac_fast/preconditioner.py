@@ -16,7 +16,14 @@ from kfac_fast.curvature import Fisher, backpropagated
 from kfac_fast.inverses import refine_inverses
 from kfac_fast.layers import Approximation, Sharing
 from kfac_fast.losses import Loss, Outputs, find_loss
-from kfac_fast.options import BOUNDS, DampingMode, Schedule, check_options, number
+from kfac_fast.options import (
+    BOUNDS,
+    DampingMode,
+    Schedule,
+    check_options,
+    number,
+    refuse_replicas,
+)
 from kfac_fast.precision import in_own_precision
 from kfac_fast.selection import apply_layer_options, find_blocks, layers_with_rows
 from kfac_fast.state import restored_blocks, state_of
@@ -30,14 +37,6 @@ from kfac_fast.steps import (
     refresh,
     write,
 )
-
-
-def _refuse_replicas() -> None:
-    """Each process would precondition the common gradient by factors of its own."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        size = torch.distributed.get_world_size()
-        if size > 1:
-            raise RuntimeError(f"KFAC: the process group must have one process, got {size}")
 
 
 class KFAC:
@@ -124,7 +123,8 @@ class KFAC:
             module's class name.
         layer_options: Own values of ``approx``, ``damping`` (*schedule*) and ``factor_decay``
             (*schedule*), by regular expressions that are searched for in qualified names; a later
-            one overrides an earlier one.
+            one overrides an earlier one. For other options to differ, intervals or the clip, give
+            the model a second preconditioner, and have each ``skip`` the other's layers.
         factor_dtype: Of the factors and inverses: ``torch.float32`` or ``torch.float64``; that of
             the layers, and float32 for half precision, if None.
         callback: Called at the end of each step with a :class:`StepReport`.
@@ -163,7 +163,7 @@ class KFAC:
         factor_dtype: torch.dtype | None = None,
         callback: Callable[[StepReport], None] | None = None,
     ) -> None:
-        _refuse_replicas()
+        refuse_replicas()
         self.model = model
         self.approx = approx
         self.fisher = fisher

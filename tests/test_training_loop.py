@@ -342,6 +342,27 @@ def test_several_preconditioners_may_share_a_model() -> None:
         assert_solved(two.grad, one.grad)
 
 
+def test_a_second_preconditioner_has_its_own_intervals() -> None:
+    """Both attached to one optimizer, beside one for all layers with the intervals of either."""
+    model, kfacs = Net(), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    for skip, interval in (["Conv"], 2), (["Linear"], 3), ([], 2), ([], 3):
+        kfacs.append(preconditioner(model, skip=skip, factor_update_steps=interval))
+    for kfac in kfacs[:2]:
+        kfac.attach(optimizer)
+    for _ in range(6):
+        optimizer.zero_grad()
+        F.cross_entropy(model(images()), torch.randint(3, (5,))).backward()
+        optimizer.step()
+        for kfac in kfacs[2:]:
+            kfac.step()
+    for part, whole in zip(kfacs[:2], kfacs[2:], strict=True):
+        for name, pair in covariances(part).items():
+            for own, other in zip(pair, covariances(whole)[name], strict=True):
+                assert torch.equal(own, other)
+    assert [len(covariances(kfac)) for kfac in kfacs] == [2, 2, 4, 4]
+
+
 def test_the_summary_names_every_module_with_parameters() -> None:
     model = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3), nn.Linear(3, 2), nn.Linear(2, 2))
     model[3].weight.requires_grad_(False)
