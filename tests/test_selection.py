@@ -93,6 +93,8 @@ def test_a_model_without_layers_is_refused_with_the_reasons() -> None:
 def test_a_frozen_weight_leaves_its_layer_alone() -> None:
     model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
     model[0].weight.requires_grad_(False)
+    assert found(model) == (["1"], {"0": "its weight is frozen, and its bias alone is no block"})
+    model[0].bias.requires_grad_(False)
     assert found(model) == (["1"], {"0": "its weight is frozen"})
 
 
@@ -174,7 +176,8 @@ def test_a_frozen_weight_leaves_its_projections_alone(parameter: str, frozen: li
     module = nn.MultiheadAttention(4, 2)
     module.get_parameter(parameter).requires_grad_(False)
     _, left_alone = found(module)
-    assert left_alone == {f"{name}_proj": "its weight is frozen" for name in frozen}
+    reason = "its weight is frozen, and its bias alone is no block"
+    assert left_alone == {f"{name}_proj": reason for name in frozen}
 
 
 def test_patterns_reach_the_projections_of_attention() -> None:

@@ -172,12 +172,16 @@ class Layer(ABC):
 
     def reason_against(self) -> str | None:
         """Why the module cannot be preconditioned, or None if it can."""
-        weight = dict(self.module.named_parameters()).get(self.weight_name)
+        parameters = dict(self.module.named_parameters())
+        weight, bias = (parameters.get(name) for name in (self.weight_name, self.bias_name))
         if weight is None:
             return "its weight is computed from other parameters"
         if weight.is_complex():
             return "its weight is complex"
-        return None if weight.requires_grad else "its weight is frozen"
+        if weight.requires_grad:
+            return None
+        is_alone = bias is not None and bias.requires_grad
+        return f"its weight is frozen{', and its bias alone is no block' if is_alone else ''}"
 
     def parameters(self) -> list[nn.Parameter]:
         """The module's parameters that hold the layer's weight and, if there is one, its bias."""
