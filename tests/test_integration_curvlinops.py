@@ -24,10 +24,10 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
-def images(groups: int = 1) -> nn.Module:
+def images(**options: Any) -> nn.Module:
     """A network whose activations overwrite what a naive hook would look at."""
     return nn.Sequential(
-        nn.Conv2d(2, 4, 3, padding="same", groups=groups),
+        nn.Conv2d(2, 4, 3, padding="same", **options),
         nn.ReLU(inplace=True),
         nn.Conv2d(4, 3, (2, 3), stride=2, dilation=(1, 2), padding=(1, 0)),
         nn.Tanh(),
@@ -51,7 +51,8 @@ def tokens() -> nn.Module:
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "images": (images, (2, 8, 8)),
-    "groups": (lambda: images(2), (2, 8, 8)),
+    "groups": (lambda: images(groups=2), (2, 8, 8)),
+    "padding": (lambda: images(padding_mode="circular"), (2, 8, 8)),
     "tokens": (tokens, (6, 4)),
 }
 

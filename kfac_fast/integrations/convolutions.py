@@ -15,6 +15,12 @@ from kfac_fast import ops
 from kfac_fast.conv import ConvGeometry
 
 
+def are_patches_exact(module: nn.Module) -> bool:
+    """Whether the patches that those libraries take of a layer's input are those of the Fisher."""
+    groups, mode = getattr(module, "groups", 1), getattr(module, "padding_mode", "zeros")
+    return bool(groups == 1 and mode == "zeros")
+
+
 def zero_padded_geometry(module: nn.Module) -> dict[str, Any]:
     """Stride, padding and dilation of a convolution, as arguments of an operator."""
     return {name: getattr(module, name) for name in ("stride", "padding", "dilation")}

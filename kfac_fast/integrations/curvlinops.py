@@ -6,11 +6,12 @@ everything that uses curvlinops, such as laplace-torch, use them for a while::
     with kfac_fast.integrations.curvlinops.enabled():
         laplace.fit(data)
 
-Results are those of curvlinops to rounding, with its scales, and its treatment of grouped
-convolutions: inputs are averaged over the groups, though each group has a block of its own in the
-Fisher. Other is how they are computed: patches are never written out, one triangle of a factor is
-enough, gradients of the weights are not computed on the way, those of outputs are used as they
-pass, all inverses are one call, and per-example gradients are formed for a few examples at a time.
+Results are those of curvlinops to rounding, with its scales. Where they are not those of the
+Fisher, they are so here: patches are padded with zeros under every ``padding_mode``, and averaged
+over the groups of channels, though each group has a block of its own. Other is how they are
+computed: patches are never written out, one triangle of a factor is enough, gradients of the
+weights are not computed on the way, those of outputs are used as they pass, all inverses are one
+call, and per-example gradients are formed for a few examples at a time.
 
 Tested with curvlinops-for-pytorch 3.0.1.
 """
@@ -27,7 +28,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from kfac_fast import ops
 from kfac_fast.capture import last_reached
 from kfac_fast.eigenbases import eigendecompositions
-from kfac_fast.integrations.convolutions import output_positions, patches_gram
+from kfac_fast.integrations.convolutions import are_patches_exact, output_positions, patches_gram
 from kfac_fast.integrations.dampings import shift_of
 from kfac_fast.integrations.versions import require
 from kfac_fast.layers import RULES
@@ -180,7 +181,7 @@ class EKFACLinearOperator(KFACLinearOperator, curvlinops.EKFACLinearOperator):  
         self, grad_output: Tensor, module: nn.Module, module_name: str
     ) -> None:
         right = self._input_covariances_eigenvectors.get(module_name)
-        if right is None or type(module) not in RULES or getattr(module, "groups", 1) > 1:
+        if right is None or type(module) not in RULES or not are_patches_exact(module):
             super()._accumulate_corrected_eigenvalues(grad_output, module, module_name)
             return
         g, scale = grad_output.detach(), self._scale(len(grad_output))

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from kfac_fast import ops
 from kfac_fast.eigenbases import eigendecompositions
-from kfac_fast.integrations.convolutions import output_positions, patches_gram
+from kfac_fast.integrations.convolutions import are_patches_exact, output_positions, patches_gram
 from kfac_fast.integrations.versions import require
 from kfac_fast.layers import RULES
 
@@ -119,8 +119,7 @@ class LambdaTracker(factor.LambdaTracker):  # type: ignore[misc]
             arguments.has_shared_parameters
             or self.module.per_sample_gradient_process_fnc is not None
             or not FactorConfig.CONFIGS[arguments.strategy].requires_eigendecomposition_for_lambda
-            or getattr(module, "groups", 1) > 1
-            or getattr(module, "padding_mode", "zeros") != "zeros"
+            or not are_patches_exact(module)
         ):
             super().register_hooks()
             return

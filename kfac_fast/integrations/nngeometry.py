@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from kfac_fast import ops
-from kfac_fast.integrations.convolutions import zero_padded_geometry
+from kfac_fast.integrations.convolutions import are_patches_exact, zero_padded_geometry
 from kfac_fast.integrations.dampings import shift_of
 from kfac_fast.integrations.versions import require
 from kfac_fast.layers import RULES
@@ -125,11 +125,11 @@ class _Convolution:
         evecs_g: Tensor,
     ) -> None:
         """Add a batch to the diagonal in the eigenbasis."""
-        if mod.groups > 1 or mod.padding_mode != "zeros":
+        if are_patches_exact(mod):
+            _add_squared_gradients(buffer, mod, mod.bias is not None, x, gy, evecs_a, evecs_g)
+        else:
             library: Any = super()
             library.kfe_diag(buffer, mod, layer, x, gy, evecs_a, evecs_g)
-        else:
-            _add_squared_gradients(buffer, mod, mod.bias is not None, x, gy, evecs_a, evecs_g)
 
 
 class Conv1dFactory(_Convolution, grads.Conv1dJacobianFactory):  # type: ignore[misc]
