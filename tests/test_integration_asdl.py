@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 asdl = pytest.importorskip("asdl.symmatrix", reason="needs asdfghjkl")
 from asdl import FisherConfig, get_fisher_maker  # noqa: E402
+from asdl import core as asdl_core  # noqa: E402
 from asdl.precondition import KfacGradientMaker, PreconditioningConfig  # noqa: E402
 
 from kfac_fast.integrations import asdl as ours  # noqa: E402
@@ -49,31 +50,45 @@ def tokens() -> nn.Module:
     )
 
 
+class Twice(nn.Module):
+    """Calls a layer two times, of whose inputs asdl inverts the last with every gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice, self.last = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.twice(torch.tanh(self.twice(x)))))
+
+
 NETWORKS: dict[str, Any] = {
     "images": (images, (2, 8, 8)),
     "groups": (lambda: images(groups=2), (2, 8, 8)),
     "padding": (lambda: images(padding_mode="circular"), (2, 8, 8)),
     "tokens": (tokens, (6, 4)),
+    "twice": (Twice, (4,)),
 }
 
 
-def fisher(model: nn.Module, x: Tensor, kind: str, shape: str, **options: Any) -> dict[str, Any]:
-    """The Kronecker factors or inverses of every layer."""
+def fisher(
+    model: nn.Module, x: Tensor, kind: str, shape: str, samples: int = 2, **options: Any
+) -> dict[str, Any]:
+    """The Kronecker factors, the diagonals or the inverses of every layer."""
     y = torch.arange(len(x)) % 3
-    config = FisherConfig(kind, [shape], loss_type="cross_entropy", seed=1, n_mc_samples=2)
+    config = FisherConfig(kind, [shape], loss_type="cross_entropy", seed=1, n_mc_samples=samples)
     maker = get_fisher_maker(model, config)
     outputs = maker.setup_model_call(model, x)
     maker.setup_loss_call(F.cross_entropy, outputs, y, reduction="sum")
     maker.setup_logits_repr(outputs)
     maker.forward_and_backward(data_size=len(x), scale=0.5, **options)
-    names = ("A", "B", "A_inv", "B_inv")
-    found = {
-        f"{name}.{part}": getattr(module.fisher.kron, part)
+    attribute = "diag" if shape == "diag" else "kron"
+    return {
+        f"{name}.{part}": matrix
         for name, module in model.named_modules()
         if hasattr(module, "fisher")
-        for part in names
+        for part, matrix in vars(getattr(module.fisher, attribute)).items()
+        if isinstance(matrix, Tensor)
     }
-    return {name: matrix for name, matrix in found.items() if matrix is not None}
 
 
 @pytest.mark.parametrize("shape", ["kron", "swift_kron"])
@@ -83,31 +98,109 @@ def test_factors_are_those_of_asdl(network: str, kind: str, shape: str) -> None:
     make, size = NETWORKS[network]
     examples = 8 if shape == "kron" else 48  # fewer than features would be scaled in place
     model, x = make().double(), torch.randn(examples, *size, dtype=torch.float64)
-    expected = fisher(model, x, kind, shape)
-    with ours.enabled():
-        found = fisher(model, x, kind, shape)
-    assert found.keys() == expected.keys() and len(found) >= 6
+    expected, found = both(model, x, kind, shape)
     for name, matrix in expected.items():
         assert_solved(found[name], matrix)
 
 
-@pytest.mark.parametrize("kind", FISHERS)
-def test_inverses_are_those_of_asdl(kind: str) -> None:
-    model, x = images().double(), torch.randn(8, 2, 8, 8, dtype=torch.float64)
-    expected = fisher(model, x, kind, "kron", calc_inv=True, damping=1e-2)
+def both(*arguments: Any, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Asdl's results and ours, of the same names."""
+    expected = fisher(*arguments, **options)
     with ours.enabled():
-        found = fisher(model, x, kind, "kron", calc_inv=True, damping=1e-2)
-    assert found.keys() == expected.keys()
+        found = fisher(*arguments, **options)
+    assert found.keys() == expected.keys() and expected
+    return expected, found
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize("kind", FISHERS)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_inverses_are_those_of_asdl(network: str, kind: str, samples: int) -> None:
+    make, size = NETWORKS[network]
+    model, x = make().double(), torch.randn(8, *size, dtype=torch.float64)
+    options = {"calc_inv": True, "damping": 1e-2, "samples": samples}
+    expected, found = both(model, x, kind, "kron", **options)
     for name, matrix in expected.items():
         assert_solved(found[name], matrix, condition=1e6)
 
 
+@pytest.mark.parametrize("shape", ["kron", "diag"])
+@pytest.mark.parametrize("kind", ["fisher_emp", "fisher_mc"])
+def test_a_damping_that_is_not_given_is_that_of_asdl(kind: str, shape: str) -> None:
+    model, x = Twice().double(), torch.randn(48, 4, dtype=torch.float64)
+    expected, found = both(model, x, kind, shape, calc_inv=True, samples=1)
+    for name, matrix in expected.items():
+        assert_solved(found[name], matrix, condition=1e9)
+
+
+def test_inverses_of_zeros_are_those_of_asdl() -> None:
+    model, x = tokens().double(), torch.zeros(8, 6, 4, dtype=torch.float64)
+    expected, found = both(model, x, "fisher_emp", "kron", calc_inv=True, damping=1e-2)
+    assert expected["0.A_inv"].equal(torch.eye(4, dtype=torch.float64) / 1e-2)
+    for name, matrix in expected.items():
+        assert_solved(found[name], matrix, condition=1e6)
+
+
+def test_factors_that_are_not_finite_are_refused_as_by_asdl() -> None:
+    x = torch.full((8, 6, 4), torch.nan, dtype=torch.float64)
+    for block in (nullcontext(), ours.enabled()):
+        model = tokens().double()  # of the last one, asdl has left the weights frozen
+        with block, pytest.raises(torch.linalg.LinAlgError):
+            fisher(model, x, "fisher_emp", "kron", calc_inv=True, damping=1e-2)
+
+
+@pytest.mark.parametrize("names", [["cov_kron_inv"], ["cov_kron", "cov_kron_inv"]])
+def test_operations_outside_of_a_maker_are_those_of_asdl(names: list[str]) -> None:
+    model, x = Twice().double(), torch.randn(8, 4, dtype=torch.float64)
+    results = []
+    for block in (nullcontext(), ours.enabled()):
+        with block, asdl_core.extend(model, *names) as context:
+            context.set_damping(1e-2)
+            F.cross_entropy(model(x), torch.arange(8) % 3).backward()
+            results.append([context.cov_kron(module) for module in (model.twice, model.last)])
+    for expected, found in zip(*results, strict=True):
+        assert found.keys() == expected.keys()
+        for name, matrix in expected.items():
+            assert_solved(found[name], matrix, condition=1e6)
+
+
+@pytest.mark.parametrize("kind", ["fisher_emp", "fisher_mc"])
+@pytest.mark.parametrize("network", ["images", "rows"])
+def test_swift_gradients_are_those_of_asdl(network: str, kind: str) -> None:
+    def gradients() -> list[Tensor]:
+        torch.manual_seed(1)
+        model = (images() if network == "images" else Twice()).double()
+        x = torch.randn(8, *((2, 8, 8) if network == "images" else (4,)), dtype=torch.float64)
+        config = PreconditioningConfig(data_size=8, damping=0.1)
+        maker = KfacGradientMaker(model, config, fisher_type=kind, seed=1, swift=True)
+        outputs = maker.setup_model_call(model, x)
+        maker.setup_loss_call(F.cross_entropy, outputs, torch.arange(8) % 3)
+        maker.setup_logits_repr(outputs)
+        maker.forward_and_backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    expected = gradients()
+    with ours.enabled():
+        found = gradients()
+    for mine, theirs in zip(found, expected, strict=True):
+        assert_solved(mine, theirs, condition=1e6)
+
+
+@pytest.mark.parametrize("samples", [1, 2])
 @pytest.mark.parametrize("kind", FISHERS)
-def test_a_fisher_is_inverted_in_one_call(kind: str, inverted: list[int]) -> None:
+def test_a_fisher_is_inverted_in_one_call(kind: str, samples: int, inverted: list[int]) -> None:
     model, x = images().double(), torch.randn(8, 2, 8, 8, dtype=torch.float64)
     with ours.enabled():
-        fisher(model, x, kind, "kron", calc_inv=True, damping=1e-2)
+        fisher(model, x, kind, "kron", samples, calc_inv=True, damping=1e-2)
     assert inverted == [8]
+
+
+def test_a_model_that_is_a_layer_is_refused_as_by_asdl() -> None:
+    """Asdl comes to the model twice, whose factors it has replaced by then."""
+    model, x = nn.Linear(4, 3).double(), torch.randn(8, 4, dtype=torch.float64)
+    for block in (nullcontext(), ours.enabled()):
+        with block, pytest.raises(ValueError, match="data do not exist"):
+            fisher(model, x, "fisher_exact", "kron", calc_inv=True, damping=1e-2)
 
 
 def precondition(kron: list[str] | None) -> list[Tensor]:
@@ -169,6 +262,7 @@ def test_patches_are_never_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr("asdl.operations.conv.im2col_2d")
     with ours.enabled():
         fisher(model, x, "fisher_emp", "kron")
+        fisher(model, x, "fisher_emp", "kron", calc_inv=True, damping=1e-2)
 
 
 def test_dilated_convolutions_are_served() -> None:
@@ -236,27 +330,30 @@ def test_a_factor_that_fails_is_tried_again_by_asdl() -> None:
 
 
 def replaceable() -> list[Any]:
-    from asdl import core, symmatrix
+    from asdl import symmatrix
     from asdl.precondition.natural_gradient import NaturalGradientMaker
 
-    kinds = [vars(kind)["do_local_accumulate"] for kind in ours._MAKERS]
-    methods = ours.FisherMaker.replace_fisher_with_inv, NaturalGradientMaker.update_preconditioner
-    return [core.get_op_class, symmatrix.Kron, *methods, *kinds]
+    maker = ours.FisherMaker
+    methods = maker._extract_fisher, maker.replace_fisher_with_inv
+    return [
+        asdl_core.get_op_class,
+        symmatrix.Kron,
+        *methods,
+        NaturalGradientMaker.update_preconditioner,
+    ]
 
 
 def test_classes_are_replaced_inside_of_a_block_only() -> None:
-    from asdl import core
-
     before = replaceable()
-    norm = core.get_op_class(nn.LayerNorm(1))
+    norm = asdl_core.get_op_class(nn.LayerNorm(1))
     with pytest.raises(ZeroDivisionError), ours.enabled():
-        assert core.get_op_class(nn.Linear(1, 1)) is ours.Linear
-        assert core.get_op_class(nn.Conv2d(1, 1, 1)) is ours.Conv2d
-        assert core.get_op_class(nn.LayerNorm(1)) is norm
+        assert asdl_core.get_op_class(nn.Linear(1, 1)) is ours.Linear
+        assert asdl_core.get_op_class(nn.Conv2d(1, 1, 1)) is ours.Conv2d
+        assert asdl_core.get_op_class(nn.LayerNorm(1)) is norm
         inside = replaceable()
         assert not any(new is old for new, old in zip(inside, before, strict=True))
         with ours.enabled():
-            assert core.get_op_class(nn.Linear(1, 1)) is ours.Linear
+            assert asdl_core.get_op_class(nn.Linear(1, 1)) is ours.Linear
         assert all(new is old for new, old in zip(replaceable(), inside, strict=True))
         raise ZeroDivisionError
     assert all(new is old for new, old in zip(replaceable(), before, strict=True))

@@ -13,9 +13,9 @@ factor of a linear layer is not divided by the shared positions, patches are pad
 every ``padding_mode``, and those of a grouped convolution are taken over all groups, so that its
 factors fit no weight. Under ``"swift_kron"``, a layer with fewer rows than features has its rows
 kept, scaled in place, by asdl itself. Dilated convolutions, which asdl refuses, are served. Other
-is how they are computed: patches are never written out for ``"kron"``, one triangle of a factor is
-enough, and all inverses of a model are one call, which leaves the factors' diagonals as they are.
-For that call, all factors are there together with all inverses.
+is how they are computed: one triangle of a factor is enough, and for ``"kron"``, patches are never
+written out and all inverses of a model are one call, which leaves the factors' diagonals as they
+are. For that call, all factors are there together with all inverses.
 
 Tested with asdfghjkl 0.1a5, as asdl is named where packages are installed from. The package that is
 named asdl there is another.
@@ -24,6 +24,7 @@ named asdl there is another.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -37,16 +38,52 @@ from kfac_fast.integrations.versions import require
 
 require("asdfghjkl", "0.1a5")
 
-from asdl import core, fisher, operations, symmatrix  # noqa: E402  # isort: skip
+from asdl import core, operations, symmatrix  # noqa: E402  # isort: skip
 from asdl.fisher import FisherMaker  # noqa: E402  # isort: skip
+from asdl.operations import OP_COV_KRON, OP_COV_KRON_INV  # noqa: E402  # isort: skip
 from asdl.precondition import natural_gradient  # noqa: E402  # isort: skip
 from asdl.precondition.natural_gradient import NaturalGradientMaker  # noqa: E402  # isort: skip
+from asdl.utils import cholesky_inv  # noqa: E402  # isort: skip
 
 EPS = 1e-7
 """Least damping of a factor, asdl's default."""
 
 
-class Linear(operations.Linear):  # type: ignore[misc]
+class _Operation:
+    """What both operations have in common: factors to invert wait for those of the other layers.
+
+    asdl inverts them as a gradient passes, together with those of the module's last input.
+    """
+
+    _op_results: dict[str, Any]
+
+    def __init__(self, module: nn.Module, op_names: Sequence[str], **options: Any) -> None:
+        names = [op_names] if isinstance(op_names, str) else list(op_names)
+        self._inverts = OP_COV_KRON_INV in names and OP_COV_KRON not in names
+        self._waiting: list[Kron] = []
+        if self._inverts:
+            names = [OP_COV_KRON if name == OP_COV_KRON_INV else name for name in names]
+        super().__init__(module, names, **options)  # type: ignore[call-arg]
+
+    def accumulate_result(self, value: Any, *keys: str, extend: bool = False) -> None:
+        """Add to a result, or keep a factor until it is inverted."""
+        if self._inverts and keys == (OP_COV_KRON, "A"):
+            self._input_factor: Tensor = value
+        elif self._inverts and keys == (OP_COV_KRON, "B"):
+            self._waiting.append(Kron(self._input_factor, value))
+        else:
+            library: Any = super()
+            library.accumulate_result(value, *keys, extend=extend)
+
+    def get_result(self, *keys: str, pop: bool = False, default: Any = None) -> Any:
+        """A result, of factors that are inverted by now."""
+        if keys[0] == OP_COV_KRON:
+            _invert_waiting([self])
+        library: Any = super()
+        return library.get_result(*keys, pop=pop, default=default)
+
+
+class Linear(_Operation, operations.Linear):  # type: ignore[misc]
     """asdl's ``Linear``; data are ``[N, in]`` and ``[N, out]``."""
 
     @staticmethod
@@ -60,7 +97,7 @@ class Linear(operations.Linear):  # type: ignore[misc]
         return ops.gram(out_grads).to(out_grads.dtype)
 
 
-class Conv2d(operations.Conv2d):  # type: ignore[misc]
+class Conv2d(_Operation, operations.Conv2d):  # type: ignore[misc]
     """asdl's ``Conv2d``; it takes inputs ``[N, C, H, W]`` and patches ``[N, D, positions]``."""
 
     _op_names: set[str]
@@ -68,10 +105,10 @@ class Conv2d(operations.Conv2d):  # type: ignore[misc]
     def forward_post_process(self, in_data: Tensor, out_data: Tensor) -> None:
         """Form the input factor from the input, and hand the rest over to asdl."""
         names = self._op_names
-        if operations.OP_COV_KRON in names:
+        if OP_COV_KRON in names:
             total = self.cov_kron_A(self._module, in_data).mul_(self._cov_scale)
-            self.accumulate_result(total, operations.OP_COV_KRON, "A")
-        self._op_names = names - {operations.OP_COV_KRON}
+            self.accumulate_result(total, OP_COV_KRON, "A")
+        self._op_names = names - {OP_COV_KRON}
         try:
             super().forward_post_process(in_data, out_data)
         finally:
@@ -112,12 +149,13 @@ class Kron(symmatrix.Kron):  # type: ignore[misc]
     ) -> None:
         """Invert the damped factors; see asdl's ``Kron``."""
         asked = [name for name, is_asked in (("A", calc_A_inv), ("B", calc_B_inv)) if is_asked]
-        if not self.is_served:
-            inverses = None
-        elif self._ready and self._ready[0] == damping and eps == EPS:
-            inverses = self._ready[1]
-        else:
+        ready, self._ready = self._ready, None
+        if ready and ready[0] == damping and eps == EPS:
+            inverses = ready[1]
+        elif self.is_served:
             (inverses,) = _inverses([self], damping, eps, asked)
+        else:
+            inverses = None
         if inverses is None:
             super().update_inv(damping, calc_A_inv, calc_B_inv, eps, replace)
             return
@@ -134,23 +172,43 @@ class Kron(symmatrix.Kron):  # type: ignore[misc]
 
 
 def _inverses(
-    krons: Sequence[Kron], damping: float, eps: float, sides: Sequence[str] = ("A", "B")
+    krons: Sequence[Kron],
+    damping: float,
+    eps: float = EPS,
+    sides: Sequence[str] = ("A", "B"),
+    *,
+    zeros: bool = False,
 ) -> list[dict[str, Tensor] | None]:
     """Invert the factors, damped by the ratio of their average eigenvalues as in asdl.
 
     Returns:
-        For each, the inverses by name, without those of zeros; None where one fails.
+        For each, the inverses by name, without those of zeros unless asked for; None where one
+        fails.
     """
-    factors = [matrix for kron in krons for matrix in (kron.A, kron.B)]
+    alike = defaultdict(list)
+    for i, kron in enumerate(krons):
+        alike[kron.A.dtype, kron.A.device].append(i)
+    results: dict[int, dict[str, Tensor] | None] = {}
+    for indices in alike.values():
+        factors = [matrix for i in indices for matrix in (krons[i].A, krons[i].B)]
+        inverses = _damped_inverses(factors, damping, eps, sides, zeros)
+        results |= dict(zip(indices, inverses, strict=True))
+    return [results[i] for i in range(len(krons))]
+
+
+def _damped_inverses(
+    factors: Sequence[Tensor], damping: float, eps: float, sides: Sequence[str], zeros: bool
+) -> list[dict[str, Tensor] | None]:
+    """:func:`_inverses` of factors A and B in turn, all of one dtype."""
     means = ops.mean_eigenvalues(factors)
     shares = [_shares(ratio, damping, eps) for ratio in (means[::2] / means[1::2]).tolist()]
-    names = ["A", "B"] * len(krons)
+    names = ["A", "B"] * len(shares)
     asked = [
         i
         for i, mean in enumerate(means.tolist())
-        if names[i] in sides and (mean != 0 or torch.any(factors[i]))
+        if names[i] in sides and (zeros or mean != 0 or torch.any(factors[i]))
     ]
-    found: list[dict[str, Tensor]] = [{} for _ in krons]
+    found: list[dict[str, Tensor]] = [{} for _ in shares]
     if not asked:
         return [*found]
     dampings = factors[0].new_tensor([shares[i // 2][i % 2] for i in asked])
@@ -169,6 +227,29 @@ def _shares(ratio: float, damping: float, eps: float) -> tuple[float, float]:
     return max(root * pi, eps), max(root / pi, eps)
 
 
+def _invert_waiting(found: Iterable[Any]) -> None:
+    """Invert what waits in operations in one call; the inverses of a module's calls are added."""
+    waiting = [(op, kron) for op in found if isinstance(op, _Operation) for kron in op._waiting]
+    if not waiting:
+        return
+    for operation, _ in waiting:
+        operation._waiting = []
+    library: Any = waiting[0][0]
+    inverses = _inverses([kron for _, kron in waiting], library._damping, zeros=True)
+    for (operation, kron), own in zip(waiting, inverses, strict=True):
+        if own is None:  # asdl says what fails
+            dampings = library.cov_kron_damping(kron.A, kron.B)
+            pairs = zip("AB", (kron.A, kron.B), dampings, strict=True)
+            own = {name: cholesky_inv(factor, share) for name, factor, share in pairs}
+        for name, inverse in own.items():
+            operation.accumulate_result(inverse, OP_COV_KRON, f"{name}_inv")
+
+
+def _extract_fisher(maker: FisherMaker, context: Any) -> None:
+    _invert_waiting(context._operations.values())
+    _library_extracts(maker, context)
+
+
 @contextmanager
 def _together(
     fishers: Iterable[Any], damping: float, sides: Sequence[str] = ("A", "B")
@@ -176,14 +257,12 @@ def _together(
     """Have factors of all layers inverted in one call, for their ``update_inv`` in a block."""
     found = [fisher.kron for fisher in fishers if fisher is not None]
     krons = [kron for kron in found if isinstance(kron, Kron) and kron.is_served]
-    alike = [k for k in krons if (k.A.dtype, k.A.device) == (krons[0].A.dtype, krons[0].A.device)]
-    inverses = _inverses(alike, damping, EPS, sides) if alike else []
-    for kron, own in zip(alike, inverses, strict=True):
+    for kron, own in zip(krons, _inverses(krons, damping, sides=sides), strict=True):
         kron._ready = damping, own
     try:
         yield
     finally:
-        for kron in alike:
+        for kron in krons:
             kron._ready = None
 
 
@@ -216,14 +295,8 @@ def _update_preconditioner(
         _library_updates(maker, damping, module_name, kron, zero_curvature, partition_aware)
 
 
+_library_extracts = FisherMaker._extract_fisher
 _library_updates = NaturalGradientMaker.update_preconditioner
-_MAKERS = (
-    fisher.FisherEmp,
-    fisher.FisherExactCrossEntropy,
-    fisher.FisherExactMSE,
-    fisher.FisherMCCrossEntropy,
-    fisher.FisherMCMSE,
-)
 _OURS = {operations.Linear: Linear, operations.Conv2d: Conv2d}
 
 
@@ -245,10 +318,9 @@ def enabled() -> Iterator[None]:
     replacements: list[tuple[Any, str, Any]] = [
         (core, "get_op_class", chosen),
         (symmatrix, "Kron", Kron),
+        (FisherMaker, "_extract_fisher", _extract_fisher),
         (FisherMaker, "replace_fisher_with_inv", _replace_fisher_with_inv),
         (NaturalGradientMaker, "update_preconditioner", _update_preconditioner),
-        # Of several passes asdl keeps the factors and inverts them at the end, all together.
-        *((maker, "do_local_accumulate", property(lambda self: True)) for maker in _MAKERS),
     ]
     before = [vars(owner)[name] for owner, name, _ in replacements]
     for owner, name, ours in replacements:
