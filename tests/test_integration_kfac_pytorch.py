@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -250,4 +251,18 @@ def test_blocks_may_be_nested() -> None:
         preconditioner.step()
     for layer in made:
         assert_inverted(layer)
+        assert set(vars(layer.module)) == {"module"}
+
+
+def test_blocks_may_overlap() -> None:
+    made = layers()
+    preconditioner = Preconditioner(*made)
+    with ExitStack() as second:
+        with ours.enabled(preconditioner):
+            second.enter_context(ours.enabled(preconditioner))
+        update(made)
+        preconditioner.step()
+    for layer in made:
+        assert_inverted(layer)
+        assert not {"compute_a_inv", "compute_g_inv"} & set(vars(layer))
         assert set(vars(layer.module)) == {"module"}

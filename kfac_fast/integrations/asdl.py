@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from kfac_fast import ops
 from kfac_fast.integrations.convolutions import output_positions, zero_padded_geometry
+from kfac_fast.integrations.replacing import replaced
 from kfac_fast.integrations.versions import require
 
 require("asdfghjkl", "0.1a5")
@@ -54,8 +55,6 @@ class _Operation:
 
     asdl inverts them as a gradient passes, together with those of the module's last input.
     """
-
-    _op_results: dict[str, Any]
 
     def __init__(self, module: nn.Module, op_names: Sequence[str], **options: Any) -> None:
         names = [op_names] if isinstance(op_names, str) else list(op_names)
@@ -295,9 +294,15 @@ def _update_preconditioner(
         _library_updates(maker, damping, module_name, kron, zero_curvature, partition_aware)
 
 
+_library_chooses = core.get_op_class
 _library_extracts = FisherMaker._extract_fisher
 _library_updates = NaturalGradientMaker.update_preconditioner
 _OURS = {operations.Linear: Linear, operations.Conv2d: Conv2d}
+
+
+def _get_op_class(module: nn.Module) -> Any:
+    kind = _library_chooses(module)
+    return _OURS.get(kind, kind)
 
 
 @contextmanager
@@ -309,24 +314,12 @@ def enabled() -> Iterator[None]:
     Yields:
         Nothing.
     """
-    choose = core.get_op_class
-
-    def chosen(module: nn.Module) -> Any:
-        kind = choose(module)
-        return _OURS.get(kind, kind)
-
     replacements: list[tuple[Any, str, Any]] = [
-        (core, "get_op_class", chosen),
+        (core, "get_op_class", _get_op_class),
         (symmatrix, "Kron", Kron),
         (FisherMaker, "_extract_fisher", _extract_fisher),
         (FisherMaker, "replace_fisher_with_inv", _replace_fisher_with_inv),
         (NaturalGradientMaker, "update_preconditioner", _update_preconditioner),
     ]
-    before = [vars(owner)[name] for owner, name, _ in replacements]
-    for owner, name, ours in replacements:
-        setattr(owner, name, ours)
-    try:
+    with replaced(replacements):
         yield
-    finally:
-        for (owner, name, _), original in zip(replacements, before, strict=True):
-            setattr(owner, name, original)

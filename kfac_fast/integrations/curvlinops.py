@@ -30,6 +30,7 @@ from kfac_fast.capture import last_reached
 from kfac_fast.eigenbases import eigendecompositions
 from kfac_fast.integrations.convolutions import are_patches_exact, output_positions, patches_gram
 from kfac_fast.integrations.dampings import shift_of
+from kfac_fast.integrations.replacing import replaced
 from kfac_fast.integrations.versions import require
 from kfac_fast.layers import RULES
 
@@ -247,6 +248,22 @@ _OURS = {
 }
 
 
+_LIBRARY_MAKES = {
+    kind: kind.__init__
+    for kind in (curvlinops.KFACLinearOperator, curvlinops.KFACInverseLinearOperator)
+}
+
+
+def _making(library_makes: Any) -> Any:
+    """An ``__init__`` that has the object be of this module's class."""
+
+    def make(self: Any, *args: Any, **options: Any) -> None:
+        self.__class__ = _OURS.get(type(self), type(self))
+        library_makes(self, *args, **options)
+
+    return make
+
+
 @contextmanager
 def enabled() -> Iterator[None]:
     """Have operators that are made inside of a ``with`` block be of this module's classes.
@@ -254,20 +271,5 @@ def enabled() -> Iterator[None]:
     Yields:
         Nothing.
     """
-    makers = [curvlinops.KFACLinearOperator, curvlinops.KFACInverseLinearOperator]
-    originals = [maker.__init__ for maker in makers]
-
-    def replaced(original: Any) -> Any:
-        def make(self: Any, *args: Any, **options: Any) -> None:
-            self.__class__ = _OURS.get(type(self), type(self))
-            original(self, *args, **options)
-
-        return make
-
-    for maker, original in zip(makers, originals, strict=True):
-        maker.__init__ = replaced(original)
-    try:
+    with replaced([(kind, "__init__", _making(make)) for kind, make in _LIBRARY_MAKES.items()]):
         yield
-    finally:
-        for maker, original in zip(makers, originals, strict=True):
-            maker.__init__ = original

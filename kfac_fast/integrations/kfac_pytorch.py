@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from kfac_fast import ops
 from kfac_fast.conv import ConvGeometry
 from kfac_fast.integrations.dampings import shift_of
+from kfac_fast.integrations.replacing import replaced
 
 
 def get_a_factor(helper: Any, a: Tensor) -> Tensor:
@@ -148,25 +149,16 @@ def enabled(preconditioner: Any) -> Iterator[None]:
         Nothing.
     """
     inverses = _Inverses(preconditioner)
-    replaced: list[tuple[Any, str, Any]] = []
+    replacements: list[tuple[Any, str, Any]] = []
     for _, layer in preconditioner._layers.values():
         if isinstance(layer.module.module, nn.Linear | nn.Conv2d):
             helper = layer.module
-            replaced.append((helper, "get_a_factor", partial(get_a_factor, helper)))
-            replaced.append((helper, "get_g_factor", partial(get_g_factor, helper)))
+            replacements.append((helper, "get_a_factor", partial(get_a_factor, helper)))
+            replacements.append((helper, "get_g_factor", partial(get_g_factor, helper)))
         if _is_served(layer):
             for side in ("a", "g"):
                 name = f"compute_{side}_inv"
                 own = getattr(layer, name)
-                replaced.append((layer, name, partial(inverses.compute, layer, side, own)))
-    before = [vars(owner).get(name) for owner, name, _ in replaced]
-    for owner, name, function in replaced:
-        setattr(owner, name, function)
-    try:
+                replacements.append((layer, name, partial(inverses.compute, layer, side, own)))
+    with replaced(replacements):
         yield
-    finally:
-        for (owner, name, _), own in zip(replaced, before, strict=True):
-            if own is None:
-                vars(owner).pop(name, None)
-            else:  # of a block around this one
-                setattr(owner, name, own)

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from kfac_fast import ops
 from kfac_fast.eigenbases import eigendecompositions
 from kfac_fast.integrations.convolutions import are_patches_exact, output_positions, patches_gram
+from kfac_fast.integrations.replacing import replaced
 from kfac_fast.integrations.versions import require
 from kfac_fast.layers import RULES
 
@@ -288,14 +289,11 @@ def enabled() -> Iterator[None]:
     Yields:
         Nothing.
     """
-    ours = {nn.Linear: TrackedLinear, nn.Conv2d: TrackedConv2d}
     supported = TrackedModule.SUPPORTED_MODULES
-    before = {kind: supported[kind] for kind in ours}
-    decompose = factor_computer.perform_eigendecomposition
-    supported.update(ours)
-    factor_computer.perform_eigendecomposition = perform_eigendecomposition
-    try:
+    replacements = [
+        (supported, nn.Linear, TrackedLinear),
+        (supported, nn.Conv2d, TrackedConv2d),
+        (factor_computer, "perform_eigendecomposition", perform_eigendecomposition),
+    ]
+    with replaced(replacements):
         yield
-    finally:
-        supported.update(before)
-        factor_computer.perform_eigendecomposition = decompose

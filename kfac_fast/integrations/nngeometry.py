@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from kfac_fast import ops
 from kfac_fast.integrations.convolutions import are_patches_exact, zero_padded_geometry
 from kfac_fast.integrations.dampings import shift_of
+from kfac_fast.integrations.replacing import replaced
 from kfac_fast.integrations.versions import require
 from kfac_fast.layers import RULES
 from kfac_fast.schema import result_dtype
@@ -179,11 +180,6 @@ def enabled() -> Iterator[None]:
     Yields:
         Nothing.
     """
-    before, own_inverse = {kind: grads.FactoryMap[kind] for kind in _OURS}, PMatKFAC.inverse
-    grads.FactoryMap.update(_OURS)
-    PMatKFAC.inverse = inverse
-    try:
+    factories = [(grads.FactoryMap, kind, ours) for kind, ours in _OURS.items()]
+    with replaced([*factories, (PMatKFAC, "inverse", inverse)]):
         yield
-    finally:
-        grads.FactoryMap.update(before)
-        PMatKFAC.inverse = own_inverse

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from kfac_fast import ops
 from kfac_fast.integrations.convolutions import output_positions, patches_gram
+from kfac_fast.integrations.replacing import replaced
 from kfac_fast.integrations.versions import require
 
 require("singd", "0.0.5")
@@ -146,6 +147,15 @@ def _gradient_term(
     return _rotated(c, form(rows, alpha=terms * scale, **options), g.dtype)
 
 
+_library_makes = library.SINGD.__init__
+
+
+def _make(self: Any, *args: Any, **options: Any) -> None:
+    if type(self) is library.SINGD:
+        self.__class__ = SINGD
+    _library_makes(self, *args, **options)
+
+
 @contextmanager
 def enabled() -> Iterator[None]:
     """Have optimizers that are made inside of a ``with`` block be of this module's class.
@@ -153,15 +163,5 @@ def enabled() -> Iterator[None]:
     Yields:
         Nothing.
     """
-    original = library.SINGD.__init__
-
-    def make(self: Any, *args: Any, **options: Any) -> None:
-        if type(self) is library.SINGD:
-            self.__class__ = SINGD
-        original(self, *args, **options)
-
-    library.SINGD.__init__ = make
-    try:
+    with replaced([(library.SINGD, "__init__", _make)]):
         yield
-    finally:
-        library.SINGD.__init__ = original
