@@ -10,6 +10,7 @@ import pytest
 import torch
 from plain_kfac import assert_solved
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 curvlinops = pytest.importorskip("curvlinops", reason="needs curvlinops-for-pytorch")
 
@@ -146,6 +147,46 @@ def test_an_output_that_the_loss_does_not_depend_on_is_refused() -> None:
             operator.compute_kronecker_factors()
 
 
+@pytest.mark.parametrize("fisher", FISHERS)
+def test_a_layer_that_is_never_called_is_refused_as_by_curvlinops(fisher: str) -> None:
+    given = branched(unused=False)
+    given[0].idle = nn.Linear(3, 3).double()
+    given[2] = list(given[0].parameters())
+    for operator in both("KFACLinearOperator", given, fisher_type=fisher):
+        if fisher == "forward-only":  # which goes backward nowhere
+            operator.compute_kronecker_factors()
+            assert "idle" not in operator._input_covariances
+            continue
+        with pytest.raises(RuntimeError, match="not have been used in the graph"):
+            operator.compute_kronecker_factors()
+
+
+class Checkpointed(nn.Module):
+    """Two parts that are computed again in the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(4, 5), nn.Tanh())
+        self.second = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = checkpoint(self.first, x, use_reentrant=False)
+        return checkpoint(self.second, hidden, use_reentrant=False)
+
+
+@pytest.mark.parametrize("kind", ["KFACLinearOperator", "EKFACLinearOperator"])
+@pytest.mark.parametrize("fisher", ["type-2", "mc", "empirical"])
+def test_checkpointed_layers_are_as_in_curvlinops(fisher: str, kind: str) -> None:
+    """Their inputs are counted again whenever they are computed again."""
+    model = Checkpointed().double()
+    data = [(torch.randn(n, 4, dtype=torch.float64), torch.randint(3, (n,))) for n in (5, 3, 4)]
+    given = [model, nn.CrossEntropyLoss(), list(model.parameters()), data]
+    operators = both(kind, given, fisher_type=fisher)
+    vector = torch.randn(operators[0].shape[1], dtype=torch.float64)
+    expected, found = (operator @ vector for operator in operators)
+    assert_solved(found, expected, condition=1e6)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("loss", ["mse", "bce"])
 def test_other_losses_keep_curvlinops_scales(loss: str, reduction: str) -> None:
@@ -256,6 +297,36 @@ def test_models_in_half_precision_are_served(approx: str, dtype: torch.dtype) ->
             errors = [(getattr(o, side)[name].double() - covariance).norm() for o in (theirs, mine)]
             rounding = torch.finfo(dtype).eps * covariance.norm()
             assert errors[1] <= errors[0] + rounding
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_factors_that_are_computed_again_are_added_as_in_curvlinops(dtype: torch.dtype) -> None:
+    model = tokens().to(dtype)
+    data = [(torch.randn(5, 6, 4).to(dtype), torch.randint(3, (5,)))]
+    given = [model, nn.CrossEntropyLoss(), list(model.parameters()), data]
+    theirs, mine = both("KFACLinearOperator", given, fisher_type="empirical")
+    for operator in (theirs, mine):
+        for times in (1, 2):
+            operator.compute_kronecker_factors()
+            sides = operator._input_covariances, operator._gradient_covariances
+            totals = {
+                (s, name): m.clone() for s, side in enumerate(sides) for name, m in side.items()
+            }
+            if times == 1:
+                once = totals
+        for key, total in totals.items():
+            assert total.dtype == dtype
+            distance = (total - 2 * once[key]).norm()
+            assert distance <= 4 * torch.finfo(dtype).eps * total.norm()
+
+
+@pytest.mark.parametrize("side", ["_input_covariances", "_gradient_covariances"])
+def test_a_factor_that_is_not_finite_is_refused_as_by_curvlinops(side: str) -> None:
+    for operator in both("EKFACLinearOperator", arguments("tokens", "mean")):
+        operator.compute_kronecker_factors()
+        getattr(operator, side)["2"][0, 0] = torch.nan
+        with pytest.raises(torch.linalg.LinAlgError):
+            operator @ torch.ones(operator.shape[1], dtype=torch.float64)
 
 
 def test_a_subclass_of_a_layer_has_its_corrected_eigenvalues_from_curvlinops() -> None:

@@ -8,10 +8,12 @@ everything that uses curvlinops, such as laplace-torch, use them for a while::
 
 Results are those of curvlinops to rounding, with its scales. Where they are not those of the
 Fisher, they are so here: patches are padded with zeros under every ``padding_mode``, and averaged
-over the groups of channels, though each group has a block of its own. Other is how they are
+over the groups of channels, though each group has a block of its own; and inputs are counted again
+whenever activation checkpointing computes a layer again in the backward pass. Other is how they are
 computed: patches are never written out, one triangle of a factor is enough, gradients of the
 weights are not computed on the way, those of outputs are used as they pass, all inverses are one
-call, and per-example gradients are formed for a few examples at a time.
+call, and per-example gradients are formed for a few examples at a time. A first layer that is
+checkpointed by itself is computed again for its weight's gradient only, and so not here.
 
 Tested with curvlinops-for-pytorch 3.0.1.
 """
@@ -24,6 +26,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from kfac_fast import ops
 from kfac_fast.capture import last_reached
@@ -33,6 +36,7 @@ from kfac_fast.integrations.dampings import shift_of
 from kfac_fast.integrations.replacing import replaced
 from kfac_fast.integrations.versions import require
 from kfac_fast.layers import RULES
+from kfac_fast.schema import result_dtype
 
 require("curvlinops-for-pytorch", "3.0.1")
 
@@ -91,7 +95,7 @@ class KFACLinearOperator(curvlinops.KFACLinearOperator):  # type: ignore[misc]
     def _register_tensor_hook_on_output_to_accumulate_gradient_covariance(
         self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, module_name: str
     ) -> None:
-        self._edges.append(get_gradient_edge(output))
+        self._edges.append((module_name, get_gradient_edge(output)))
         super()._register_tensor_hook_on_output_to_accumulate_gradient_covariance(
             module, inputs, output, module_name
         )
@@ -99,29 +103,34 @@ class KFACLinearOperator(curvlinops.KFACLinearOperator):  # type: ignore[misc]
     def _register_tensor_hook_on_output_to_accumulate_corrected_eigenvalues(
         self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, module_name: str
     ) -> None:
-        self._edges.append(get_gradient_edge(output))
+        self._edges.append((module_name, get_gradient_edge(output)))
         super()._register_tensor_hook_on_output_to_accumulate_corrected_eigenvalues(
             module, inputs, output, module_name
         )
 
     @property
-    def _edges(self) -> list[GradientEdge]:
-        """Outputs of the layers in the present pass."""
-        edges: list[GradientEdge] = self.__dict__.setdefault("_outputs", [])
+    def _edges(self) -> list[tuple[str, GradientEdge]]:
+        """Layers that were called in the present pass, and their outputs."""
+        edges: list[tuple[str, GradientEdge]] = self.__dict__.setdefault("_outputs", [])
         return edges
 
     def _compute_loss_and_backward(self, output: Tensor, y: Tensor) -> None:
-        if self._fisher_type == FisherType.FORWARD_ONLY:
-            self._edges.clear()
-            super()._compute_loss_and_backward(output, y)
-            return
         weights: Any = self._params
-        self._params: Any = _asked_for(output, self._edges)
-        self._edges.clear()
+        if self._fisher_type != FisherType.FORWARD_ONLY:
+            self._params: Any = self._asked_for(output)
         try:
             super()._compute_loss_and_backward(output, y)
         finally:
             self._params = weights
+            self._edges.clear()  # also those of calls that checkpointing has repeated in it
+
+    def _asked_for(self, output: Tensor) -> list[GradientEdge | Tensor]:
+        """What a backward pass is asked for, so that it passes all outputs of the layers."""
+        # At what it never reaches, an output or a weight, autograd raises, as for curvlinops.
+        called = {name for name, _ in self._edges}
+        others = [layer for name, layer in self._mapping.items() if name not in called]
+        ends = _ends(output, [edge for _, edge in self._edges])
+        return [*ends, *(self._params[position] for layer in others for position in layer.values())]
 
     def _is_joint(self, name: str) -> bool:
         """Whether weight and bias of a layer are one block."""
@@ -135,10 +144,8 @@ class KFACLinearOperator(curvlinops.KFACLinearOperator):  # type: ignore[misc]
         return batch_size**2 * int(self._num_per_example_loss_terms) / (examples * samples)
 
 
-def _asked_for(output: Tensor, edges: list[GradientEdge]) -> list[GradientEdge]:
+def _ends(output: Tensor, edges: list[GradientEdge]) -> list[GradientEdge]:
     """Of the layers' outputs those that a pass from the model's reaches last, or never."""
-    # Hooks use the gradients of the others on the way. At one that it never reaches, autograd
-    # raises, as it does for curvlinops.
     reached: set[Node] = set()
     ahead = [get_gradient_edge(output).node]
     while ahead:
@@ -152,7 +159,10 @@ def _asked_for(output: Tensor, edges: list[GradientEdge]) -> list[GradientEdge]:
 
 def _added_to(covariances: dict[str, Tensor], name: str) -> dict[str, Any]:
     """Options of an operator that adds to a covariance, if there is one."""
-    return {"out": covariances[name], "beta": 1.0} if name in covariances else {}
+    if name not in covariances:
+        return {}
+    known = covariances[name]
+    return {"out": known.to(result_dtype(known.dtype)), "beta": 1.0}
 
 
 class EKFACLinearOperator(KFACLinearOperator, curvlinops.EKFACLinearOperator):  # type: ignore[misc]
@@ -175,7 +185,10 @@ class EKFACLinearOperator(KFACLinearOperator, curvlinops.EKFACLinearOperator):  
         )
         for covariances, eigenvectors in sides:
             found = eigendecompositions(list(covariances.values()))
-            eigenvectors |= {n: d.vectors for n, d in zip(covariances, found, strict=True)}
+            for name, own in zip(covariances, found, strict=True):
+                if not own.valid:
+                    raise LinAlgError(f"{name}: its covariance has no eigendecomposition")
+                eigenvectors[name] = own.vectors
             covariances.clear()
 
     def _accumulate_corrected_eigenvalues(
