@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from plain_kfac import assert_solved
+from plain_kfac import assert_solved, plain_covariances
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -258,6 +258,83 @@ def test_ekfac_is_that_of_curvlinops(
     vector = torch.randn(operators[0].shape[1], dtype=torch.float64)
     expected, found = (operator @ vector for operator in operators)
     assert_solved(found, expected, condition=1e6)
+
+
+def padded(mode: str) -> list[Any]:
+    """A network with this padding mode, the summed loss and two unequal batches."""
+    model = nn.Sequential(
+        nn.Conv2d(2, 3, 3, padding=1, padding_mode=mode),
+        nn.Tanh(),
+        nn.Conv2d(3, 2, 2, stride=2, padding=(1, 0), padding_mode=mode, bias=False),
+        nn.Flatten(),
+        nn.Linear(12, 3),
+    ).double()
+    data = [(torch.randn(n, 2, 5, 4).double(), torch.randint(3, (n,))) for n in (5, 3)]
+    return [model, nn.CrossEntropyLoss(reduction="sum"), list(model.parameters()), data]
+
+
+def correct(kind: str, given: list[Any], **options: Any) -> Any:
+    """An operator of the Fisher's own factors, with weight and bias in one."""
+    options |= {"check_deterministic": False, "separate_weight_and_bias": False}
+    return getattr(ours, kind)(*given, correct=True, fisher_type="empirical", **options)
+
+
+def assert_covariances(operator: Any, given: list[Any], approx: str) -> None:
+    """Compare with those of the Fisher in plain PyTorch."""
+    model, loss, _, data = given
+    x, y = (torch.cat(part) for part in zip(*data, strict=True))
+    expected = plain_covariances(model, lambda: loss(model(x), y), approx, 1, "sum")
+    assert operator._mapping.keys() == expected.keys()
+    for name, (a, g) in expected.items():
+        assert_solved(operator._input_covariances[name], a[0])
+        assert_solved(operator._gradient_covariances[name], g[0])
+
+
+@pytest.mark.parametrize("approx", ["expand", "reduce"])
+@pytest.mark.parametrize("mode", ["circular", "reflect", "replicate", "zeros"])
+def test_correct_factors_are_those_of_the_fisher(mode: str, approx: str) -> None:
+    given = padded(mode)
+    operator = correct("KFACLinearOperator", given, kfac_approx=approx)
+    operator.compute_kronecker_factors()
+    assert_covariances(operator, given, approx)
+
+
+def test_correct_factors_count_checkpointed_layers_once() -> None:
+    model = Checkpointed().double()
+    data = [(torch.randn(n, 4, dtype=torch.float64), torch.randint(3, (n,))) for n in (5, 3)]
+    given = [model, nn.CrossEntropyLoss(reduction="sum"), list(model.parameters()), data]
+    operator = correct("KFACLinearOperator", given)
+    operator.compute_kronecker_factors()
+    assert_covariances(operator, given, "expand")
+
+
+def test_correct_eigenvalues_are_those_of_the_examples_gradients() -> None:
+    given = padded("circular")
+    model, loss, weights, data = given
+    operator = correct("EKFACLinearOperator", given)
+    operator.compute_eigenvalue_correction()
+    right, left = (
+        getattr(operator, f"_{side}_covariances_eigenvectors")["0"]
+        for side in ("input", "gradient")
+    )
+    expected = torch.zeros(3, 19, dtype=torch.float64)
+    for x, y in ((x[None], y[None]) for batch in data for x, y in zip(*batch, strict=True)):
+        weight, bias = torch.autograd.grad(loss(model(x), y), weights[:2])
+        gradient = torch.cat([weight.flatten(1), bias[:, None]], 1)
+        expected += (left.T @ gradient @ right).square()
+    assert_solved(operator._corrected_eigenvalues["0"], expected)
+
+
+def test_blocks_have_correct_operators_made() -> None:
+    given = padded("circular")
+    with ours.enabled():
+        with ours.enabled(correct=True):
+            inner = [both(kind, given)[0] for kind in ("KFACLinearOperator", "EKFACLinearOperator")]
+        outer = both("KFACLinearOperator", given, fisher_type="empirical")[0]
+    assert [operator._correct for operator in inner] == [True, True]
+    vector = torch.randn(outer.shape[1], dtype=torch.float64)
+    own = both("KFACLinearOperator", given, fisher_type="empirical")[0]
+    assert_solved(outer @ vector, own @ vector)
 
 
 def test_curvlinops_own_classes_are_replaced_inside_of_a_block_only() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from plain_kfac import assert_solved
+from plain_kfac import assert_solved, plain_covariances
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -32,10 +32,9 @@ def float64() -> Any:
     torch.set_default_dtype(torch.float32)
 
 
-def problem(likelihood: str) -> tuple[nn.Module, DataLoader[tuple[Tensor, ...]]]:
-    model = nn.Sequential(
-        nn.Conv2d(1, 3, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(27, 3)
-    )
+def problem(likelihood: str, **options: Any) -> tuple[nn.Module, DataLoader[tuple[Tensor, ...]]]:
+    convolution = nn.Conv2d(1, 3, 3, padding=1, **options)
+    model = nn.Sequential(convolution, nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(27, 3))
     x = torch.randn(12, 1, 6, 6)
     y = torch.randint(3, (12,)) if likelihood == "classification" else torch.randn(12, 3)
     return model, DataLoader(TensorDataset(x, y), batch_size=5)
@@ -73,6 +72,26 @@ def test_posterior_and_marginal_likelihood_are_those_of_laplace(
     x = torch.randn(4, 1, 6, 6)
     for found, wanted in zip(as_tuple(mine(x)), as_tuple(expected(x)), strict=True):
         assert_solved(found, wanted, condition=1e6)
+
+
+def test_correct_factors_are_those_of_the_fisher() -> None:
+    model, data = problem("classification", padding_mode="circular")
+    posterior = laplace.Laplace(
+        model,
+        "classification",
+        subset_of_weights="all",
+        hessian_structure="kron",
+        backend=KFACEF,
+        backend_kwargs={"correct": True},
+    )
+    posterior.fit(data)
+    x, y = data.dataset.tensors
+    loss = nn.CrossEntropyLoss(reduction="sum")
+    expected = plain_covariances(model, lambda: loss(model(x), y), "expand", 1, "sum")
+    kfacs = posterior.H_facs.kfacs[::2]
+    for (b, a), (input_factor, gradient_factor) in zip(kfacs, expected.values(), strict=True):
+        assert_solved(a, input_factor[0, :-1, :-1])  # laplace-torch has a block for each bias
+        assert_solved(b, gradient_factor[0])
 
 
 def test_a_batch_takes_one_forward_pass() -> None:

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from kfac_fast import ops
-from kfac_fast.integrations.convolutions import output_positions, zero_padded_geometry
+from kfac_fast.integrations.convolutions import geometry_of, output_positions
 from kfac_fast.integrations.replacing import replaced
 from kfac_fast.integrations.versions import require
 
@@ -118,7 +118,7 @@ class Conv2d(_Operation, operations.Conv2d):  # type: ignore[misc]
         """Input factor."""
         if in_data.dim() == 3:
             return ops.gram(in_data.mT, alpha=1 / in_data.shape[-1]).to(in_data.dtype)
-        geometry = zero_padded_geometry(module)
+        geometry = geometry_of(module)
         scale = 1 / output_positions(module, in_data)
         total = ops.conv_expand_gram(in_data, module.kernel_size, alpha=scale, **geometry)
         return total.to(in_data.dtype)

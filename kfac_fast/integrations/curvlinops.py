@@ -7,13 +7,15 @@ everything that uses curvlinops, such as laplace-torch, use them for a while::
         laplace.fit(data)
 
 Results are those of curvlinops to rounding, with its scales. Where they are not those of the
-Fisher, they are so here: patches are padded with zeros under every ``padding_mode``, and averaged
-over the groups of channels, though each group has a block of its own; and inputs are counted again
-whenever activation checkpointing computes a layer again in the backward pass. Other is how they are
-computed: patches are never written out, one triangle of a factor is enough, gradients of the
-weights are not computed on the way, those of outputs are used as they pass, all inverses are one
-call, and per-example gradients are formed for a few examples at a time. A first layer that is
-checkpointed by itself is computed again for its weight's gradient only, and so not here.
+Fisher, they are so here, unless ``correct`` is given: patches are padded with zeros under every
+``padding_mode``, and inputs are counted again whenever activation checkpointing computes a layer
+again in the backward pass, but for a first layer that is checkpointed by itself. Always, patches
+are averaged over the groups of channels, though each group has a block of its own, which one factor
+has no room for; and the covariances of a layer's calls are added up in both factors, of which
+curvlinops expects one. Other is how they are computed: patches are never written out, one triangle
+of a factor is enough, gradients of the weights are not computed on the way, those of outputs are
+used as they pass, all inverses are one call, and per-example gradients are formed for a few
+examples at a time.
 
 Tested with curvlinops-for-pytorch 3.0.1.
 """
@@ -47,8 +49,21 @@ from curvlinops.kfac import FisherType, KFACType  # noqa: E402  # isort: skip
 class KFACLinearOperator(curvlinops.KFACLinearOperator):  # type: ignore[misc]
     """:class:`curvlinops.KFACLinearOperator`, its factors formed by kfac_fast.
 
-    Takes the same arguments. Source: Eschenhagen et al. (2023), section 3.
+    Takes the same arguments, and ``correct``. Source: Eschenhagen et al. (2023), section 3.
+
+    Args:
+        arguments: Of curvlinops' own class.
+        correct: Whether padding modes are honoured, and inputs counted once where layers are
+            computed again.
+        options: Of curvlinops' own class.
     """
+
+    _correct = False
+    _is_backward = False
+
+    def __init__(self, *arguments: Any, correct: bool = False, **options: Any) -> None:
+        self._correct = correct
+        super().__init__(*arguments, **options)
 
     def compute_kronecker_factors(self) -> None:
         """Form the factors, summed up at least in float32, in the dtype of the weights."""
@@ -64,12 +79,15 @@ class KFACLinearOperator(curvlinops.KFACLinearOperator):  # type: ignore[misc]
     ) -> None:
         if len(inputs) != 1:
             raise ValueError(f"{module_name}: modules must have one input, got {len(inputs)}")
+        if self._correct and self._is_backward:
+            return
         x, expand = inputs[0].detach(), self._kfac_approx == KFACType.EXPAND
         options: dict[str, Any] = {"bias": self._is_joint(module_name)}
         options |= _added_to(self._input_covariances, module_name)
         if isinstance(module, nn.Conv2d):
             positions = output_positions(module, x) if expand else 1
             scale = 1 / (self._N_data * positions)
+            options["correct"] = self._correct
             result = patches_gram(module, x, expand=expand, alpha=scale, **options)
         elif expand or x.dim() == 2:
             scale = 1 / (self._N_data * x.shape[1:-1].numel())
@@ -118,10 +136,11 @@ class KFACLinearOperator(curvlinops.KFACLinearOperator):  # type: ignore[misc]
         weights: Any = self._params
         if self._fisher_type != FisherType.FORWARD_ONLY:
             self._params: Any = self._asked_for(output)
+        self._is_backward = True
         try:
             super()._compute_loss_and_backward(output, y)
         finally:
-            self._params = weights
+            self._params, self._is_backward = weights, False
             self._edges.clear()  # also those of calls that checkpointing has repeated in it
 
     def _asked_for(self, output: Tensor) -> list[GradientEdge | Tensor]:
@@ -168,7 +187,7 @@ def _added_to(covariances: dict[str, Tensor], name: str) -> dict[str, Any]:
 class EKFACLinearOperator(KFACLinearOperator, curvlinops.EKFACLinearOperator):  # type: ignore[misc]
     """:class:`curvlinops.EKFACLinearOperator`, computed by kfac_fast.
 
-    Takes the same arguments. Source: George et al. (2018), section 3.
+    Takes the same arguments, and ``correct``. Source: George et al. (2018), section 3.
     """
 
     def compute_eigenvalue_correction(self) -> None:
@@ -195,7 +214,8 @@ class EKFACLinearOperator(KFACLinearOperator, curvlinops.EKFACLinearOperator):  
         self, grad_output: Tensor, module: nn.Module, module_name: str
     ) -> None:
         right = self._input_covariances_eigenvectors.get(module_name)
-        if right is None or type(module) not in RULES or not are_patches_exact(module):
+        is_exact = are_patches_exact(module, correct=self._correct)
+        if right is None or type(module) not in RULES or not is_exact:
             super()._accumulate_corrected_eigenvalues(grad_output, module, module_name)
             return
         g, scale = grad_output.detach(), self._scale(len(grad_output))
@@ -267,22 +287,25 @@ _LIBRARY_MAKES = {
 }
 
 
-def _making(library_makes: Any) -> Any:
-    """An ``__init__`` that has the object be of this module's class."""
-
-    def make(self: Any, *args: Any, **options: Any) -> None:
-        self.__class__ = _OURS.get(type(self), type(self))
-        library_makes(self, *args, **options)
-
-    return make
-
-
 @contextmanager
-def enabled() -> Iterator[None]:
+def enabled(*, correct: bool = False) -> Iterator[None]:
     """Have operators that are made inside of a ``with`` block be of this module's classes.
+
+    Args:
+        correct: That of :class:`KFACLinearOperator`.
 
     Yields:
         Nothing.
     """
-    with replaced([(kind, "__init__", _making(make)) for kind, make in _LIBRARY_MAKES.items()]):
+
+    def replacement(library_makes: Any) -> Any:
+        def make(self: Any, *args: Any, **options: Any) -> None:
+            if type(self) in _OURS:
+                self.__class__ = _OURS[type(self)]
+                self._correct = correct
+            library_makes(self, *args, **options)
+
+        return make
+
+    with replaced([(kind, "__init__", replacement(make)) for kind, make in _LIBRARY_MAKES.items()]):
         yield

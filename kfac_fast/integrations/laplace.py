@@ -7,9 +7,11 @@ Pass a class of this module for the backend::
     la.fit(data)
 
 It serves all weights and the last layer, and the marginal likelihood on top of them. The factors
-are those of laplace-torch's own curvlinops backend to rounding, see
-:mod:`kfac_fast.integrations.curvlinops`; other structures than ``"kron"`` are that backend's. The
-loss is that of the pass which the factors are computed in, where laplace-torch runs another one.
+are those of laplace-torch's own curvlinops backend to rounding, or with
+``backend_kwargs={"correct": True}`` the Fisher's, as far as
+:mod:`kfac_fast.integrations.curvlinops` says; other structures than ``"kron"`` are that backend's.
+The factor 1/2 of the regression's loss is split into its roots. The loss is that of the pass which
+the factors are computed in, where laplace-torch runs another one.
 
 Tested with laplace-torch 0.3 and curvlinops-for-pytorch 3.0.1.
 """
@@ -42,6 +44,10 @@ class _Operator(KFACLinearOperator):
 class _Kron:
     """What both backends have in common."""
 
+    def __init__(self, *arguments: Any, correct: bool = False, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.correct = correct
+
     def kron(self, x: Any, y: Tensor, N: int, **options: Any) -> tuple[Tensor, Any]:  # noqa: N803
         """Loss and Kronecker factors of a batch; see laplace-torch's ``CurvatureInterface``."""
         library: Any = self
@@ -55,6 +61,7 @@ class _Kron:
             fisher_type=library._kron_fisher_type,
             separate_weight_and_bias=True,
             check_deterministic=False,
+            correct=self.correct,
             **options,
         )
         operator.compute_kronecker_factors()
@@ -65,8 +72,20 @@ class _Kron:
 
 
 class KFACGGN(_Kron, CurvlinopsGGN):  # type: ignore[misc]
-    """The generalised Gauss-Newton matrix: type-2, or Monte-Carlo with ``stochastic=True``."""
+    """The generalised Gauss-Newton matrix: type-2, or Monte-Carlo with ``stochastic=True``.
+
+    Args:
+        arguments: Of laplace-torch's ``CurvlinopsGGN``.
+        correct: That of :class:`kfac_fast.integrations.curvlinops.KFACLinearOperator`.
+        options: Of ``CurvlinopsGGN``.
+    """
 
 
 class KFACEF(_Kron, CurvlinopsEF):  # type: ignore[misc]
-    """The empirical Fisher."""
+    """The empirical Fisher.
+
+    Args:
+        arguments: Of laplace-torch's ``CurvlinopsEF``.
+        correct: That of :class:`kfac_fast.integrations.curvlinops.KFACLinearOperator`.
+        options: Of ``CurvlinopsEF``.
+    """

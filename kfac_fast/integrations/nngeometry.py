@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from kfac_fast import ops
-from kfac_fast.integrations.convolutions import are_patches_exact, zero_padded_geometry
+from kfac_fast.integrations.convolutions import are_patches_exact, geometry_of
 from kfac_fast.integrations.dampings import shift_of
 from kfac_fast.integrations.replacing import replaced
 from kfac_fast.integrations.versions import require
@@ -105,7 +105,7 @@ class _Convolution:
     @classmethod
     def kfac_xx(cls, buffer: Tensor, mod: nn.Conv2d, layer: Any, x: Tensor, gy: Tensor) -> None:
         """Add a batch to the input factor."""
-        geometry = zero_padded_geometry(mod)
+        geometry = geometry_of(mod)
         bias = layer.bias is not None
         _add(buffer, ops.conv_expand_gram, x, mod.kernel_size, bias=bias, **geometry)
 
