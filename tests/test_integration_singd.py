@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from plain_kfac import assert_solved
+from plain_kfac import assert_solved, plain_covariances
 from torch import Tensor, nn
 
 pytest.importorskip("singd", reason="needs singd and what it imports")
@@ -146,6 +146,31 @@ def test_optimizers_are_replaced_inside_of_a_block_only() -> None:
     with pytest.raises(ZeroDivisionError), ours.enabled():
         raise ZeroDivisionError
     assert SINGD.__init__ is original and type(SINGD(model)) is SINGD
+
+
+@pytest.mark.parametrize("examples", [1, 40])
+@pytest.mark.parametrize("approx", ["expand", "reduce"])
+@pytest.mark.parametrize("mode", ["circular", "reflect", "zeros"])
+def test_correct_terms_are_those_of_the_fisher(mode: str, approx: str, examples: int) -> None:
+    """Few rows are rotated, of many the covariance; the first basis is the identity."""
+    model = images(padding_mode=mode).double()
+    x, y = torch.randn(examples, 2, 8, 8, dtype=torch.float64), torch.arange(examples) % 3
+    loss = nn.CrossEntropyLoss()
+    expected = plain_covariances(model, lambda: loss(model(x), y), approx, examples, "mean")
+    optimizer = ours.SINGD(model, loss_average="batch", kfac_approx=approx, T=1, correct=True)
+    loss(model(x), y).backward()
+    for name, (a, g) in expected.items():
+        assert_solved(optimizer.H_Ks[name].to_dense(), a[0])
+        assert_solved(optimizer.H_Cs[name].to_dense(), g[0])
+
+
+def test_blocks_have_correct_optimizers_made() -> None:
+    model = tokens().double()
+    with ours.enabled():
+        with ours.enabled(correct=True):
+            inner = SINGD(model)
+        outer = SINGD(model)
+    assert (inner.correct, outer.correct) == (True, False)
 
 
 STATE = ("Ks", "Cs", "m_Ks", "m_Cs")

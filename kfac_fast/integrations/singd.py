@@ -6,10 +6,12 @@ Use the class of this module in place of singd's own, which it is a subclass of:
 
 or have optimizers that are made for a while be of it with :func:`enabled`. It serves layers whose
 two structures are dense; others are singd's own. The terms ``H_K`` and ``H_C`` are those of singd
-to rounding, with its scales. Where they are not those of the Fisher, they are so here: patches are
-averaged over the groups of channels and padded with zeros under every ``padding_mode``. Other is
-how they are computed, of a side with many rows: its covariance is formed first, without ever
-writing patches out, and then rotated; and of products with a transpose, one triangle is enough.
+to rounding, with its scales. Where they are not those of the Fisher, they are so here, unless
+``correct`` is given: patches are padded with zeros under every ``padding_mode``. Always, patches
+are averaged over the groups of channels, though each group has a block of its own, which one
+structure has no room for; and the terms of a layer's calls are added up on both sides. Other is how
+they are computed, of a side with many rows: its covariance is formed first, without ever writing
+patches out, and then rotated; and of products with a transpose, one triangle is enough.
 
 Tested with singd 0.0.5.
 """
@@ -27,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kfac_fast import ops
-from kfac_fast.integrations.convolutions import output_positions, patches_gram
+from kfac_fast.integrations.convolutions import are_patches_exact, output_positions, patches_gram
 from kfac_fast.integrations.replacing import replaced
 from kfac_fast.integrations.versions import require
 
@@ -65,10 +67,20 @@ ROWS_PER_FEATURE = 2
 class SINGD(library.SINGD):  # type: ignore[misc]
     """:class:`singd.optim.optimizer.SINGD`, its curvature formed by kfac_fast.
 
-    Takes the same arguments. Source: Lin et al. (2024), section 3.
+    Takes the same arguments, and ``correct``. Source: Lin et al. (2024), section 3.
+
+    Args:
+        arguments: Of singd's own class.
+        correct: Whether padding modes are honoured.
+        options: Of singd's own class.
     """
 
     SUPPORTED_STRUCTURES = library.SINGD.SUPPORTED_STRUCTURES | {"dense": Dense}
+    correct = False
+
+    def __init__(self, *arguments: Any, correct: bool = False, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.correct = correct
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, whether it is singd's or of this class."""
@@ -93,7 +105,7 @@ class SINGD(library.SINGD):  # type: ignore[misc]
         x, g = inputs[0].detach().to(dtypes[0]), grad_output.detach().to(dtypes[1])
         scale = 1 / self._get_grad_scale(self.steps - 1)
         terms = (
-            _input_term(self.Ks[name], x, module, approx),
+            _input_term(self.Ks[name], x, module, approx, self.correct),
             _gradient_term(self.Cs[name], g, module, average, approx, scale),
         )
         for (_, known), term in zip(sides, terms, strict=True):
@@ -102,7 +114,9 @@ class SINGD(library.SINGD):  # type: ignore[misc]
             known[name] = known[name].add_(term) if name in known else term
 
 
-def _input_term(k: DenseMatrix, x: Tensor, module: Any, approx: str) -> DenseMatrix:
+def _input_term(
+    k: DenseMatrix, x: Tensor, module: Any, approx: str, correct: bool = False
+) -> DenseMatrix:
     """``K^T A K`` for the covariance ``A`` of the inputs."""
     is_convolution, expand = isinstance(module, nn.Conv2d), approx == "expand"
     if is_convolution:
@@ -111,11 +125,12 @@ def _input_term(k: DenseMatrix, x: Tensor, module: Any, approx: str) -> DenseMat
         positions = x.shape[1:-1].numel() if expand else 1
     rows = len(x) * positions
     few = 1 if is_convolution else ROWS_PER_FEATURE  # patches would have to be written out
-    if rows <= few * len(k.to_dense()):
+    mends = are_patches_exact(module, correct=correct) and not are_patches_exact(module)
+    if rows <= few * len(k.to_dense()) and not mends:
         return k.from_inner(X=process_input(x, module, approx).T)
     options: dict[str, Any] = {"bias": module.bias is not None, "alpha": 1 / rows}
     if is_convolution:
-        covariance = patches_gram(module, x, expand=expand, **options)
+        covariance = patches_gram(module, x, expand=expand, correct=correct, **options)
     elif expand or x.dim() == 2:
         covariance = ops.gram(x, **options)
     else:
@@ -150,18 +165,22 @@ def _gradient_term(
 _library_makes = library.SINGD.__init__
 
 
-def _make(self: Any, *args: Any, **options: Any) -> None:
-    if type(self) is library.SINGD:
-        self.__class__ = SINGD
-    _library_makes(self, *args, **options)
-
-
 @contextmanager
-def enabled() -> Iterator[None]:
+def enabled(*, correct: bool = False) -> Iterator[None]:
     """Have optimizers that are made inside of a ``with`` block be of this module's class.
+
+    Args:
+        correct: That of :class:`SINGD`.
 
     Yields:
         Nothing.
     """
-    with replaced([(library.SINGD, "__init__", _make)]):
+
+    def make(self: Any, *args: Any, **options: Any) -> None:
+        if type(self) is library.SINGD:
+            self.__class__ = SINGD
+            self.correct = correct
+        _library_makes(self, *args, **options)
+
+    with replaced([(library.SINGD, "__init__", make)]):
         yield
