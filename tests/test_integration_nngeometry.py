@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from plain_kfac import assert_solved
-from torch import nn
+from plain_kfac import assert_solved, plain_covariances
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 pytest.importorskip("nngeometry", reason="needs nngeometry")
 from nngeometry.backend import TorchHooksJacobianBackend  # noqa: E402
 from nngeometry.backend.torch_hooks.grads import FactoryMap  # noqa: E402
-from nngeometry.object import PMatEKFAC, PMatKFAC  # noqa: E402
+from nngeometry.object import PMatDiag, PMatEKFAC, PMatKFAC  # noqa: E402
 
 from kfac_fast.integrations import nngeometry as ours  # noqa: E402
 
@@ -52,11 +52,23 @@ def signals() -> nn.Module:
     )
 
 
+class Twice(nn.Module):
+    """Calls a layer two times, of which nngeometry knows the input of the last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.twice(torch.tanh(self.twice(x)))))
+
+
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "images": (images, (2, 8, 8)),
     "groups": (lambda: images(groups=2), (2, 8, 8)),
     "padding": (lambda: images(padding_mode="circular"), (2, 8, 8)),
     "signals": (signals, (2, 8)),
+    "twice": (Twice, (4,)),
 }
 
 
@@ -166,6 +178,61 @@ def test_models_in_half_precision_are_served(network: str) -> None:
         for mine, theirs in zip(found[name], pair, strict=True):
             assert mine.dtype == torch.bfloat16
             assert (mine.double() - theirs).norm() <= 0.03 * theirs.norm()
+
+
+CORRECT: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "circular": (lambda: images(padding_mode="circular"), (2, 8, 8)),
+    "reflect": (lambda: images(padding_mode="reflect"), (2, 8, 8)),
+    "signals": (signals, (2, 8)),
+    "twice": (Twice, (4,)),
+}
+
+
+@pytest.mark.parametrize("network", CORRECT)
+def test_correct_factors_are_those_of_the_fisher(network: str) -> None:
+    """Up to how the scales are shared: the sum over the outputs' Jacobians, a mean of examples."""
+    make, shape = CORRECT[network]
+    model, x = make(), torch.randn(8, *shape)
+    data = DataLoader(TensorDataset(x), batch_size=5)
+    with ours.enabled(correct=True):
+        found = PMatKFAC(generator=TorchHooksJacobianBackend(model), examples=data).data
+    outputs = model(x).shape[1]
+    passes = [
+        plain_covariances(model, lambda c=c: model(x)[:, c].sum(), "expand", 1, "sum")
+        for c in range(outputs)
+    ]
+    for (a, g), name in zip(found.values(), passes[0], strict=True):
+        inputs = passes[0][name][0][0]
+        gradients = sum(covariances[name][1][0] for covariances in passes) / len(x)
+        assert_solved(a / a.trace(), inputs / inputs.trace())
+        assert_solved(torch.kron(g, a), torch.kron(gradients, inputs))
+
+
+def test_correct_diagonals_are_those_of_the_examples_gradients() -> None:
+    model, x = images(padding_mode="circular"), torch.randn(4, 2, 8, 8)
+    data = DataLoader(TensorDataset(x), batch_size=3)
+    with ours.enabled(correct=True):
+        matrix = PMatEKFAC(generator=TorchHooksJacobianBackend(model), examples=data)
+        matrix.update_diag(data)
+    layer = next(iter(matrix.data[1]))
+    right, left = matrix.data[0][layer]
+    expected = torch.zeros(4, 19)
+    for scalar in model(x).flatten():
+        weight, bias = torch.autograd.grad(
+            scalar, [model[0].weight, model[0].bias], retain_graph=True
+        )
+        gradient = torch.cat([weight.flatten(1), bias[:, None]], 1)
+        expected += (left.T @ gradient @ right).square() / len(x)
+    assert_solved(matrix.data[1][layer], expected.flatten())
+
+
+def test_other_matrices_are_nngeometrys_own_in_a_correct_block() -> None:
+    generator = TorchHooksJacobianBackend(Twice())
+    data = DataLoader(TensorDataset(torch.randn(8, 4)), batch_size=5)
+    expected = PMatDiag(generator=generator, examples=data).get_diag()
+    with ours.enabled(correct=True):
+        found = PMatDiag(generator=generator, examples=data).get_diag()
+    assert found.equal(expected)
 
 
 def test_blocks_may_be_nested() -> None:

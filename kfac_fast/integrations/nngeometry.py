@@ -9,17 +9,20 @@ It serves linear layers and convolutions in one and two dimensions, for ``PMatKF
 ``PMatEKFAC``; other representations and layers are nngeometry's own. Factors are those of
 nngeometry to rounding. With ``n`` examples and ``c`` outputs of the function, the input factor is
 ``sqrt(c) / n`` times its sum and the gradient factor ``1 / (n sqrt(c))``, for convolutions also
-divided by the number of output positions. Where they are not those of the Fisher, they are so here:
-patches are padded with zeros under every ``padding_mode``, and those of a grouped convolution are
-taken over all groups, so that its factors fit no weight. The inverses of ``PMatKFAC.inverse`` are
-one call; a factor that is not positive definite is nngeometry's business.
+divided by the number of output positions. Where they are not those of the Fisher, they are so here,
+unless ``correct`` is given: patches are padded with zeros under every ``padding_mode``; and a
+module that is called several times has the input of its last call in place of each, whereas the
+correct factors add up each call's own, with the gradient factor divided by their number. Always,
+patches of a grouped convolution are taken over all groups, so that its factors fit no weight; and
+the diagonal in the eigenbasis is of the last call's input with each gradient. The inverses of
+``PMatKFAC.inverse`` are one call; a factor that is not positive definite is nngeometry's business.
 
 Tested with nngeometry 0.4.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,6 +40,7 @@ from kfac_fast.schema import result_dtype
 require("nngeometry", "0.4")
 
 import nngeometry.layercollection as layers  # noqa: E402  # isort: skip
+from nngeometry.backend import TorchHooksJacobianBackend  # noqa: E402  # isort: skip
 from nngeometry.backend.torch_hooks import grads  # noqa: E402  # isort: skip
 from nngeometry.object import PMatKFAC  # noqa: E402  # isort: skip
 
@@ -102,10 +106,12 @@ def _rows(x: Tensor) -> Tensor:
 class _Convolution:
     """What one and two dimensions have in common."""
 
+    correct = False
+
     @classmethod
     def kfac_xx(cls, buffer: Tensor, mod: nn.Conv2d, layer: Any, x: Tensor, gy: Tensor) -> None:
         """Add a batch to the input factor."""
-        geometry = geometry_of(mod)
+        geometry = geometry_of(mod, correct=cls.correct)
         bias = layer.bias is not None
         _add(buffer, ops.conv_expand_gram, x, mod.kernel_size, bias=bias, **geometry)
 
@@ -126,7 +132,7 @@ class _Convolution:
         evecs_g: Tensor,
     ) -> None:
         """Add a batch to the diagonal in the eigenbasis."""
-        if are_patches_exact(mod):
+        if are_patches_exact(mod, correct=cls.correct):
             _add_squared_gradients(buffer, mod, mod.bias is not None, x, gy, evecs_a, evecs_g)
         else:
             library: Any = super()
@@ -139,6 +145,18 @@ class Conv1dFactory(_Convolution, grads.Conv1dJacobianFactory):  # type: ignore[
 
 class Conv2dFactory(_Convolution, grads.Conv2dJacobianFactory):  # type: ignore[misc]
     """nngeometry's ``Conv2dJacobianFactory``."""
+
+
+class CorrectConv1dFactory(Conv1dFactory):
+    """One that honours padding modes."""
+
+    correct = True
+
+
+class CorrectConv2dFactory(Conv2dFactory):
+    """One that honours padding modes."""
+
+    correct = True
 
 
 def inverse(matrix: Any, regul: float = 1e-8, use_pi: bool = True) -> Any:
@@ -166,20 +184,56 @@ def inverse(matrix: Any, regul: float = 1e-8, use_pi: bool = True) -> Any:
 
 
 _inverse = PMatKFAC.inverse
+
+
+def _add_hooks(backend: Any, hook_x: Any, hook_gy: Any, mods: Iterable[nn.Module]) -> list[Any]:
+    """nngeometry's, but a gradient for ``PMatKFAC`` comes with the input of its own call."""
+    if hook_gy != backend._hook_compute_kfac_blocks:
+        handles: list[Any] = _library_adds_hooks(backend, hook_x, hook_gy, mods)
+        return handles
+    calls: dict[nn.Module, int] = {}
+    done: set[nn.Module] = set()  # whose gradients have come, so that the next call is another pass
+
+    def forward_hook(mod: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        calls[mod] = 1 if mod in done else calls.get(mod, 0) + 1
+        done.discard(mod)
+
+        def backward_hook(gradient: Tensor) -> None:
+            done.add(mod)
+            hook_x(mod, inputs)
+            hook_gy(mod, gradient / calls[mod] ** 0.5)
+
+        output.register_hook(backward_hook)
+
+    return [mod.register_forward_hook(forward_hook) for mod in mods]
+
+
+_library_adds_hooks = TorchHooksJacobianBackend._add_hooks
 _OURS = {
     layers.LinearLayer: LinearFactory,
     layers.Conv1dLayer: Conv1dFactory,
     layers.Conv2dLayer: Conv2dFactory,
 }
+_CORRECT = {layers.Conv1dLayer: CorrectConv1dFactory, layers.Conv2dLayer: CorrectConv2dFactory}
 
 
 @contextmanager
-def enabled() -> Iterator[None]:
+def enabled(*, correct: bool = False) -> Iterator[None]:
     """Have matrices that are computed inside of a ``with`` block be this module's.
+
+    Args:
+        correct: Whether padding modes are honoured, and the factors of a module that is called
+            several times are those of all its calls.
 
     Yields:
         Nothing.
     """
-    factories = [(grads.FactoryMap, kind, ours) for kind, ours in _OURS.items()]
-    with replaced([*factories, (PMatKFAC, "inverse", inverse)]):
+    ours = _OURS | (_CORRECT if correct else {})
+    adds_hooks = _add_hooks if correct else _library_adds_hooks
+    replacements = [
+        *((grads.FactoryMap, kind, factory) for kind, factory in ours.items()),
+        (TorchHooksJacobianBackend, "_add_hooks", adds_hooks),
+        (PMatKFAC, "inverse", inverse),
+    ]
+    with replaced(replacements):
         yield

@@ -71,7 +71,7 @@ class SINGD(library.SINGD):  # type: ignore[misc]
 
     Args:
         arguments: Of singd's own class.
-        correct: Whether padding modes are honoured.
+        correct: Whether padding modes of layers whose structures are dense are honoured.
         options: Of singd's own class.
     """
 
