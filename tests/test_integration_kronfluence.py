@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from plain_kfac import assert_solved
+from plain_kfac import assert_solved, plain_covariances, record
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 pytest.importorskip("kronfluence", reason="needs kronfluence and what it imports")
 from kronfluence.analyzer import Analyzer, prepare_model  # noqa: E402
-from kronfluence.arguments import FactorArguments  # noqa: E402
+from kronfluence.arguments import FactorArguments, ScoreArguments  # noqa: E402
 from kronfluence.factor.covariance import fit_covariance_matrices_with_loader  # noqa: E402
 from kronfluence.factor.eigen import (  # noqa: E402
     fit_lambda_matrices_with_loader,
@@ -67,6 +67,11 @@ def images(groups: int = 1, padding_mode: str = "zeros") -> nn.Module:
         nn.ReLU(inplace=True),
         nn.Linear(5, 3),
     )
+
+
+def padded(mode: str) -> nn.Module:
+    convolution = nn.Conv2d(2, 4, 3, padding=1, padding_mode=mode)
+    return nn.Sequential(convolution, nn.Tanh(), nn.Flatten(), nn.Linear(256, 3))
 
 
 class Twice(nn.Module):
@@ -241,6 +246,82 @@ def test_lambda_matrices_are_those_of_kronfluence(
     assert_equal(found, expected)
 
 
+def prepared(model: nn.Module, task: Task) -> nn.Module:
+    with ours.enabled(correct=True):
+        return prepare_model(model, task)
+
+
+def one_by_one(model: nn.Sequential) -> Tensor:
+    """Gradients of the first layer by autograd, ``[N, out, in + 1]``."""
+    gradients = []
+    for batch in DataLoader(dataset("images"), batch_size=1):
+        loss = Problem().compute_train_loss(batch, model)
+        weight, bias = torch.autograd.grad(loss, [model[0].weight, model[0].bias])
+        gradients.append(torch.cat([weight.flatten(1), bias[:, None]], 1))
+    return torch.stack(gradients)
+
+
+@pytest.mark.parametrize("mode", ["circular", "reflect", "zeros"])
+def test_correct_covariances_are_those_of_the_fisher(mode: str) -> None:
+    task, x, y = Problem(), *dataset("images").tensors
+    torch.manual_seed(0)
+    model = padded(mode).double()
+    expected = plain_covariances(
+        model, lambda: task.compute_train_loss((x, y), model), "expand", 1, "sum"
+    )
+    found = fit(prepared(model, task), "images", task)
+    for name, (a, g) in expected.items():
+        count = found["num_activation_covariance_processed"][name]
+        assert_solved(found["activation_covariance"][name] / count, a[0])
+        assert_solved(found["gradient_covariance"][name], g[0])
+
+
+def test_correct_covariances_are_without_the_rows_that_a_mask_leaves_out() -> None:
+    task, (x, y, mask) = Problem(), dataset("padded tokens").tensors
+    torch.manual_seed(0)
+    model = tokens().double()
+    calls = record(model, lambda: task.compute_train_loss((x, y), model))
+    found = fit(prepared(model, task), "padded tokens", task)
+    for name, (call,) in calls.items():
+        rows, gradients = (part.flatten(2)[mask] for part in call)
+        assert_solved(found["activation_covariance"][name], rows.T @ rows)
+        assert_solved(found["gradient_covariance"][name], gradients.T @ gradients)
+        assert found["num_gradient_covariance_processed"][name] == mask.sum()
+
+
+@pytest.mark.parametrize("options", [{}, {"has_shared_parameters": True}])
+def test_correct_lambda_matrices_are_those_of_the_examples_gradients(
+    options: dict[str, Any],
+) -> None:
+    task = Problem()
+    torch.manual_seed(0)
+    model = padded("circular").double()
+    gradients = one_by_one(model)
+    model = prepared(model, task)
+    bases = decomposed(model, fit(model, "images", task), perform_eigendecomposition)
+    found = fit(model, "images", task, bases, **options)["lambda_matrix"]["0"]
+    right, left = (bases[f"{side}_eigenvectors"]["0"] for side in ("activation", "gradient"))
+    assert_solved(found, (left.T @ gradients @ right).square().sum(0), condition=1e6)
+
+
+def test_correct_scores_are_of_the_examples_gradients(tmp_path: Path) -> None:
+    """With the identity for the curvature they are inner products of gradients."""
+    task, data = Problem(), dataset("images")
+    torch.manual_seed(0)
+    model = padded("circular").double()
+    gradients = one_by_one(model).flatten(1)
+    task.get_influence_tracked_modules = lambda: ["0"]
+    options = {"cpu": True, "disable_tqdm": True, "output_dir": str(tmp_path)}
+    analyzer = Analyzer("run", prepared(model, task), task, **options)
+    analyzer.fit_all_factors("factors", data, factor_args=FactorArguments("identity"))
+    names = ("per_sample_gradient_dtype", "precondition_dtype", "score_dtype")
+    given = {f"per_device_{kind}_batch_size": 4 for kind in ("query", "train")}
+    given["score_args"] = ScoreArguments(**dict.fromkeys(names, torch.float64))
+    analyzer.compute_pairwise_scores("scores", "factors", data, data, **given)
+    found = analyzer.load_pairwise_scores("scores")["all_modules"]
+    assert_solved(found.double(), gradients @ gradients.T)
+
+
 def test_patches_are_never_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
     task = Problem()
     model = both("images", task)[1]
@@ -270,7 +351,7 @@ def test_all_factors_of_an_analysis(tmp_path: Path) -> None:
 def test_classes_are_replaced_inside_of_a_block_only() -> None:
     before = dict(TrackedModule.SUPPORTED_MODULES)
     with pytest.raises(ZeroDivisionError), ours.enabled():
-        assert TrackedModule.SUPPORTED_MODULES[nn.Linear] is ours.TrackedLinear
+        assert TrackedModule.SUPPORTED_MODULES[nn.Linear].func is ours.TrackedLinear
         assert ours.factor_computer.perform_eigendecomposition is ours.perform_eigendecomposition
         raise ZeroDivisionError
     assert before == TrackedModule.SUPPORTED_MODULES

@@ -8,15 +8,17 @@ Prepare the model and fit the factors inside of a ``with`` block; scores need no
         analyzer.fit_all_factors("ekfac", data)
 
 Factors are those of kronfluence to rounding, sums with a count beside them, of linear layers and
-convolutions in two dimensions. Where they are not those of the Fisher, they are so here: patches
-are averaged over the groups of channels and padded with zeros under every ``padding_mode``, and
-rows that an attention mask leaves out are missing from the sum of the inputs but not from that of
-the gradients; of a module that is called several times, lambda matrices know the last call only,
-unless parameters are declared to be shared. Other is how they are computed: the factors' patches
-are never written out, one triangle is enough, per-example gradients are formed for a few examples
-at a time, and matrices of several modules are decomposed at the same time. Covariances that are
-given to the eigendecomposition stay as they are, where kronfluence divides float64 ones by their
-counts in place.
+convolutions in two dimensions. Where they are not those of the Fisher, they are so here, unless
+``correct`` is given: patches are padded with zeros under every ``padding_mode``, also those of
+per-example gradients in factors and scores, and rows that an attention mask leaves out are missing
+from the sum of the inputs but not from that of the gradients. Always, patches are averaged over the
+groups of channels, though each group has a block of its own, which one factor has no room for; and
+of a module that is called several times, lambda matrices know the last call only, unless
+kronfluence is told so by ``has_shared_parameters``. Other is how they are computed: the factors'
+patches are never written out, one triangle is enough, per-example gradients are formed for a few
+examples at a time, and small matrices of all modules are decomposed in common calls. Covariances
+that are given to the eigendecomposition stay as they are, where kronfluence divides float64 ones by
+their counts in place.
 
 Tested with kronfluence 1.0.1.
 """
@@ -25,14 +27,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kfac_fast import ops
+from kfac_fast.conv import ConvGeometry
 from kfac_fast.eigenbases import eigendecompositions
-from kfac_fast.integrations.convolutions import are_patches_exact, output_positions, patches_gram
+from kfac_fast.integrations.convolutions import (
+    are_patches_exact,
+    geometry_of,
+    output_positions,
+    patches_gram,
+)
 from kfac_fast.integrations.replacing import replaced
 from kfac_fast.integrations.versions import require
 from kfac_fast.layers import RULES
@@ -80,7 +90,7 @@ class CovarianceTracker(factor.CovarianceTracker):  # type: ignore[misc]
         )
         known = self._gradient_covariance_initialized
         scale = float(self.module.gradient_scale) ** 2
-        self._add(names, known, count, ops.gram, output_gradient, alpha=scale)
+        self._add(names, known, count, self.module.gradient_gram, output_gradient, alpha=scale)
         self._gradient_covariance_initialized = True
 
     def _add(
@@ -120,7 +130,7 @@ class LambdaTracker(factor.LambdaTracker):  # type: ignore[misc]
             arguments.has_shared_parameters
             or self.module.per_sample_gradient_process_fnc is not None
             or not FactorConfig.CONFIGS[arguments.strategy].requires_eigendecomposition_for_lambda
-            or not are_patches_exact(module)
+            or not are_patches_exact(module, correct=self.module.correct)
         ):
             super().register_hooks()
             return
@@ -159,8 +169,9 @@ class LambdaTracker(factor.LambdaTracker):  # type: ignore[misc]
 class _Tracked:
     """What both modules have in common: their trackers."""
 
-    def __init__(self, *args: Any, **options: Any) -> None:
+    def __init__(self, *args: Any, correct: bool = False, **options: Any) -> None:
         super().__init__(*args, **options)
+        self.correct = correct
         trackers: dict[Any, Any] = self._trackers  # type: ignore[attr-defined]
         trackers[ModuleMode.COVARIANCE] = CovarianceTracker(self)
         trackers[ModuleMode.LAMBDA] = LambdaTracker(self)
@@ -179,6 +190,10 @@ class TrackedLinear(_Tracked, linear.TrackedLinear):  # type: ignore[misc]
         """Gram of the rows that count; options are those of the operator."""
         return ops.gram(x, bias=self.bias is not None, mask=self._mask(x), **options)
 
+    def gradient_gram(self, gradient: Tensor, **options: Any) -> Tensor:
+        """Gram of all rows, or correctly of those that count; options are those of the operator."""
+        return ops.gram(gradient, mask=self._mask(gradient) if self.correct else None, **options)
+
     def _mask(self, x: Tensor) -> Tensor | None:
         mask: Tensor | None = self.attention_mask
         if mask is None or mask.numel() != x.shape[:-1].numel():
@@ -196,13 +211,27 @@ class TrackedConv2d(_Tracked, conv2d.TrackedConv2d):  # type: ignore[misc]
 
     def input_gram(self, x: Tensor, **options: Any) -> Tensor:
         """Gram of the patches; options are those of the operator."""
-        bias = self.bias is not None
-        return patches_gram(self.original_module, x, expand=True, bias=bias, **options)
+        options |= {"bias": self.bias is not None, "correct": self.correct}
+        return patches_gram(self.original_module, x, expand=True, **options)
+
+    def gradient_gram(self, gradient: Tensor, **options: Any) -> Tensor:
+        """Gram of the pixels; options are those of the operator."""
+        return ops.gram(gradient, **options)
 
     def get_flattened_gradient(self, output_gradient: Tensor) -> tuple[Tensor, int]:
         """The pixels of the gradient, a view, and their number."""
         pixels = output_gradient.movedim(1, -1)
         return pixels, pixels.shape[:-1].numel()
+
+    def _flatten_input_activation(self, input_activation: Tensor) -> Tensor:
+        module, x = self.original_module, input_activation
+        if are_patches_exact(module) or not are_patches_exact(module, correct=self.correct):
+            rows: Tensor = super()._flatten_input_activation(x)
+            return rows
+        options = geometry_of(module, correct=True)
+        geometry = ConvGeometry.normalize(self.name, 2, module.kernel_size, **options)
+        patches = geometry.windows(x).flatten(1, 3).flatten(2).mT
+        return F.pad(patches.flatten(0, 1), (0, int(self.bias is not None)), value=1.0)
 
 
 Sized = tuple[int, str, tuple[str, ...]]
@@ -281,18 +310,21 @@ def perform_eigendecomposition(
 
 
 @contextmanager
-def enabled() -> Iterator[None]:
+def enabled(*, correct: bool = False) -> Iterator[None]:
     """Have models that are prepared inside of a ``with`` block be of this module's classes.
 
     The eigendecomposition is this module's in there, too.
+
+    Args:
+        correct: Whether padding modes are honoured, and an attention mask's also in the gradients.
 
     Yields:
         Nothing.
     """
     supported = TrackedModule.SUPPORTED_MODULES
     replacements = [
-        (supported, nn.Linear, TrackedLinear),
-        (supported, nn.Conv2d, TrackedConv2d),
+        (supported, nn.Linear, partial(TrackedLinear, correct=correct)),
+        (supported, nn.Conv2d, partial(TrackedConv2d, correct=correct)),
         (factor_computer, "perform_eigendecomposition", perform_eigendecomposition),
     ]
     with replaced(replacements):
