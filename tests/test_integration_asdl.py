@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from plain_kfac import assert_solved
+from plain_kfac import assert_solved, plain_covariances
 from torch import Tensor, nn
 
 asdl = pytest.importorskip("asdl.symmatrix", reason="needs asdfghjkl")
@@ -71,11 +72,17 @@ NETWORKS: dict[str, Any] = {
 
 
 def fisher(
-    model: nn.Module, x: Tensor, kind: str, shape: str, samples: int = 2, **options: Any
+    model: nn.Module,
+    x: Tensor,
+    kind: str,
+    shape: str,
+    samples: int = 2,
+    loss_type: str = "cross_entropy",
+    **options: Any,
 ) -> dict[str, Any]:
     """The Kronecker factors, the diagonals or the inverses of every layer."""
     y = torch.arange(len(x)) % 3
-    config = FisherConfig(kind, [shape], loss_type="cross_entropy", seed=1, n_mc_samples=samples)
+    config = FisherConfig(kind, [shape], loss_type=loss_type, seed=1, n_mc_samples=samples)
     maker = get_fisher_maker(model, config)
     outputs = maker.setup_model_call(model, x)
     maker.setup_loss_call(F.cross_entropy, outputs, y, reduction="sum")
@@ -270,7 +277,64 @@ def test_dilated_convolutions_are_served() -> None:
     x = torch.randn(4, 2, 8, 8, dtype=torch.float64)
     patches = F.unfold(x, 3, dilation=2, padding=1)
     expected = torch.einsum("nis,njs->ij", patches, patches) / patches.shape[-1]
-    assert_solved(ours.Conv2d.cov_kron_A(conv, x), expected)
+    operation = ours.Conv2d(conv, ["cov_kron"])
+    operation.forward_post_process(x, conv(x))
+    assert_solved(operation.get_result("cov_kron")["A"], expected)
+
+
+def assert_fisher(
+    model: nn.Module, found: dict[str, Any], losses: list[Callable[[], Tensor]]
+) -> None:
+    """Compare factors with those of the Fisher in plain PyTorch, averaged over some losses."""
+    passes = [plain_covariances(model, loss, "expand", 1, "sum") for loss in losses]
+    for name, (a, _) in passes[0].items():
+        inputs = a[0] if model.get_submodule(name).bias is None else a[0, :-1, :-1]
+        gradients = sum(covariances[name][1][0] for covariances in passes) / len(passes)
+        assert_solved(found[f"{name}.A"], 0.5 * inputs)
+        assert_solved(found[f"{name}.B"], 0.5 * gradients / 8)
+
+
+CORRECT: dict[str, Any] = {
+    "circular": (lambda: images(padding_mode="circular"), (2, 8, 8)),
+    "reflect": (lambda: images(padding_mode="reflect"), (2, 8, 8)),
+    "tokens": (tokens, (6, 4)),
+}
+
+
+@pytest.mark.parametrize("network", CORRECT)
+def test_correct_factors_are_those_of_the_fisher(network: str) -> None:
+    make, size = CORRECT[network]
+    model, x = make().double(), torch.randn(8, *size, dtype=torch.float64)
+    with ours.enabled():
+        with ours.enabled(correct=True):
+            found = fisher(model, x, "fisher_emp", "kron")
+            inverses = fisher(model, x, "fisher_emp", "kron", calc_inv=True, damping=1e-2)
+        again = fisher(model, x, "fisher_emp", "kron")
+    y = torch.arange(8) % 3
+    assert_fisher(model, found, [lambda: F.cross_entropy(model(x), y, reduction="sum")])
+    for name in dict.fromkeys(key.rpartition(".")[0] for key in found):
+        own = asdl.Kron(found[f"{name}.A"], found[f"{name}.B"])
+        own.update_inv(1e-2)
+        assert_solved(inverses[f"{name}.A_inv"], own.A_inv, condition=1e6)
+        assert_solved(inverses[f"{name}.B_inv"], own.B_inv, condition=1e6)
+    for name, matrix in fisher(model, x, "fisher_emp", "kron").items():
+        assert_solved(again[name], matrix)
+
+
+@pytest.mark.parametrize("loss_type", ["cross_entropy", "mse"])
+def test_correct_samples_are_averaged(loss_type: str) -> None:
+    model, x = tokens().double(), torch.randn(8, 6, 4, dtype=torch.float64)
+    with ours.enabled(correct=True):
+        found = fisher(model, x, "fisher_mc", "kron", samples=3, loss_type=loss_type)
+    torch.manual_seed(1)
+    logits = model(x).detach()
+    if loss_type == "mse":
+        draws = [torch.distributions.Normal(logits, 1.0).sample() for _ in range(3)]
+        losses = [lambda t=t: (model(x) - t).square().sum() / 2 for t in draws]
+    else:
+        draws = [torch.distributions.Categorical(logits=logits).sample() for _ in range(3)]
+        losses = [lambda t=t: F.cross_entropy(model(x), t, reduction="sum") for t in draws]
+    assert_fisher(model, found, losses)
 
 
 def covariance(size: int, scale: float = 1.0) -> Tensor:

@@ -8,14 +8,16 @@ Have whatever asdl computes for a while take them::
 
 It serves the Fisher shapes ``"kron"`` and ``"swift_kron"`` of linear layers and convolutions in two
 dimensions, and ``Kron.update_inv``. Results are those of asdl to rounding, with ``scale /
-data_size`` on both factors. Where they are not those of the Fisher, they are so here: the input
-factor of a linear layer is not divided by the shared positions, patches are padded with zeros under
-every ``padding_mode``, and those of a grouped convolution are taken over all groups, so that its
-factors fit no weight. Under ``"swift_kron"``, a layer with fewer rows than features has its rows
-kept, scaled in place, by asdl itself. Dilated convolutions, which asdl refuses, are served. Other
-is how they are computed: one triangle of a factor is enough, and for ``"kron"``, patches are never
-written out and all inverses of a model are one call, which leaves the factors' diagonals as they
-are. For that call, all factors are there together with all inverses.
+data_size`` on both factors. Where they are not those of the Fisher, they are so here, unless
+``correct`` is given: the input factor of a linear layer is not divided by the shared positions,
+patches are padded with zeros under every ``padding_mode``, and of ``n`` samples, the gradient
+factor is ``1 / n`` of what it should be. Always, patches of a grouped convolution are taken over
+all groups, so that its factors fit no weight; and the factors of a module's calls are added up on
+both sides. Under ``"swift_kron"``, of which ``correct`` mends the samples only, a layer with fewer
+rows than features has its rows kept, scaled in place, by asdl itself. Dilated convolutions, which
+asdl refuses, are served. Other is how they are computed: one triangle of a factor is enough, and
+for ``"kron"``, patches are never written out and all inverses of a model are one call, which leaves
+the factors' diagonals as they are. For that call, all factors are there together with all inverses.
 
 Tested with asdfghjkl 0.1a5, as asdl is named where packages are installed from. The package that is
 named asdl there is another.
@@ -39,7 +41,7 @@ from kfac_fast.integrations.versions import require
 
 require("asdfghjkl", "0.1a5")
 
-from asdl import core, operations, symmatrix  # noqa: E402  # isort: skip
+from asdl import core, fisher, operations, symmatrix  # noqa: E402  # isort: skip
 from asdl.fisher import FisherMaker  # noqa: E402  # isort: skip
 from asdl.operations import OP_COV_KRON, OP_COV_KRON_INV  # noqa: E402  # isort: skip
 from asdl.precondition import natural_gradient  # noqa: E402  # isort: skip
@@ -51,10 +53,14 @@ EPS = 1e-7
 
 
 class _Operation:
-    """What both operations have in common: factors to invert wait for those of the other layers.
+    """What both operations have in common: the input factor, formed of the input as it is.
 
-    asdl inverts them as a gradient passes, together with those of the module's last input.
+    Factors to invert wait for those of the other layers, where asdl inverts them as a gradient
+    passes, together with that of the module's last input.
     """
+
+    correct = False
+    _op_names: set[str]
 
     def __init__(self, module: nn.Module, op_names: Sequence[str], **options: Any) -> None:
         names = [op_names] if isinstance(op_names, str) else list(op_names)
@@ -63,6 +69,21 @@ class _Operation:
         if self._inverts:
             names = [OP_COV_KRON if name == OP_COV_KRON_INV else name for name in names]
         super().__init__(module, names, **options)  # type: ignore[call-arg]
+
+    def forward_post_process(self, in_data: Tensor, out_data: Tensor) -> None:
+        """Form the input factor, and hand the rest over to asdl."""
+        library: Any = super()
+        names = self._op_names
+        if OP_COV_KRON in names:
+            self.accumulate_result(self._input_gram(in_data), OP_COV_KRON, "A")
+        self._op_names = names - {OP_COV_KRON}
+        try:
+            library.forward_post_process(in_data, out_data)
+        finally:
+            self._op_names = names
+
+    def _input_gram(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
 
     def accumulate_result(self, value: Any, *keys: str, extend: bool = False) -> None:
         """Add to a result, or keep a factor until it is inverted."""
@@ -85,6 +106,10 @@ class _Operation:
 class Linear(_Operation, operations.Linear):  # type: ignore[misc]
     """asdl's ``Linear``; data are ``[N, in]`` and ``[N, out]``."""
 
+    def _input_gram(self, x: Tensor) -> Tensor:
+        positions = x.shape[1:-1].numel() if self.correct else 1
+        return ops.gram(x, alpha=self._cov_scale / positions).to(x.dtype)
+
     @staticmethod
     def cov_kron_A(module: nn.Linear, in_data: Tensor) -> Tensor:  # noqa: N802
         """Input factor."""
@@ -97,36 +122,34 @@ class Linear(_Operation, operations.Linear):  # type: ignore[misc]
 
 
 class Conv2d(_Operation, operations.Conv2d):  # type: ignore[misc]
-    """asdl's ``Conv2d``; it takes inputs ``[N, C, H, W]`` and patches ``[N, D, positions]``."""
+    """asdl's ``Conv2d``; data are ``[N, D, positions]`` and ``[N, out, positions]``."""
 
-    _op_names: set[str]
-
-    def forward_post_process(self, in_data: Tensor, out_data: Tensor) -> None:
-        """Form the input factor from the input, and hand the rest over to asdl."""
-        names = self._op_names
-        if OP_COV_KRON in names:
-            total = self.cov_kron_A(self._module, in_data).mul_(self._cov_scale)
-            self.accumulate_result(total, OP_COV_KRON, "A")
-        self._op_names = names - {OP_COV_KRON}
-        try:
-            super().forward_post_process(in_data, out_data)
-        finally:
-            self._op_names = names
+    def _input_gram(self, x: Tensor) -> Tensor:
+        geometry = geometry_of(self._module, correct=self.correct)
+        geometry["alpha"] = self._cov_scale / output_positions(self._module, x)
+        return ops.conv_expand_gram(x, self._module.kernel_size, **geometry).to(x.dtype)
 
     @staticmethod
     def cov_kron_A(module: nn.Conv2d, in_data: Tensor) -> Tensor:  # noqa: N802
         """Input factor."""
-        if in_data.dim() == 3:
-            return ops.gram(in_data.mT, alpha=1 / in_data.shape[-1]).to(in_data.dtype)
-        geometry = geometry_of(module)
-        scale = 1 / output_positions(module, in_data)
-        total = ops.conv_expand_gram(in_data, module.kernel_size, alpha=scale, **geometry)
-        return total.to(in_data.dtype)
+        return ops.gram(in_data.mT, alpha=1 / in_data.shape[-1]).to(in_data.dtype)
 
     @staticmethod
     def cov_kron_B(module: nn.Conv2d, out_grads: Tensor) -> Tensor:  # noqa: N802
         """Gradient factor."""
         return ops.gram(out_grads.mT).to(out_grads.dtype)
+
+
+class CorrectLinear(Linear):
+    """One whose input factor is divided by the shared positions."""
+
+    correct = True
+
+
+class CorrectConv2d(Conv2d):
+    """One that honours padding modes."""
+
+    correct = True
 
 
 class Kron(symmatrix.Kron):  # type: ignore[misc]
@@ -295,31 +318,55 @@ def _update_preconditioner(
 
 
 _library_chooses = core.get_op_class
+_LIBRARY_LOOPS = {
+    kind: kind._fisher_loop for kind in (fisher.FisherMCCrossEntropy, fisher.FisherMCMSE)
+}
 _library_extracts = FisherMaker._extract_fisher
 _library_updates = NaturalGradientMaker.update_preconditioner
 _OURS = {operations.Linear: Linear, operations.Conv2d: Conv2d}
+_CORRECT = {operations.Linear: CorrectLinear, operations.Conv2d: CorrectConv2d}
 
 
-def _get_op_class(module: nn.Module) -> Any:
-    kind = _library_chooses(module)
-    return _OURS.get(kind, kind)
+def _correct_loop(library_loops: Any) -> Any:
+    """A loop over samples, whose losses asdl divides by ``n``, of which each counts ``1 / n``."""
+
+    def loop(maker: FisherMaker, closure: Any) -> None:
+        root = maker.config.n_mc_samples**0.5
+        library_loops(maker, lambda loss, **options: closure(lambda: root * loss(), **options))
+
+    return loop
 
 
 @contextmanager
-def enabled() -> Iterator[None]:
+def enabled(*, correct: bool = False) -> Iterator[None]:
     """Have operations and matrices that are made inside of a ``with`` block be of these classes.
 
     What inverts those of a whole model inside of it does so in one call.
 
+    Args:
+        correct: Whether input factors of linear layers are divided by the shared positions, padding
+            modes are honoured, and samples averaged.
+
     Yields:
         Nothing.
     """
+    kinds = _CORRECT if correct else _OURS
+
+    def get_op_class(module: nn.Module) -> Any:
+        kind = _library_chooses(module)
+        return kinds.get(kind, kind)
+
+    loops = [
+        (kind, "_fisher_loop", _correct_loop(loop) if correct else loop)
+        for kind, loop in _LIBRARY_LOOPS.items()
+    ]
     replacements: list[tuple[Any, str, Any]] = [
-        (core, "get_op_class", _get_op_class),
+        (core, "get_op_class", get_op_class),
         (symmatrix, "Kron", Kron),
         (FisherMaker, "_extract_fisher", _extract_fisher),
         (FisherMaker, "replace_fisher_with_inv", _replace_fisher_with_inv),
         (NaturalGradientMaker, "update_preconditioner", _update_preconditioner),
+        *loops,
     ]
     with replaced(replacements):
         yield
