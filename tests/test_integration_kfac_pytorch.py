@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from plain_kfac import assert_solved
+from plain_kfac import assert_solved, plain_covariances
 from torch import Tensor, nn
 
 from kfac_fast.integrations import kfac_pytorch as ours
@@ -136,6 +136,37 @@ def test_factors_are_those_of_kfac_pytorch(module: str, kind: str) -> None:
     helper = helper_of(kind, layer)
     assert_solved(ours.get_a_factor(helper, x), helper.get_a_factor(x))
     assert_solved(ours.get_g_factor(helper, g), helper.get_g_factor(g))
+
+
+class Padded(nn.Module):
+    """A convolution that is dilated and padded as kfac-pytorch does not, and shared rows."""
+
+    def __init__(self, mode: str) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 4, 3, padding=2, dilation=2, padding_mode=mode)
+        self.shared, self.last = nn.Linear(30, 3), nn.Linear(12, 2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.shared(self.conv(x).tanh().flatten(2)).tanh().flatten(1))
+
+
+@pytest.mark.parametrize("mode", ["circular", "reflect", "zeros"])
+def test_correct_factors_are_those_of_the_fisher(mode: str) -> None:
+    model, x, y = Padded(mode).double(), torch.randn(7, 2, 5, 6).double(), torch.arange(7) % 2
+    expected = plain_covariances(model, lambda: F.cross_entropy(model(x), y), "expand", 7, "mean")
+    made = {name: InverseLayer(model.get_submodule(name)) for name in expected}
+    seen: dict[str, list[Tensor]] = {name: [] for name in expected}
+    for name, layer in made.items():
+        layer.module.module.register_forward_hook(
+            lambda module, inputs, output, name=name: seen[name].extend([inputs[0], output])
+        )
+    loss = F.cross_entropy(model(x), y)
+    gradients = torch.autograd.grad(loss, [output for _, output in seen.values()])
+    with ours.enabled(Preconditioner(*made.values()), correct=True):
+        for (name, layer), gradient in zip(made.items(), gradients, strict=True):
+            a, g = expected[name]
+            assert_solved(layer.module.get_a_factor(seen[name][0].detach()), a[0])
+            assert_solved(layer.module.get_g_factor(gradient), g[0])
 
 
 def test_factors_keep_the_dtype() -> None:

@@ -13,11 +13,12 @@ data_size`` on both factors. Where they are not those of the Fisher, they are so
 patches are padded with zeros under every ``padding_mode``, and of ``n`` samples, the gradient
 factor is ``1 / n`` of what it should be. Always, patches of a grouped convolution are taken over
 all groups, so that its factors fit no weight; and the factors of a module's calls are added up on
-both sides. Under ``"swift_kron"``, of which ``correct`` mends the samples only, a layer with fewer
-rows than features has its rows kept, scaled in place, by asdl itself. Dilated convolutions, which
-asdl refuses, are served. Other is how they are computed: one triangle of a factor is enough, and
-for ``"kron"``, patches are never written out and all inverses of a model are one call, which leaves
-the factors' diagonals as they are. For that call, all factors are there together with all inverses.
+both sides, or their inverses, all of the last input's, where asdl inverts in the backward pass.
+Under ``"swift_kron"``, of which ``correct`` mends the samples only, a layer with fewer rows than
+features has its rows kept, scaled in place, by asdl itself. Dilated convolutions, which asdl
+refuses, are served. Other is how they are computed: one triangle of a factor is enough, and for
+``"kron"``, patches are never written out and all inverses of a model are one call, which leaves the
+factors' diagonals as they are. For that call, all factors are there together with all inverses.
 
 Tested with asdfghjkl 0.1a5, as asdl is named where packages are installed from. The package that is
 named asdl there is another.

@@ -8,16 +8,20 @@ Train inside of a ``with`` block::
 
 It serves linear layers and convolutions in two dimensions, and the layers that precondition with
 inverses; eigendecompositions are kfac-pytorch's own. Results are those of kfac-pytorch to rounding.
-Where they are not those of the Fisher, they are so here: gradients keep the unit of a mean loss;
-patches, their bias entries and the gradients of a convolution are divided by the number ``T`` of
-its output positions before their outer products are averaged over them, so that both factors are
-divided by ``T**2`` too often; and patches are taken without the dilation, padded with zeros under
-every ``padding_mode``, and over all groups. Other is how they are computed: patches are never
-written out, one triangle of a factor is enough, and all inverses of a rank are one call.
+Where they are not those of the Fisher, they are so here, unless ``correct`` is given: gradients
+keep the unit of a mean loss and are averaged over the rows; patches, their bias entries and the
+gradients of a convolution are divided by the number ``T`` of its output positions before their
+outer products are averaged over them, so that both factors are divided by ``T**2`` too often; and
+patches are taken without the dilation and padded with zeros under every ``padding_mode``. Always,
+patches are taken over all groups of channels, so that a grouped convolution's factors fit no
+weight; and a running average takes in each call of a tied module as if it were a step, unless
+kfac-pytorch is told ``update_factors_in_hook=False``, and then their mean. Other is how they are
+computed: patches are never written out, one triangle of a factor is enough, and all inverses of a
+rank are one call.
 
-kfac-pytorch is on no package index, so nothing of it is imported: this is written for what its
-layers look like at commit 869cf11 (``module``, ``a_factor``, ``a_inv``, ``compute_a_inv``, and
-the same of ``g``), and tested with a double of them.
+kfac-pytorch is on no package index, so nothing of it is imported: this is written for what the
+layers of its version 0.4.2, at commit 869cf11, look like (``module``, ``a_factor``, ``a_inv``,
+``compute_a_inv``, and the same of ``g``), and tested with a double of them.
 """
 
 from __future__ import annotations
@@ -33,16 +37,18 @@ from torch import Tensor, nn
 
 from kfac_fast import ops
 from kfac_fast.conv import ConvGeometry
+from kfac_fast.integrations.convolutions import geometry_of
 from kfac_fast.integrations.dampings import shift_of
 from kfac_fast.integrations.replacing import replaced
 
 
-def get_a_factor(helper: Any, a: Tensor) -> Tensor:
+def get_a_factor(helper: Any, a: Tensor, *, correct: bool = False) -> Tensor:
     """Input factor of a batch; see kfac-pytorch's ``ModuleHelper.get_a_factor``.
 
     Args:
         helper: The layer's ``ModuleHelper``.
         a: Input of its module.
+        correct: Whether a convolution's is that of the Fisher.
 
     Returns:
         Symmetric ``[in (+ 1), in (+ 1)]``, in the dtype of the input.
@@ -51,26 +57,30 @@ def get_a_factor(helper: Any, a: Tensor) -> Tensor:
     if isinstance(module, nn.Linear):
         return ops.gram(a, bias=bias, alpha=1 / a.shape[:-1].numel()).to(a.dtype)
     options: dict[str, Any] = {"stride": module.stride, "padding": module.padding}
+    if correct:
+        options = geometry_of(module, correct=True)
     geometry = ConvGeometry.normalize("kfac-pytorch", 2, module.kernel_size, **options)
-    scale = 1 / (len(a) * math.prod(geometry.output_size(a.shape[2:])) ** 3)
+    positions = math.prod(geometry.output_size(a.shape[2:]))
+    scale = 1 / (len(a) * (positions if correct else positions**3))
     total = ops.conv_expand_gram(a, module.kernel_size, bias=bias, alpha=scale, **options)
     return total.to(a.dtype)
 
 
-def get_g_factor(helper: Any, g: Tensor) -> Tensor:
+def get_g_factor(helper: Any, g: Tensor, *, correct: bool = False) -> Tensor:
     """Gradient factor of a batch; see kfac-pytorch's ``ModuleHelper.get_g_factor``.
 
     Args:
         helper: The layer's ``ModuleHelper``.
         g: Gradient with respect to the output of its module.
+        correct: Whether it is that of the Fisher, of a loss that is a mean over the examples.
 
     Returns:
         Symmetric ``[out, out]``, in the dtype of the gradient.
     """
-    if isinstance(helper.module, nn.Linear):
-        return ops.gram(g, alpha=1 / g.shape[:-1].numel()).to(g.dtype)
-    scale = 1 / (len(g) * g.shape[2:].numel() ** 3)
-    return ops.gram(g.movedim(1, -1), alpha=scale).to(g.dtype)
+    is_linear = isinstance(helper.module, nn.Linear)
+    rows, positions = (g, 1) if is_linear else (g.movedim(1, -1), g.shape[2:].numel())
+    scale = len(g) if correct else 1 / (rows.shape[:-1].numel() * positions**2)
+    return ops.gram(rows, alpha=scale).to(g.dtype)
 
 
 class _Inverse(NamedTuple):
@@ -139,11 +149,13 @@ def _is_served(layer: Any) -> bool:
 
 
 @contextmanager
-def enabled(preconditioner: Any) -> Iterator[None]:
+def enabled(preconditioner: Any, *, correct: bool = False) -> Iterator[None]:
     """Have a preconditioner's factors and inverses computed here inside of a ``with`` block.
 
     Args:
         preconditioner: A ``KFACPreconditioner``, or another ``BaseKFACPreconditioner``.
+        correct: Whether factors are those of the Fisher, of a loss that is a mean over the
+            examples.
 
     Yields:
         Nothing.
@@ -153,8 +165,9 @@ def enabled(preconditioner: Any) -> Iterator[None]:
     for _, layer in preconditioner._layers.values():
         if isinstance(layer.module.module, nn.Linear | nn.Conv2d):
             helper = layer.module
-            replacements.append((helper, "get_a_factor", partial(get_a_factor, helper)))
-            replacements.append((helper, "get_g_factor", partial(get_g_factor, helper)))
+            for function in (get_a_factor, get_g_factor):
+                factor = partial(function, helper, correct=correct)
+                replacements.append((helper, function.__name__, factor))
         if _is_served(layer):
             for side in ("a", "g"):
                 name = f"compute_{side}_inv"
