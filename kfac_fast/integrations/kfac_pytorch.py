@@ -19,9 +19,10 @@ kfac-pytorch is told ``update_factors_in_hook=False``, and then their mean. Othe
 computed: patches are never written out, one triangle of a factor is enough, and all inverses of a
 rank are one call.
 
-kfac-pytorch is on no package index, so nothing of it is imported: this is written for what the
-layers of its version 0.4.2, at commit 869cf11, look like (``module``, ``a_factor``, ``a_inv``,
-``compute_a_inv``, and the same of ``g``), and tested with a double of them.
+kfac-pytorch is on no package index, so nothing of it is imported, and a copy without metadata is
+taken as it is: this is written for what the layers of version 0.4.2 at commit 869cf11 look like
+(``module``, ``a_factor``, ``a_inv``, ``compute_a_inv``, and the same of ``g``), and tested with a
+double of them.
 """
 
 from __future__ import annotations
@@ -40,6 +41,9 @@ from kfac_fast.conv import ConvGeometry
 from kfac_fast.integrations.convolutions import geometry_of
 from kfac_fast.integrations.dampings import shift_of
 from kfac_fast.integrations.replacing import replaced
+from kfac_fast.integrations.versions import require
+
+require("kfac-pytorch", "0.4.2", may_be_missing=True)
 
 
 def get_a_factor(helper: Any, a: Tensor, *, correct: bool = False) -> Tensor:
