@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 laplace = pytest.importorskip("laplace", reason="needs laplace-torch and what it imports")
 from laplace.curvature.curvlinops import CurvlinopsEF, CurvlinopsGGN  # noqa: E402
+from laplace.marglik_training import marglik_training  # noqa: E402
 
 from kfac_fast.integrations.laplace import KFACEF, KFACGGN  # noqa: E402
 
@@ -92,6 +93,38 @@ def test_correct_factors_are_those_of_the_fisher() -> None:
     for (b, a), (input_factor, gradient_factor) in zip(kfacs, expected.values(), strict=True):
         assert_solved(a, input_factor[0, :-1, :-1])  # laplace-torch has a block for each bias
         assert_solved(b, gradient_factor[0])
+
+
+@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True:UserWarning")
+@pytest.mark.parametrize("likelihood", ["classification", "regression"])
+def test_training_by_the_marginal_likelihood_is_that_of_laplace(likelihood: str) -> None:
+    results = []
+    for backend in (KFACGGN, CurvlinopsGGN):
+        torch.manual_seed(1)
+        model, data = problem(likelihood)
+        options = {"hessian_structure": "kron", "n_epochs": 3, "n_hypersteps": 2}
+        found = marglik_training(model, data, likelihood, backend=backend, **options)
+        weights = nn.utils.parameters_to_vector(model.parameters()).detach()
+        results.append([weights, found[0].prior_precision.detach(), *map(torch.tensor, found[2:])])
+    for mine, theirs in zip(*results, strict=True):
+        assert_solved(mine, theirs, condition=1e5)
+
+
+def test_each_factor_of_a_regression_has_its_share_of_the_half() -> None:
+    """The Hessian of squared errors is 2, that of the Gaussian likelihood 1."""
+    model, data = problem("regression")
+    x, y = data.dataset.tensors
+    kfacs = KFACGGN(model, "regression").kron(x, y, N=4 * len(x))[1].kfacs
+    passes = [
+        plain_covariances(model, lambda c=c: model(x)[:, c].sum(), "expand", 1, "sum")
+        for c in range(3)
+    ]
+    for i, (name, (inputs, _)) in enumerate(passes[0].items()):
+        gradients = sum(covariances[name][1][0] for covariances in passes)
+        (b, a), (bias,) = kfacs[2 * i : 2 * i + 2]
+        assert_solved(a, 0.5**0.5 * inputs[0, :-1, :-1] / 4)
+        assert_solved(b, 0.5**0.5 * 2 * gradients)
+        assert_solved(bias, gradients)
 
 
 def test_a_batch_takes_one_forward_pass() -> None:
