@@ -171,6 +171,22 @@ def test_operations_outside_of_a_maker_are_those_of_asdl(names: list[str]) -> No
             assert_solved(found[name], matrix, condition=1e6)
 
 
+def test_covariances_of_saved_data_are_those_of_asdl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which takes the inputs of a convolution as they are for its patches."""
+    monkeypatch.setattr("torch.cuda.nvtx.range", nullcontext)
+    model, x = images().double(), torch.randn(8, 2, 8, 8, dtype=torch.float64)
+    results = []
+    for block in (nullcontext(), ours.enabled()):
+        with block, asdl_core.save_inputs_outgrads(model) as context:
+            F.cross_entropy(model(x), torch.arange(8) % 3).backward()
+            for module in (model[0], model[4]):
+                context.calc_cov_kron(module)
+                results.append(context.cov_kron(module))
+    for expected, found in zip(results[:2], results[2:], strict=True):
+        assert_solved(found["A"], expected["A"])
+        assert_solved(found["B"], expected["B"])
+
+
 @pytest.mark.parametrize("kind", ["fisher_emp", "fisher_mc"])
 @pytest.mark.parametrize("network", ["images", "rows"])
 def test_swift_gradients_are_those_of_asdl(network: str, kind: str) -> None:

@@ -61,6 +61,7 @@ class _Operation:
     """
 
     correct = False
+    _cov_scale: float
     _op_names: set[str]
 
     def __init__(self, module: nn.Module, op_names: Sequence[str], **options: Any) -> None:
@@ -76,7 +77,8 @@ class _Operation:
         library: Any = super()
         names = self._op_names
         if OP_COV_KRON in names:
-            self.accumulate_result(self._input_gram(in_data), OP_COV_KRON, "A")
+            total = self._input_gram(in_data).mul_(self._cov_scale)
+            self.accumulate_result(total, OP_COV_KRON, "A")
         self._op_names = names - {OP_COV_KRON}
         try:
             library.forward_post_process(in_data, out_data)
@@ -109,7 +111,7 @@ class Linear(_Operation, operations.Linear):  # type: ignore[misc]
 
     def _input_gram(self, x: Tensor) -> Tensor:
         positions = x.shape[1:-1].numel() if self.correct else 1
-        return ops.gram(x, alpha=self._cov_scale / positions).to(x.dtype)
+        return ops.gram(x, alpha=1 / positions).to(x.dtype)
 
     @staticmethod
     def cov_kron_A(module: nn.Linear, in_data: Tensor) -> Tensor:  # noqa: N802
@@ -127,18 +129,18 @@ class Conv2d(_Operation, operations.Conv2d):  # type: ignore[misc]
 
     def _input_gram(self, x: Tensor) -> Tensor:
         geometry = geometry_of(self._module, correct=self.correct)
-        geometry["alpha"] = self._cov_scale / output_positions(self._module, x)
+        geometry["alpha"] = 1 / output_positions(self._module, x)
         return ops.conv_expand_gram(x, self._module.kernel_size, **geometry).to(x.dtype)
 
     @staticmethod
     def cov_kron_A(module: nn.Conv2d, in_data: Tensor) -> Tensor:  # noqa: N802
         """Input factor."""
-        return ops.gram(in_data.mT, alpha=1 / in_data.shape[-1]).to(in_data.dtype)
+        return ops.gram(in_data.movedim(1, -1), alpha=1 / in_data.shape[-1]).to(in_data.dtype)
 
     @staticmethod
     def cov_kron_B(module: nn.Conv2d, out_grads: Tensor) -> Tensor:  # noqa: N802
         """Gradient factor."""
-        return ops.gram(out_grads.mT).to(out_grads.dtype)
+        return ops.gram(out_grads.movedim(1, -1)).to(out_grads.dtype)
 
 
 class CorrectLinear(Linear):
