@@ -16,7 +16,7 @@ groups of channels, though each group has a block of its own, which one factor h
 of a module that is called several times, lambda matrices know the last call only, unless
 kronfluence is told so by ``has_shared_parameters``. Other is how they are computed: the factors'
 patches are never written out, one triangle is enough, per-example gradients are formed for a few
-examples at a time, and small matrices of all modules are decomposed in common calls. Covariances
+examples at a time, and matrices of several modules are decomposed at the same time. Covariances
 that are given to the eigendecomposition stay as they are, where kronfluence divides float64 ones by
 their counts in place.
 
