@@ -209,6 +209,7 @@ class Capture:
     Attributes:
         calls: Calls that wait for :meth:`backpropagate`.
         sharing: How rows are shared in the calls of layers of these names, until the step's end.
+        traced: Whether layers are called inside of a compiled graph.
     """
 
     def __init__(
@@ -225,6 +226,7 @@ class Capture:
     ) -> None:
         self.calls: list[Call] = []
         self.sharing: dict[str, Sharing] = {}
+        self.traced = False
         self._blocks = blocks
         self._due = due
         self._fisher = fisher
@@ -241,7 +243,6 @@ class Capture:
         self._input_grams = InputGrams()
         self._handle = compiled.register(self)
         self._tapped: list[tuple[Block, Layer]] = []
-        self._traced = False
         self._waiting = 0
         self._pass_number = torch.tensor(0, device="cpu")
         self._recorded: list[tuple[int, int, Call, Tensor]] | None = None
@@ -309,7 +310,7 @@ class Capture:
         """
         # Outputs inside of a compiled graph are out of reach; on the way to the weights it meets
         # the operators that record them.
-        tapped = [layer.trained() for _, layer in self._tapped] if self._traced else []
+        tapped = [layer.trained() for _, layer in self._tapped] if self.traced else []
         weights = [weight for weight in tapped if weight is not None]
         edges = {i: c.output for i, c in enumerate(self.calls) if c.output is not None}
         last = last_reached(edges)
@@ -473,7 +474,6 @@ class Capture:
                 return None
             x = inputs[0] if inputs else named["input"]
             if torch.compiler.is_compiling():
-                self._traced = True
                 token, handle = self._pass_number, self._handle
                 return compiled.tap(output, x, token, handle, index, at_once=at_once)
             if self._capturing():

@@ -17,7 +17,13 @@ from torch import Tensor
 
 
 class Recorder(Protocol):
-    """What stands behind the operators."""
+    """What stands behind the operators.
+
+    Attributes:
+        traced: Whether a compiled graph has an operator of it.
+    """
+
+    traced: bool
 
     def begin(self, examples: int) -> int:
         """Take note of a forward pass, whose first input has so many examples; its number."""
@@ -60,6 +66,14 @@ def _record(gradient: Tensor, x: Tensor, forward_pass: Tensor, handle: int, inde
     return gradient.new_zeros(())
 
 
+def _trace(gradient: Tensor, x: Tensor, forward_pass: Tensor, handle: int, index: int) -> Tensor:
+    # Noted here, for the compiler refuses side effects of a hook in a part that is checkpointed.
+    recorder = _RECORDERS.get(handle)
+    if recorder is not None:
+        recorder.traced = True
+    return gradient.new_empty(())
+
+
 _define(
     "begin(Tensor x, SymInt examples, int handle) -> Tensor",
     _begin,
@@ -68,7 +82,7 @@ _define(
 _define(
     "record(Tensor gradient, Tensor x, Tensor forward_pass, int handle, int index) -> Tensor",
     _record,
-    lambda gradient, x, forward_pass, handle, index: gradient.new_empty(()),
+    _trace,
 )
 
 

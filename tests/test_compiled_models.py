@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch._functorch.config
 import torch.nn.functional as F
-from nets import Net, images, preconditioner
+from nets import Checkpointed, Net, images, preconditioner
 from plain_kfac import assert_covariances, assert_solved, covariances
 from torch import Tensor, nn
 
@@ -131,6 +131,28 @@ def test_a_compiled_part_of_a_model_is_captured_too() -> None:
         F.cross_entropy(model(images()), torch.randint(3, (5,))).backward()
         kfac.step()
         results.append(kfac)
+    assert_covariances(results[1], covariances(results[0]))
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "mc", "exact", "forward-only"])
+def test_checkpointed_layers_are_in_one_graph_with_the_factors_of_the_eager_model(
+    fisher: str,
+) -> None:
+    results = []
+    x, y = torch.randn(5, 3, dtype=torch.float64), torch.randint(3, (5,))
+    for is_compiled in (False, True):
+        torch.manual_seed(0)
+        layers = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 3))
+        model = Checkpointed(layers.double(), use_reentrant=False)
+        kfac = preconditioner(model, fisher=fisher)
+        run = torch.compile(model, backend="aot_eager", fullgraph=True) if is_compiled else model
+        with torch._functorch.config.patch(donated_buffer=False):
+            outputs = run(x)
+            kfac.update_curvature(outputs, loss="cross_entropy")
+            F.cross_entropy(outputs, y).backward()
+        kfac.step()
+        results.append(kfac)
+    assert len(covariances(results[0])) == (2 if fisher == "forward-only" else 3)
     assert_covariances(results[1], covariances(results[0]))
 
 
