@@ -132,6 +132,26 @@ def reaches(end: Node) -> bool:
         return False
 
 
+def recomputes() -> bool:
+    """Whether calls are those of an earlier forward pass, run again amid a backward pass.
+
+    A checkpointed part does so to have its activations back; no gradients come to these calls. With
+    ``use_reentrant=True`` they do, and the calls are new: the first run was without gradients.
+
+    Returns:
+        Whether they are.
+    """
+    if torch._C._current_graph_task_id() == -1:
+        return False
+    node = torch._C._current_autograd_node()
+    name = "" if node is None else node.name()
+    if name == "CompiledFunctionBackward":
+        return True
+    # What is saved again is caught by hooks.
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and name != "CheckpointFunctionBackward"
+
+
 def in_transform() -> bool:
     """Whether a function is being transformed: its tensors have no memory to form sums of."""
     return torch._C._are_functorch_transforms_active()
@@ -485,7 +505,7 @@ class Capture:
     def _take_down(self, block: Block, layer: Layer, x: Tensor, output: Tensor) -> None:
         """Take down a call, which waits for the gradients of its output."""
         weight = layer.trained()
-        if weight is None:
+        if weight is None or recomputes():
             return
         call = self._call(block, layer, x, output)
         if self._fisher == "forward-only":

@@ -52,6 +52,27 @@ class Checkpointed(nn.Module):
         return checkpoint(self.net, x, use_reentrant=self.use_reentrant)
 
 
+class PartlyCheckpointed(nn.Module):
+    """A layer that is called twice in a pass, the first time in a part that may be recomputed.
+
+    Args:
+        use_reentrant: As for the checkpoint; None for none.
+    """
+
+    def __init__(self, use_reentrant: bool | None) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3, dtype=torch.float64)
+        self.use_reentrant = use_reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.use_reentrant is None:
+            return self.layer(self.bent(x))
+        return self.layer(checkpoint(self.bent, x, use_reentrant=self.use_reentrant))
+
+    def bent(self, x: Tensor) -> Tensor:
+        return self.layer(x).tanh()
+
+
 def images(examples: int = 5) -> Tensor:
     return torch.randn(examples, 2, 6, 6, dtype=torch.float64)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from host import never_waits
-from nets import Checkpointed, Net, images, preconditioner, train_step
+from nets import Checkpointed, Net, PartlyCheckpointed, images, preconditioner, train_step
 from oracle import bits
 from plain_kfac import Call, assert_covariances, covariances, factors, plain_covariances, record
 from torch import Tensor, nn
@@ -51,6 +51,30 @@ def test_checkpointed_activations_give_the_same_factors(use_reentrant: bool) -> 
     F.cross_entropy(model(x), y).backward()
     kfac.step()
     assert_covariances(kfac, {f"net.{name}": pair for name, pair in expected.items()})
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_checkpointed_call_counts_once_under_the_forward_only_fisher(use_reentrant: bool) -> None:
+    x, results = torch.randn(5, 3, dtype=torch.float64, requires_grad=True), []
+    for way in (None, use_reentrant):
+        torch.manual_seed(1)
+        model = PartlyCheckpointed(way)
+        kfac = preconditioner(model, fisher="forward-only")
+        model(x).square().mean().backward()
+        kfac.step()
+        results.append(kfac)
+    assert_covariances(results[1], covariances(results[0]))
+
+
+@pytest.mark.parametrize("fisher", ["mc", "exact"])
+def test_a_recomputed_pass_leaves_no_call_waiting(fisher: str) -> None:
+    """Each would hold what was recomputed until the step's end."""
+    model = Checkpointed(Net(), use_reentrant=False)
+    kfac = preconditioner(model, fisher=fisher)
+    outputs = model(images())
+    kfac.update_curvature(outputs, loss="cross_entropy")
+    outputs.square().mean().backward()
+    assert kfac._capture.calls == []
 
 
 @pytest.mark.parametrize("fisher", ["empirical", "mc", "exact", "forward-only"])

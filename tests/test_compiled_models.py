@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch._functorch.config
 import torch.nn.functional as F
-from nets import Checkpointed, Net, images, preconditioner
+from nets import Checkpointed, Net, PartlyCheckpointed, images, preconditioner
 from plain_kfac import assert_covariances, assert_solved, covariances
 from torch import Tensor, nn
 
@@ -153,6 +153,21 @@ def test_checkpointed_layers_are_in_one_graph_with_the_factors_of_the_eager_mode
         kfac.step()
         results.append(kfac)
     assert len(covariances(results[0])) == (2 if fisher == "forward-only" else 3)
+    assert_covariances(results[1], covariances(results[0]))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_a_checkpointed_call_counts_once_under_the_forward_only_fisher(backend: str) -> None:
+    results = []
+    x = torch.randn(5, 3, dtype=torch.float64)
+    for is_compiled in (False, True):
+        torch.manual_seed(1)
+        model = PartlyCheckpointed(False if is_compiled else None)
+        kfac = preconditioner(model, fisher="forward-only")
+        run = torch.compile(model, backend=backend, fullgraph=True) if is_compiled else model
+        run(x).square().mean().backward()
+        kfac.step()
+        results.append(kfac)
     assert_covariances(results[1], covariances(results[0]))
 
 
