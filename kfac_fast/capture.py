@@ -31,20 +31,30 @@ class Kept:
     """The input of a call, for gradients that come later.
 
     Autograd's graph owns the hook that waits for them until the whole backward pass is over. The
-    inputs would stay with it, long after autograd has let go of its own.
+    inputs would stay with it, long after autograd has let go of its own. Between the passes of a
+    checkpointed part they are left to the checkpoint, as is what autograd saves there.
 
     Attributes:
-        x: The input, apart from the graph, which would otherwise own itself where an input is
-            written to; None after :meth:`release`.
+        released: Whether it is gone.
     """
 
     def __init__(self, x: Tensor) -> None:
-        self.x: Tensor | None = x.detach()
+        # Apart from the graph, which would own itself where an input is written to.
+        self._held: Any = x.detach()
+        self._hooks = checkpoint_hooks()
+        if self._hooks is not None:
+            self._held = self._hooks[0](self._held)
+        self.released = False
+
+    def get(self) -> Tensor:
+        """The input, for which a checkpointed part may have to run; once in a backward pass."""
+        held: Tensor = self._held if self._hooks is None else self._hooks[1](self._held)
+        return held
 
     def release(self) -> None:
         """Let go of it, unless the graph may be passed again."""
         if not torch._C._autograd._get_current_graph_task_keep_graph():
-            self.x = None
+            self._held, self._hooks, self.released = None, None, True
 
 
 @dataclass
@@ -111,7 +121,7 @@ class Call(NamedTuple):
 
     def sums(self, gradient: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
         """Outer products of output gradients, and squared gradients in the eigenbases, if asked."""
-        x = None if self.kept is None else self.kept.x
+        x = None if self.kept is None else self.kept.get()
         gram = self.layer.gradient_gram(gradient, scale, x, self.block.memory_for(gradient))
         if x is None:
             return gram, None
@@ -130,6 +140,12 @@ def reaches(end: Node) -> bool:
         return torch._C._will_engine_execute_node(end)
     except RuntimeError:  # asked for by torch.autograd.grad, which adds to nothing
         return False
+
+
+def checkpoint_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
+    """What saves tensors inside of a checkpointed part, and gives them back; None outside."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks if hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint" else None
 
 
 def recomputes() -> bool:
@@ -304,7 +320,7 @@ class Capture:
         self._input_grams.clear()
 
     def remove(self) -> None:
-        """Take the hooks off the model."""
+        """Take the hooks off the model, not between the passes of a checkpointed part."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -425,7 +441,7 @@ class Capture:
         weight = layer.trained()
         if weight is None:
             return
-        call = self._call(block, layer, x, gradient)
+        call = self._call(block, layer, x, gradient, self._keep(block, layer, x))
         if self._recorded is not None:
             self._recorded.append((index, forward_pass, call, gradient))
             return
@@ -461,14 +477,16 @@ class Capture:
     ) -> list[RemovableHandle]:
         """Hooks that look into an attention module for as long as its forward pass takes."""
         open_calls: list[ProjectionCalls] = []
+        keeps = any(block.form == "corrected" for block in blocks.values())
 
         def take_down(layer: ProjectionLayer, x: Tensor, output: Tensor) -> None:
             if output.requires_grad:
                 self._take_down(blocks[layer], layer, x, output)
 
         def enter(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            enabled = torch.is_grad_enabled() and not in_transform()
-            if module is attention and enabled and self._capturing():
+            if module is not attention or not torch.is_grad_enabled() or in_transform():
+                return
+            if self._capturing() or (keeps and checkpoint_hooks() is not None):
                 open_calls.append(ProjectionCalls(list(blocks), take_down))
                 open_calls[-1].__enter__()  # type: ignore[no-untyped-call]
 
@@ -496,18 +514,27 @@ class Capture:
             if torch.compiler.is_compiling():
                 token, handle = self._pass_number, self._handle
                 return compiled.tap(output, x, token, handle, index, at_once=at_once)
-            if self._capturing():
-                self._take_down(block, layer, x, output)
+            self._take_down(block, layer, x, output)
             return None
 
         return capture
 
+    def _keep(self, block: Block, layer: Layer, x: Tensor) -> Kept | None:
+        """The input of a call, where its gradients may need it."""
+        if not layer.keeps_input and block.form != "corrected":
+            return None
+        # At any step in a checkpointed part, which must save the same when it runs again.
+        return Kept(x) if self._capturing() or checkpoint_hooks() is not None else None
+
     def _take_down(self, block: Block, layer: Layer, x: Tensor, output: Tensor) -> None:
-        """Take down a call, which waits for the gradients of its output."""
-        weight = layer.trained()
-        if weight is None or recomputes():
+        """Take down a call, if it is due, which waits for the gradients of its output."""
+        kept = self._keep(block, layer, x)
+        if not self._capturing() or self._recorded is not None or recomputes():
             return
-        call = self._call(block, layer, x, output)
+        weight = layer.trained()
+        if weight is None:
+            return
+        call = self._call(block, layer, x, output, kept)
         if self._fisher == "forward-only":
             block.add(call.inputs, (_identity(block, layer, output), 1))
             return
@@ -518,7 +545,9 @@ class Capture:
         examples = self._pass.see(call.layer, output)
         output.register_hook(partial(self._add, call, _end_at(weight), examples, self._pass))
 
-    def _call(self, block: Block, layer: Layer, x: Tensor, output: Tensor) -> Call:
+    def _call(
+        self, block: Block, layer: Layer, x: Tensor, output: Tensor, kept: Kept | None
+    ) -> Call:
         """A call with its sum of inputs."""
         if x.layout != torch.strided:
             raise TypeError(
@@ -526,8 +555,8 @@ class Capture:
             )
         layer = layer.shared(self.sharing[layer.name]) if layer.name in self.sharing else layer
         outer = self._input_grams.of(layer, x, output)
-        kept = Kept(x) if layer.keeps_input or block.correction is not None else None
-        return Call(block, layer, kept, outer)
+        needed = layer.keeps_input or block.correction is not None
+        return Call(block, layer, kept if needed else None, outer)
 
     def _add(
         self, call: Call, end: Node, own_examples: int, forward_pass: ForwardPass, gradient: Tensor
@@ -539,7 +568,7 @@ class Capture:
             with torch.no_grad():
                 self._add(call, end, own_examples, forward_pass, gradient)
             return
-        if call.kept is not None and call.kept.x is None:
+        if call.kept is not None and call.kept.released:
             return  # what comes in two parts of a backward pass counts once
         if self._scale is None:
             self._scale = self._loss_scale()

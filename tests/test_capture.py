@@ -53,6 +53,55 @@ def test_checkpointed_activations_give_the_same_factors(use_reentrant: bool) -> 
     assert_covariances(kfac, {f"net.{name}": pair for name, pair in expected.items()})
 
 
+class Attends(nn.Module):
+    """Attention of ``[N, S, 3]`` to itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(3, 1, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x)[0]
+
+
+@fishers
+@pytest.mark.parametrize("eigenvalue_correction", [False, True])
+def test_a_checkpointed_part_keeps_no_input_between_its_passes(
+    eigenvalue_correction: bool, fisher: str
+) -> None:
+    """Nor does it change a bit, also on steps that capture nothing."""
+    mode = "exact" if eigenvalue_correction else "factored"
+    options = {"damping_mode": mode, "eigenvalue_correction": eigenvalue_correction}
+    results = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        layers = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), nn.Tanh(), Attends(), nn.Tanh())
+        layers.append(nn.Linear(3, 4))
+        model = Checkpointed(layers, use_reentrant=False) if checkpointed else layers
+        kfac = preconditioner(model, fisher=fisher, factor_update_steps=2, **options)
+        for _ in range(4):
+            alive: list[weakref.ref[torch.UntypedStorage]] = []
+
+            def note(module: nn.Module, inputs: tuple[Tensor], alive: list[Any] = alive) -> None:
+                alive.append(weakref.ref(inputs[0].untyped_storage()))
+
+            hooks = [layer.register_forward_pre_hook(note) for layer in layers[1:]]
+            outputs, y = model(torch.randn(5, 2, 3)).mT, torch.randint(4, (5, 2))
+            for hook in hooks:
+                hook.remove()
+            assert any(input() is not None for input in alive) != checkpointed
+            model.zero_grad()
+            if fisher != "empirical":
+                kfac.update_curvature(outputs, loss="cross_entropy")
+            F.cross_entropy(outputs, y).backward()
+            kfac.step()
+        parts = [part for block in kfac._blocks for part in block.parts().values()]
+        tensors = [getattr(part, field) for part in parts for field in part.STATE]
+        results.append([*tensors, *(parameter.grad for parameter in model.parameters())])
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(bits(one), bits(other))
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_a_checkpointed_call_counts_once_under_the_forward_only_fisher(use_reentrant: bool) -> None:
     x, results = torch.randn(5, 3, dtype=torch.float64, requires_grad=True), []
