@@ -19,42 +19,21 @@ from kfac_fast import compiled
 from kfac_fast.blocks import Block
 from kfac_fast.curvature import Fisher
 from kfac_fast.factors import Sum
+from kfac_fast.graph import (
+    Kept,
+    checkpoint_hooks,
+    end_at,
+    in_transform,
+    last_reached,
+    reaches,
+    recomputes,
+)
 from kfac_fast.input_grams import InputGrams
 from kfac_fast.layers import Count, Layer, ProjectionCalls, ProjectionLayer, Sharing
 from kfac_fast.reference import diagonal_of
 from kfac_fast.schema import result_dtype
 
 MOST_WAITING = 64  # passes, each of which holds its activations
-
-
-class Kept:
-    """The input of a call, for gradients that come later.
-
-    Autograd's graph owns the hook that waits for them until the whole backward pass is over. The
-    inputs would stay with it, long after autograd has let go of its own. Between the passes of a
-    checkpointed part they are left to the checkpoint, as is what autograd saves there.
-
-    Attributes:
-        released: Whether it is gone.
-    """
-
-    def __init__(self, x: Tensor) -> None:
-        # Apart from the graph, which would own itself where an input is written to.
-        self._held: Any = x.detach()
-        self._hooks = checkpoint_hooks()
-        if self._hooks is not None:
-            self._held = self._hooks[0](self._held)
-        self.released = False
-
-    def get(self) -> Tensor:
-        """The input, for which a checkpointed part may have to run; once in a backward pass."""
-        held: Tensor = self._held if self._hooks is None else self._hooks[1](self._held)
-        return held
-
-    def release(self) -> None:
-        """Let go of it, unless the graph may be passed again."""
-        if not torch._C._autograd._get_current_graph_task_keep_graph():
-            self._held, self._hooks, self.released = None, None, True
 
 
 @dataclass
@@ -128,57 +107,6 @@ class Call(NamedTuple):
         return gram, self.block.squared_gradients(self.layer, x, gradient, scale)
 
 
-def reaches(end: Node) -> bool:
-    """Whether the backward pass that is on its way adds to the weight's gradient at its end.
-
-    One for an attack on the input, a penalty, or what lies in front of a frozen part does not.
-
-    Returns:
-        Whether it does.
-    """
-    try:
-        return torch._C._will_engine_execute_node(end)
-    except RuntimeError:  # asked for by torch.autograd.grad, which adds to nothing
-        return False
-
-
-def checkpoint_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
-    """What saves tensors inside of a checkpointed part, and gives them back; None outside."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return hooks if hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint" else None
-
-
-def recomputes() -> bool:
-    """Whether calls are those of an earlier forward pass, run again amid a backward pass.
-
-    A checkpointed part does so to have its activations back; no gradients come to these calls. With
-    ``use_reentrant=True`` they do, and the calls are new: the first run was without gradients.
-
-    Returns:
-        Whether they are.
-    """
-    if torch._C._current_graph_task_id() == -1:
-        return False
-    node = torch._C._current_autograd_node()
-    name = "" if node is None else node.name()
-    if name == "CompiledFunctionBackward":
-        return True
-    # What is saved again is caught by hooks.
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return hooks is not None and name != "CheckpointFunctionBackward"
-
-
-def in_transform() -> bool:
-    """Whether a function is being transformed: its tensors have no memory to form sums of."""
-    return torch._C._are_functorch_transforms_active()
-
-
-def _end_at(weight: Tensor) -> Node:
-    """Where a backward pass ends that adds to a weight's gradient."""
-    # As get_gradient_edge, which costs more.
-    return weight.view_as(weight).grad_fn.next_functions[0][0]  # type: ignore[union-attr, return-value]
-
-
 def _identity(block: Block, layer: Layer, like: Tensor) -> Tensor:
     """The gradient covariance of the forward-only Fisher, ``[(groups,) out, out]``."""
     total = block.memory_for(like)
@@ -199,30 +127,6 @@ def _numbered(
         numbered.append(((index, forward_pass, seen[index, forward_pass]), call, gradient))
         seen[index, forward_pass] += 1
     return numbered
-
-
-def last_reached(edges: Mapping[int, GradientEdge]) -> list[int]:
-    """Keys of the edges behind which a backward pass reaches none of the others."""
-    nodes = {edge.node for edge in edges.values()}
-    reaches: dict[Node, bool] = {}  # whether one of the nodes lies behind
-    for edge in edges.values():
-        stack = [(edge.node, iter(edge.node.next_functions))]
-        reaches.setdefault(edge.node, False)
-        while stack:
-            node, behind = stack[-1]
-            for following, _ in behind:
-                if following is None:
-                    continue
-                if following not in reaches:
-                    reaches[following] = False
-                    stack.append((following, iter(following.next_functions)))
-                    break
-                reaches[node] |= following in nodes or reaches[following]
-            else:
-                stack.pop()
-                if stack:
-                    reaches[stack[-1][0]] |= node in nodes or reaches[node]
-    return [key for key, edge in edges.items() if not reaches[edge.node]]
 
 
 class Capture:
@@ -447,7 +351,7 @@ class Capture:
             return
         seen = self._passes.get(forward_pass, self._pass)
         with torch.enable_grad():
-            end = _end_at(weight)
+            end = end_at(weight)
         examples = seen.see(call.layer, gradient)
         if examples > 1 and seen.batch is not None:  # the layers in front are not seen yet
             seen.most = max(seen.most, seen.batch)
@@ -543,7 +447,7 @@ class Capture:
             return
         # Without the edge: the graph owns this hook, and nothing else would part the two.
         examples = self._pass.see(call.layer, output)
-        output.register_hook(partial(self._add, call, _end_at(weight), examples, self._pass))
+        output.register_hook(partial(self._add, call, end_at(weight), examples, self._pass))
 
     def _call(
         self, block: Block, layer: Layer, x: Tensor, output: Tensor, kept: Kept | None

@@ -25,6 +25,7 @@ ROOMS = [
         "dispatch",
         "checkpoint",
         "compiled",
+        "graph",
         "host_copy",
         "options",
         "precision",

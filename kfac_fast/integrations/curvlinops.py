@@ -31,8 +31,8 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from kfac_fast import ops
-from kfac_fast.capture import last_reached
 from kfac_fast.eigenbases import eigendecompositions
+from kfac_fast.graph import last_reached
 from kfac_fast.integrations.convolutions import are_patches_exact, output_positions, patches_gram
 from kfac_fast.integrations.dampings import shift_of
 from kfac_fast.integrations.replacing import replaced
