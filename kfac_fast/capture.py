@@ -20,6 +20,7 @@ from kfac_fast.blocks import Block
 from kfac_fast.curvature import Fisher
 from kfac_fast.factors import Sum
 from kfac_fast.graph import (
+    Counted,
     Kept,
     checkpoint_hooks,
     end_at,
@@ -119,10 +120,10 @@ def _identity(block: Block, layer: Layer, like: Tensor) -> Tensor:
 
 def _numbered(
     recorded: Iterable[tuple[int, int, Call, Tensor]],
-) -> list[tuple[Hashable, Call, Tensor]]:
+) -> list[tuple[tuple[int, int, int], Call, Tensor]]:
     """Recorded calls with keys that are the same in every backward pass."""
     seen: Counter[tuple[int, int]] = Counter()
-    numbered: list[tuple[Hashable, Call, Tensor]] = []
+    numbered: list[tuple[tuple[int, int, int], Call, Tensor]] = []
     for index, forward_pass, call, gradient in recorded:
         numbered.append(((index, forward_pass, seen[index, forward_pass]), call, gradient))
         seen[index, forward_pass] += 1
@@ -180,6 +181,7 @@ class Capture:
         self._scale: float | None = None
         self._pass = ForwardPass()
         self._passes = {0: self._pass}
+        self._counted = Counted()
         self._input_grams = InputGrams()
         self._handle = compiled.register(self)
         self._tapped: list[tuple[Block, Layer]] = []
@@ -221,6 +223,7 @@ class Capture:
         self._captures, self._scale = None, None
         self._pass = ForwardPass()
         self._passes = {0: self._pass}
+        self._counted = Counted()
         self._input_grams.clear()
 
     def remove(self) -> None:
@@ -276,24 +279,31 @@ class Capture:
             if index not in last
         ]
         inputs: list[Any] = [*(edges[index] for index in last), *dict.fromkeys(weights)]
-        if not inputs:  # no call waits, or all compiled layers are frozen
+        if not inputs and not self._counted.marked:  # no call waits, or all compiled are frozen
             return
         try:
             for scalar in scalars:
+                if not sums:  # at the first
+                    self._counted.check_behind(scalar)
+                if not inputs:
+                    return
                 self._recorded = []
                 found = torch.autograd.grad(scalar, inputs, retain_graph=True, allow_unused=True)
                 for index, gradient in zip(last, found, strict=False):
                     add(index, self.calls[index], gradient)
-                for key, call, gradient in _numbered(self._recorded):
-                    add(key, call, gradient)
+                for number, call, gradient in _numbered(self._recorded):
+                    if number[1] > 0:  # in a pass that is known
+                        self._counted.check_recorded(call.layer.name, number)
+                    add(number, call, gradient)
         finally:
             self._recorded = None
             for hook in hooks:
                 hook.remove()
         counted: set[Block] = set()
-        for call, gram, squares in sums.values():
+        for key, (call, gram, squares) in sums.items():
             call.block.add(call.inputs, (gram, 0 if call.block in counted else terms), squares)
             counted.add(call.block)
+            self._counted.add(call.layer.name, call.output, key)
         self.calls = [call for index, call in enumerate(self.calls) if index not in sums]
 
     def begin(self, examples: int) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -38,6 +38,54 @@ class Kept:
         """Let go of it, unless the graph may be passed again."""
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             self._held, self._hooks, self.released = None, None, True
+
+
+class Counted:
+    """The calls whose gradients an update of the curvature has taken, in this step.
+
+    One that comes later would miss them: they wait no longer. Nodes of the graph are marked and not
+    held, for they own all that is behind them.
+
+    Attributes:
+        marked: Whether there are marks.
+    """
+
+    def __init__(self) -> None:
+        self.marked = False
+        self._recorded: set[Hashable] = set()
+
+    def add(self, name: str, output: GradientEdge | None, call: Hashable) -> None:
+        """Note a call of a layer, by its output, or what it was recorded as."""
+        if output is None:
+            self._recorded.add(call)
+            return
+        _metadata(output.node)[self] = name
+        self.marked = True
+
+    def check_recorded(self, name: str, call: Hashable) -> None:
+        """Raise if a recorded call is among them."""
+        if call in self._recorded:
+            _refuse_again(name)
+
+    def check_behind(self, scalar: Tensor) -> None:
+        """Raise if the backward pass from a scalar reaches one of them."""
+        if self.marked and scalar.grad_fn is not None:
+            for node in nodes_behind(scalar.grad_fn):
+                name = _metadata(node).get(self)
+                if name is not None:
+                    _refuse_again(name)
+
+
+def _metadata(node: Node) -> dict[object, str]:
+    metadata: Any = node.metadata  # which its class says to be a method
+    return metadata  # type: ignore[no-any-return]
+
+
+def _refuse_again(name: str) -> NoReturn:
+    raise RuntimeError(
+        "update_curvature: outputs that share layers must come in one call, got another one that "
+        f"reaches {name!r}; a loss of your own adds several up (docs/recipes.md, 'Two heads')"
+    )
 
 
 def reaches(end: Node) -> bool:
@@ -89,6 +137,18 @@ def end_at(weight: Tensor) -> Node:
     """Where a backward pass ends that adds to a weight's gradient."""
     # As get_gradient_edge, which costs more.
     return weight.view_as(weight).grad_fn.next_functions[0][0]  # type: ignore[union-attr, return-value]
+
+
+def nodes_behind(start: Node) -> set[Node]:
+    """All that a backward pass from a node may reach, and the node itself."""
+    found: set[Node] = set()
+    ahead = [start]
+    while ahead:
+        node = ahead.pop()
+        if node not in found:
+            found.add(node)
+            ahead += [following for following, _ in node.next_functions if following is not None]
+    return found
 
 
 def last_reached(edges: Mapping[int, GradientEdge]) -> list[int]:

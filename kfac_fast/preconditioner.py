@@ -279,7 +279,7 @@ class KFAC:
             generator: Source of randomness; PyTorch's default if None.
 
         Raises:
-            RuntimeError: If the outputs need no gradients.
+            RuntimeError: If the outputs need no gradients, or share layers with an earlier call's.
             TypeError: If the outputs are not what the loss takes.
             ValueError: If ``loss`` is unknown or has another reduction than ``loss_reduction``, if
                 outputs or targets have the wrong shape, or targets are needed.

@@ -27,12 +27,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from kfac_fast import ops
 from kfac_fast.eigenbases import eigendecompositions
-from kfac_fast.graph import last_reached
+from kfac_fast.graph import last_reached, nodes_behind
 from kfac_fast.integrations.convolutions import are_patches_exact, output_positions, patches_gram
 from kfac_fast.integrations.dampings import shift_of
 from kfac_fast.integrations.replacing import replaced
@@ -165,13 +165,7 @@ class KFACLinearOperator(curvlinops.KFACLinearOperator):  # type: ignore[misc]
 
 def _ends(output: Tensor, edges: list[GradientEdge]) -> list[GradientEdge]:
     """Of the layers' outputs those that a pass from the model's reaches last, or never."""
-    reached: set[Node] = set()
-    ahead = [get_gradient_edge(output).node]
-    while ahead:
-        node = ahead.pop()
-        if node not in reached:
-            reached.add(node)
-            ahead += [following for following, _ in node.next_functions if following is not None]
+    reached = nodes_behind(get_gradient_edge(output).node)
     last = last_reached(dict(enumerate(edges)))
     return [edge for i, edge in enumerate(edges) if i in last or edge.node not in reached]
 
