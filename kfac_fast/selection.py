@@ -78,6 +78,8 @@ def find_blocks(
                 layers.append(layer)
             else:
                 left_alone[layer.name] = reason
+        if isinstance(module, nn.MultiheadAttention):
+            left_alone |= _added_rows(name, module)
     if unused:
         raise ValueError(
             f"KFAC: skip must match modules with parameters, got {min(unused)!r} that matches none"
@@ -158,6 +160,17 @@ def _reason_against(layer: Layer, forward_only: bool) -> str | None:
     if reason is None and forward_only and "input" not in layer.factor_shapes():
         return "its only factor needs gradients"
     return reason
+
+
+def _added_rows(name: str, module: nn.MultiheadAttention) -> dict[str, str]:
+    """Reasons by qualified name of trainable rows that join an attention's keys and values."""
+    prefix = f"{name}." if name else ""
+    rows = {"bias_k": module.bias_k, "bias_v": module.bias_v}
+    return {
+        f"{prefix}{row}": "it joins keys or values, and is no weight of a layer"
+        for row, parameter in rows.items()
+        if parameter is not None and parameter.requires_grad
+    }
 
 
 def _tied(layers: Sequence[Layer]) -> list[list[Layer]]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from kfac_fast import KFAC
 from kfac_fast.layers import RULES
 from kfac_fast.selection import find_blocks
 
@@ -178,6 +179,18 @@ def test_a_frozen_weight_leaves_its_projections_alone(parameter: str, frozen: li
     _, left_alone = found(module)
     reason = "its weight is frozen, and its bias alone is no block"
     assert left_alone == {f"{name}_proj": reason for name in frozen}
+
+
+def test_an_added_key_and_value_are_said_to_be_left_alone() -> None:
+    module = nn.MultiheadAttention(4, 2, add_bias_kv=True)
+    reason = "it joins keys or values, and is no weight of a layer"
+    names = ["q_proj", "k_proj", "v_proj", "out_proj"]
+    assert found(module) == (names, {"bias_k": reason, "bias_v": reason})
+    module.bias_v.requires_grad_(False)
+    model = nn.Sequential(nn.Linear(4, 4), module)
+    assert found(model) == (["0", *(f"1.{name}" for name in names)], {"1.bias_k": reason})
+    assert found(model, "^1$") == (["0"], {"1": "skipped by pattern '^1$'"})
+    assert f"1.bias_k: left alone, {reason}" in KFAC(model).summary()
 
 
 def test_patterns_reach_the_projections_of_attention() -> None:
