@@ -139,6 +139,67 @@ def test_a_mean_over_graphs_counts_graphs(approx: str) -> None:
         assert_solved(2 * mean_gradients, sum_gradients)
 
 
+PROJECTIONS = {"q_proj|out_proj": 0, "k_proj|v_proj": 1}
+
+
+@approximations
+@pytest.mark.parametrize("eigenvalue_correction", [False, True])
+@pytest.mark.parametrize("keys", [3, 6])  # as many as examples, or more
+def test_attentions_mask_has_the_shape_of_its_input(
+    keys: int, eigenvalue_correction: bool, approx: str
+) -> None:
+    """Wherever its batch is: two layouts of one batch."""
+    mode = {"damping_mode": "exact", "eigenvalue_correction": True, "inverse_update_steps": 9}
+    query, memory = (torch.randn(3, n, FEATURES, dtype=torch.float64) for n in (4, keys))
+    masks = torch.rand(3, 4) < 0.6, torch.rand(3, keys) < 0.6
+    results = []
+    for batch_first in (True, False):
+        torch.manual_seed(1)
+        module = nn.MultiheadAttention(FEATURES, 1, batch_first=batch_first).double()
+        options = mode if eigenvalue_correction else {}
+        kfac = preconditioner(module, approx=approx, loss_reduction="sum", **options)
+        for _ in range(2):
+            for pattern, which in PROJECTIONS.items():
+                mask = masks[which] if batch_first else masks[which].mT
+                kfac.share_rows(pattern, mask=mask)
+            x, y = (t if batch_first else t.transpose(0, 1) for t in (query, memory))
+            output = module(x, y, y)[0]
+            output = output if batch_first else output.transpose(0, 1)
+            (output.sin() * query).sum().backward()
+            kfac.step()
+        results.append(kfac)
+    assert_covariances(results[1], covariances(results[0]))
+    if eigenvalue_correction:
+        for one, two in zip(*(kfac._blocks for kfac in results), strict=True):
+            assert_solved(two.correction.mean, one.correction.mean)
+
+
+@approximations
+def test_a_mask_of_attention_without_a_batch_is_that_of_one_example(approx: str) -> None:
+    x, mask = torch.randn(5, FEATURES, dtype=torch.float64), torch.arange(5) < 3
+    results = []
+    for batched in (True, False):
+        torch.manual_seed(1)
+        module = nn.MultiheadAttention(FEATURES, 1, batch_first=True).double()
+        kfac = preconditioner(module, approx=approx, loss_reduction="sum")
+        kfac.share_rows("proj", mask=mask[None] if batched else mask)
+        given = x[None] if batched else x
+        module(given, given, given)[0].sin().sum().backward()
+        kfac.step()
+        results.append(kfac)
+    assert_covariances(results[1], covariances(results[0]))
+
+
+def test_projections_with_one_mask_share_their_covariance() -> None:
+    module = nn.MultiheadAttention(FEATURES, 1)
+    kfac = preconditioner(module)
+    kfac.share_rows("proj", mask=torch.tensor([[True, True], [True, False]]))
+    x = torch.randn(2, 2, FEATURES)
+    module(x, x, x)[0].sin().sum().backward()
+    first, *others = (block._sums[0][0] for block in kfac._blocks[:3])
+    assert all(other is first for other in others)
+
+
 def test_sharing_ends_with_the_step() -> None:
     model = PerRow()
     kfac = preconditioner(model, approx="reduce", loss_reduction="sum")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from types import FunctionType
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from kfac_fast.layers.base import Approximation
+from kfac_fast.layers.base import Approximation, Sharing
 from kfac_fast.layers.linear import LinearLayer
 
 TakeDown = Callable[["ProjectionLayer", Tensor, Tensor], None]
@@ -31,6 +31,7 @@ class ProjectionLayer(LinearLayer):
     """
 
     module: nn.MultiheadAttention
+    given = LinearLayer.sharing
 
     def __init__(
         self,
@@ -44,6 +45,20 @@ class ProjectionLayer(LinearLayer):
         self.weight_name, self.bias_name, self.part = weight_name, bias_name, part
         self.width = module.embed_dim
         super().__init__(name, module, approx)
+
+    def shared(self, sharing: Sharing) -> ProjectionLayer:
+        """For calls with the batch in front, wherever the module has it, and of 1 without one."""
+        layer, mask = super().shared(sharing), sharing.mask
+        layer.given = sharing
+        if mask is not None and mask.dim() == 1:
+            layer.sharing = sharing._replace(mask=mask[None])
+        elif mask is not None and not self.module.batch_first:
+            layer.sharing = sharing._replace(mask=mask.mT)
+        return layer
+
+    def input_key(self, output: Tensor) -> Hashable:
+        """As for other linear layers; the mask is known by what was given, not by a view of it."""
+        return LinearLayer, self.approx, self.has_bias, *map(id, self.given)
 
     def own(self, tensor: Tensor) -> Tensor:
         """This layer's rows of a packed parameter, all of another."""
