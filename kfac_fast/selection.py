@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from kfac_fast.blocks import Block, Form
-from kfac_fast.layers import Approximation, Layer, layers_of
+from kfac_fast.layers import Approximation, Layer, ProjectionLayer, layers_of
 from kfac_fast.schema import result_dtype
 
 NamedModules = Sequence[tuple[str, nn.Module]]
@@ -84,6 +85,7 @@ def find_blocks(
         raise ValueError(
             f"KFAC: skip must match modules with parameters, got {min(unused)!r} that matches none"
         )
+    _warn_of_positions_first(model, [a for a in layers if _needs_examples(a, form)])
     blocks = []
     for tied in _tied(layers):
         others = _other_holders(tied, modules)
@@ -160,6 +162,34 @@ def _reason_against(layer: Layer, forward_only: bool) -> str | None:
     if reason is None and forward_only and "input" not in layer.factor_shapes():
         return "its only factor needs gradients"
     return reason
+
+
+def _needs_examples(layer: Layer, form: Form) -> bool:
+    """Whether it matters which rows of a layer's input are of one example."""
+    if isinstance(layer, ProjectionLayer):  # which attention tells
+        return False
+    return layer.approx == "reduce" or form == "corrected" or "input" not in layer.factor_shapes()
+
+
+def _warn_of_positions_first(model: nn.Module, layers: Sequence[Layer]) -> None:
+    """Say where a transformer's layers take the positions for the examples."""
+    inside = {id(layer.module) for layer in layers}
+    kinds = nn.TransformerEncoderLayer, nn.TransformerDecoderLayer
+    found = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, kinds)
+        and not getattr(module.self_attn, "batch_first", True)
+        and any(id(part) in inside for part in module.modules())
+    ]
+    if found:
+        warnings.warn(
+            f"KFAC: transformer layers ({len(found)}, the first is {found[0] or 'the model'!r}) "
+            "have positions in front, which their linear layers and normalisations take for "
+            "examples; make them with batch_first=True, or skip the layers",
+            RuntimeWarning,
+            stacklevel=4,
+        )
 
 
 def _added_rows(name: str, module: nn.MultiheadAttention) -> dict[str, str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -159,7 +161,7 @@ def test_an_embedding_with_another_gradient_is_left_alone(option: str, reason: s
 
 
 def test_attention_has_a_block_for_each_projection() -> None:
-    layer = nn.TransformerEncoderLayer(4, 2, 8)
+    layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
     names, left_alone = found(layer)
     projections = [f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")]
     assert names == [*projections, "linear1", "linear2", "norm1", "norm2"] and not left_alone
@@ -181,6 +183,39 @@ def test_a_frozen_weight_leaves_its_projections_alone(parameter: str, frozen: li
     assert left_alone == {f"{name}_proj": reason for name in frozen}
 
 
+TRANSFORMER_LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+
+
+@pytest.mark.parametrize("kind", TRANSFORMER_LAYERS)
+@pytest.mark.parametrize(
+    ("options", "warned"),
+    [
+        ({"approx": "reduce"}, True),
+        ({"approx": "expand"}, True),  # of its normalisations
+        ({"approx": "expand", "skip": ["Norm"]}, False),
+        ({"approx": "reduce", "skip": ["Norm", "linear"]}, False),
+        ({"skip": ["Norm"], "damping_mode": "exact", "eigenvalue_correction": True}, True),
+    ],
+    ids=str,
+)
+def test_transformer_layers_with_positions_in_front_are_warned_of(
+    kind: type[nn.Module], options: dict[str, Any], warned: bool
+) -> None:
+    for batch_first in (False, True):
+        layers = [kind(4, 2, 8, batch_first=batch_first) for _ in range(3)]
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            KFAC(nn.Sequential(nn.Linear(4, 4), *layers), **options)
+        messages = [str(warning.message) for warning in caught]
+        assert len(messages) == (warned and not batch_first)
+        assert all("transformer layers (3, the first is '1')" in message for message in messages)
+        assert all(warning.filename == __file__ for warning in caught)
+
+
+def test_attention_alone_may_have_positions_in_front() -> None:
+    KFAC(nn.Sequential(nn.MultiheadAttention(4, 2), nn.LayerNorm(4)), approx="reduce")
+
+
 def test_an_added_key_and_value_are_said_to_be_left_alone() -> None:
     module = nn.MultiheadAttention(4, 2, add_bias_kv=True)
     reason = "it joins keys or values, and is no weight of a layer"
@@ -194,7 +229,7 @@ def test_an_added_key_and_value_are_said_to_be_left_alone() -> None:
 
 
 def test_patterns_reach_the_projections_of_attention() -> None:
-    layer = nn.TransformerEncoderLayer(4, 2, 8)
+    layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
     names, left_alone = found(layer, "out_proj", "q_proj$")
     assert names == ["self_attn.k_proj", "self_attn.v_proj", "linear1", "linear2", "norm1", "norm2"]
     assert left_alone == {
