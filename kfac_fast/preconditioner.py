@@ -316,8 +316,7 @@ class KFAC:
 
         Args:
             pattern: Regular expression, searched for in the qualified names of linear layers,
-                attention's projections, ``nn.LayerNorm`` and ``nn.RMSNorm``. A later call overrides
-                an earlier one.
+                attention's projections and normalisations. A later call overrides an earlier one.
             mask: Bool of the input's shape without its features; rows that are False, such as
                 padding, do not count.
             segments: int64, one entry for each row of an input ``[R, features]``: the example

@@ -156,11 +156,14 @@ class Graphs(nn.Module):
     Args:
         rings: Numbers of nodes of graphs that are rings.
         cut: One edge is missing in the first of them.
+        norm: Of nodes; a layer normalisation if None.
     """
 
-    def __init__(self, rings: tuple[int, ...], cut: bool = False) -> None:
+    def __init__(
+        self, rings: tuple[int, ...], cut: bool = False, norm: nn.Module | None = None
+    ) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(3)
+        self.norm = nn.LayerNorm(3) if norm is None else norm
         self.edge, self.node, self.head = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2)
         sizes = torch.tensor(rings)
         graph = torch.arange(len(rings)).repeat_interleave(sizes)

@@ -420,6 +420,17 @@ def test_graphs_of_unequal_sizes(reduction: str) -> None:
     assert exact(reduce, "norm", "node", "head") and none_exact(reduce, "edge")
 
 
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d(3).eval(), nn.GroupNorm(1, 3)], ids=str)
+@reductions
+def test_normalised_channels_of_graphs(norm: nn.Module, reduction: str) -> None:
+    """A unit's block is of its graphs' gradients; without segments each node counts as a graph."""
+    x, graphs = random(12, 3), Graphs((3, 5, 4), norm=norm)
+    for errors in relative_errors(graphs, x, MSE, reduction, graphs.sharing()):
+        assert exact(errors, "norm")
+    for errors in relative_errors(graphs, x, MSE, reduction):
+        assert none_exact(errors, "norm")
+
+
 @reductions
 def test_predictions_for_each_node(reduction: str) -> None:
     model, x = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).double(), random(12, 3)

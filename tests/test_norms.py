@@ -157,3 +157,44 @@ def test_rows_of_a_graphs_nodes_are_its_own() -> None:
         counts = mask[graphs == graph].flatten()[None]
         alone += layer.shared(Sharing(counts)).gradient_gram(own[1], 1.0, own[0])
     assert_same(result, alone)
+
+
+SEGMENTS = torch.tensor([0, 2, 0, 1, 2, 2, 0])
+CHANNELS = [
+    name
+    for name in NORMS
+    if name.startswith(("batch", "group", "single")) and "example" not in name
+]
+
+
+@pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["rows", "graphs"])
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize("name", CHANNELS)
+def test_channels_of_shared_rows(name: str, masked: bool, segments: Tensor | None) -> None:
+    """What the gradients of a graph's rows add up to; statistics are those of all rows."""
+    layer, x = norm_and_input(name)
+    x = torch.randn(7, *x.shape[1:], dtype=torch.float64)
+    gradient = torch.randn_like(x)
+    mask = torch.rand(len(x), *x.shape[2:]) < 0.6 if masked else None
+    counted = gradient if mask is None else gradient * mask[:, None]
+    v = example_gradients(layer, x, counted)
+    if segments is not None:
+        v = v.new_zeros(3, *v.shape[1:]).index_add(0, segments, v)
+    shared = layer.shared(Sharing(mask, segments, None if segments is None else 3))
+    result = shared.gradient_gram(gradient, 0.5, x)
+    assert result.shape == layer.factor_shapes()["joint"]
+    assert_same(result, 0.5 * (v.mT @ v).sum(0))
+
+
+def test_half_precision_channels_of_shared_rows_are_formed_in_float32() -> None:
+    layer, x = norm_and_input("batch1d")
+    gradient, sharing = torch.randn_like(x), Sharing(None, torch.tensor([0, 1, 1, 0]), 2)
+    exact = layer.shared(sharing).gradient_gram(
+        gradient.bfloat16().double(), 1.0, x.bfloat16().double()
+    )
+    layer.module.bfloat16()
+    result = layer.shared(sharing).gradient_gram(gradient.bfloat16(), 1.0, x.bfloat16())
+    assert result.dtype == torch.float32
+    error = torch.linalg.matrix_norm(result.double() - exact)
+    bound = 64 * torch.finfo(torch.float32).eps * torch.linalg.matrix_norm(exact)
+    assert (error <= bound).all()

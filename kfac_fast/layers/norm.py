@@ -6,10 +6,11 @@ from abc import abstractmethod
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kfac_fast import ops
-from kfac_fast.layers.base import Approximation, Layer
+from kfac_fast.layers.base import Approximation, Layer, Sharing, gradient_gram
 from kfac_fast.schema import result_dtype
 
 FeatureNorm = nn.LayerNorm | nn.RMSNorm
@@ -29,6 +30,7 @@ class NormLayer(Layer):
     """
 
     keeps_input = True
+    takes_sharing = True
     module: Normalization
 
     def __init__(self, name: str, module: nn.Module, approx: Approximation) -> None:
@@ -88,8 +90,6 @@ class NormLayer(Layer):
 class FeatureNormLayer(NormLayer):
     """``nn.LayerNorm`` and ``nn.RMSNorm`` on ``[N, *shared, *features]``: units are features."""
 
-    takes_sharing = True
-
     module: FeatureNorm
 
     def batched(self, x: Tensor) -> Tensor:
@@ -133,6 +133,8 @@ class ChannelNormLayer(NormLayer):
 
     def _gram(self, x: Tensor, gradient: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
         """Of inputs that are read again."""
+        if self.sharing is not Layer.sharing:
+            return self._shared_gram(x, gradient, scale)
         module = self.module
         options: dict[str, Any] = {}
         if isinstance(module, nn.GroupNorm):
@@ -144,3 +146,26 @@ class ChannelNormLayer(NormLayer):
         return ops.channel_norm_gram(
             x, gradient, eps=module.eps, bias=self.has_bias, alpha=scale, out=out, **options
         )
+
+    def _shared_gram(self, x: Tensor, gradient: Tensor, scale: float) -> Tensor:
+        """Of normalised inputs that are written out, whose channels come last."""
+        z = self._normalized(x.to(result_dtype(x.dtype)))
+        v = torch.stack([gradient * z, gradient.to(z)][: 1 + self.has_bias], -1)
+        rows = v.movedim(1, -2).flatten(-2)
+        mask, segments, examples = self.sharing
+        if segments is not None and rows.dim() > 2:  # each of the rows' own rows is one
+            segments = segments.repeat_interleave(rows.shape[1:-1].numel())
+            rows, mask = rows.flatten(0, -2), None if mask is None else mask.flatten()
+        sharing = Sharing(mask, segments, examples)
+        gram = gradient_gram(rows, "reduce", scale, groups=self.groups, sharing=sharing)
+        return gram.reshape(self.factor_shapes()["joint"])
+
+    def _normalized(self, x: Tensor) -> Tensor:
+        """The inputs before scale and shift."""
+        module = self.module
+        if isinstance(module, nn.GroupNorm):
+            return F.group_norm(x, module.num_groups, eps=module.eps)
+        if module.training or module.running_mean is None:
+            return F.batch_norm(x, None, None, training=True, eps=module.eps)
+        mean, variance = module.running_mean.to(x), cast(Tensor, module.running_var).to(x)
+        return F.batch_norm(x, mean, variance, eps=module.eps)
