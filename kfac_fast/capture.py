@@ -390,33 +390,48 @@ class Capture:
         self, attention: nn.Module, blocks: Mapping[ProjectionLayer, Block]
     ) -> list[RemovableHandle]:
         """Hooks that look into an attention module for as long as its forward pass takes."""
-        open_calls: list[ProjectionCalls] = []
+        numbers = {layer: self._number(block, layer) for layer, block in blocks.items()}
         keeps = any(block.form == "corrected" for block in blocks.values())
 
-        def take_down(layer: ProjectionLayer, x: Tensor, output: Tensor) -> None:
-            if output.requires_grad:
-                self._take_down(blocks[layer], layer, x, output)
+        def see(layer: ProjectionLayer, x: Tensor, output: Tensor) -> Tensor:
+            return self._see(numbers[layer], x, output) if output.requires_grad else output
+
+        calls = ProjectionCalls(list(blocks), see)
 
         def enter(module: nn.Module, inputs: tuple[Any, ...]) -> None:
             if module is not attention or not torch.is_grad_enabled() or in_transform():
                 return
-            if self._capturing() or (keeps and checkpoint_hooks() is not None):
-                open_calls.append(ProjectionCalls(list(blocks), take_down))
-                open_calls[-1].__enter__()  # type: ignore[no-untyped-call]
+            if (
+                torch.compiler.is_compiling()
+                or self._capturing()
+                or (keeps and checkpoint_hooks() is not None)
+            ):
+                calls.open()
 
         def leave(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            if module is attention and open_calls:
-                open_calls.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            if module is attention:
+                calls.close()
 
         return [
             attention.register_forward_pre_hook(enter),
             attention.register_forward_hook(leave, always_call=True),
         ]
 
-    def _layer_hook(self, block: Block, layer: Layer) -> Callable[..., Tensor | None]:
-        index = len(self._tapped)
+    def _number(self, block: Block, layer: Layer) -> int:
+        """A number that compiled graphs know a layer by."""
         self._tapped.append((block, layer))
-        at_once = self._fisher == "forward-only"
+        return len(self._tapped) - 1
+
+    def _see(self, index: int, x: Tensor, output: Tensor) -> Tensor:
+        """Have a call of a layer taken down; the output to go on with."""
+        if torch.compiler.is_compiling():
+            call = self._pass_number, self._handle, index
+            return compiled.tap(output, x, *call, at_once=self._fisher == "forward-only")
+        self._take_down(*self._tapped[index], x, output)
+        return output
+
+    def _layer_hook(self, block: Block, layer: Layer) -> Callable[..., Tensor | None]:
+        index = self._number(block, layer)
 
         def capture(
             module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor
@@ -424,12 +439,7 @@ class Capture:
             # A deep copy of the model takes the hooks along.
             if module is not layer.module or not output.requires_grad or in_transform():
                 return None
-            x = inputs[0] if inputs else named["input"]
-            if torch.compiler.is_compiling():
-                token, handle = self._pass_number, self._handle
-                return compiled.tap(output, x, token, handle, index, at_once=at_once)
-            self._take_down(block, layer, x, output)
-            return None
+            return self._see(index, inputs[0] if inputs else named["input"], output)
 
         return capture
 

@@ -72,9 +72,9 @@ class KFAC:
         kfac.update_curvature(outputs, loss="cross_entropy")
         loss_function(outputs, targets).backward()
 
-    A model may be compiled, if its first run comes after this. ``nn.MultiheadAttention`` breaks its
-    graph, and ``update_curvature`` needs ``torch._functorch.config.donated_buffer = False`` for
-    another way back through it.
+    A model may be compiled, if its first run comes after this; ``nn.MultiheadAttention`` breaks its
+    graph only where it is checkpointed. ``update_curvature`` needs
+    ``torch._functorch.config.donated_buffer = False`` for another way back through the graph.
 
     Args:
         model: The model; layers of the types in :data:`kfac_fast.layers.RULES` are preconditioned.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -192,16 +192,62 @@ def test_a_detached_preconditioner_records_nothing_in_a_graph_that_was_compiled_
     run(images()).sum().backward()
 
 
-def test_attention_breaks_the_graph_and_is_captured() -> None:
+class Attends(nn.Module):
+    """Attention of ``[N, S, 4]`` to a memory."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True, **options)
+        self.key, self.value = (
+            torch.randn(3, 6, options.get(size, 4)).double() for size in ("kdim", "vdim")
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        output, weights = self.attention(x, self.key, self.value)
+        return output + weights.sum(-1, keepdim=True)
+
+
+def encoder() -> nn.Module:
+    return nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+
+
+ATTENTION: dict[str, Callable[[], nn.Module]] = {
+    "itself": encoder,
+    "memory": lambda: Attends(add_bias_kv=True),
+    "other-sizes": lambda: Attends(kdim=3, vdim=5, bias=False),
+}
+
+
+def attend(make: Callable[[], nn.Module], fullgraph: bool, fisher: str) -> None:
+    """Compare the factors of a compiled run and an eager one, of two steps."""
     results = []
     for is_compiled in (False, True):
         torch.manual_seed(0)
-        layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
-        layer = layer.double()
-        kfac = preconditioner(layer)
-        run = torch.compile(layer, backend="aot_eager") if is_compiled else layer
-        x = torch.randn(3, 5, 4, dtype=torch.float64)
-        run(x).square().sum(dim=(1, 2)).mean().backward()
-        kfac.step()
-        results.append(kfac)
-    assert_covariances(results[1], covariances(results[0]))
+        model = make().double()
+        kfac = preconditioner(model, fisher=fisher, damping=1.0)
+        run = torch.compile(model, backend="aot_eager", fullgraph=fullgraph)
+        for _ in range(2):
+            with torch._functorch.config.patch(donated_buffer=False):
+                outputs = (run if is_compiled else model)(torch.randn(3, 5, 4).double())
+                kfac.update_curvature(outputs, loss="mse")
+                outputs.square().sum(dim=(1, 2)).mean().backward()
+            kfac.step()
+        results.append(covariances(kfac))
+    assert len(results[0]) >= 4
+    for name, pair in results[0].items():
+        for ours, theirs in zip(results[1][name], pair, strict=True):
+            assert_solved(ours, theirs)
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "mc", "exact", "forward-only"])
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention_is_in_one_graph_with_the_factors_of_the_eager_model(
+    name: str, fisher: str
+) -> None:
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        attend(ATTENTION[name], True, fisher)
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "exact"])
+def test_checkpointed_attention_breaks_the_graph_and_is_captured(fisher: str) -> None:
+    attend(lambda: Checkpointed(encoder(), use_reentrant=False), False, fisher)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Hashable, Sequence
 from types import FunctionType
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -14,7 +13,8 @@ from torch.overrides import TorchFunctionMode
 from kfac_fast.layers.base import Approximation, Sharing
 from kfac_fast.layers.linear import LinearLayer
 
-TakeDown = Callable[["ProjectionLayer", Tensor, Tensor], None]
+OUT = "out_proj.weight"
+See = Callable[["ProjectionLayer", Tensor, Tensor], Tensor]
 
 
 class ProjectionLayer(LinearLayer):
@@ -43,7 +43,9 @@ class ProjectionLayer(LinearLayer):
         part: int,
     ) -> None:
         self.weight_name, self.bias_name, self.part = weight_name, bias_name, part
-        self.width = module.embed_dim
+        self.width: int = module.embed_dim
+        # Of this layer among the rows of all projections, in the order in which they are used.
+        self.first_row = (3 if weight_name == OUT else part) * self.width
         super().__init__(name, module, approx)
 
     def shared(self, sharing: Sharing) -> ProjectionLayer:
@@ -105,30 +107,46 @@ def projections(
         weight = "in_proj_weight" if packed else f"{letter}_proj_weight"
         own = f"{prefix}{letter}_proj"
         layers.append(ProjectionLayer(own, module, approx, weight, "in_proj_bias", part))
-    out = ("out_proj.weight", "out_proj.bias", 0)
+    out = (OUT, "out_proj.bias", 0)
     return [*layers, ProjectionLayer(f"{prefix}out_proj", module, approx, *out)]
 
 
 class ProjectionCalls(TorchFunctionMode):
-    """Inside of it, an attention module's forward pass shows its projections.
+    """While it is open, an attention module's forward pass shows its projections.
 
     PyTorch computes attention in one function, whose linear products cannot be hooked. It is run as
     a copy that calls a ``linear`` of ours; nothing is changed in PyTorch itself.
 
     Args:
         layers: The module's projections.
-        take_down: Called with each projection, its input and its output, the batch in front.
+        see: Called with each projection, its input and its output, the batch in front; gives back
+            the output.
     """
 
-    def __init__(self, layers: Sequence[ProjectionLayer], take_down: TakeDown) -> None:
+    def __init__(self, layers: Sequence[ProjectionLayer], see: See) -> None:
         super().__init__()
         self._layers = layers
-        self._take_down = take_down
-        self._examples = 1
-        names = {**vars(F), "linear": self._linear, "has_torch_function": lambda tensors: False}
+        self._see = see
+        self._is_open = False
+        self._examples, self._rows = 1, 0
+        # Without the module's own name, by which a compiler would look the others up.
+        names = {name: value for name, value in vars(F).items() if name != "__name__"}
+        names |= {"linear": self._linear, "has_torch_function": lambda tensors: False}
         for inner in ("_in_projection_packed", "_in_projection"):
             names[inner] = _with_names(getattr(F, inner), names)
         self._forward = _with_names(F.multi_head_attention_forward, names)
+
+    def open(self) -> None:
+        """Before the forward pass."""
+        self._is_open = True
+        self.__enter__()  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        """After it, if it was opened."""
+        if self._is_open:
+            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            self._is_open = False
+            self._examples, self._rows = 1, 0
 
     def __torch_function__(
         self,
@@ -149,10 +167,12 @@ class ProjectionCalls(TorchFunctionMode):
         inputs, batched = (
             t.reshape(-1, self._examples, t.shape[-1]).transpose(0, 1) for t in (x, output)
         )
+        # Weights come in the order of the projections, some of them in one.
+        first, self._rows = self._rows, self._rows + weight.shape[0]
         for layer in self._layers:
-            if _overlap(layer.weight, weight):
-                self._take_down(layer, inputs, batched)
-        # Through the view that is taken down, so that its gradient is asked for.
+            if first <= layer.first_row < self._rows:
+                batched = self._see(layer, inputs, batched)
+        # Through the view that is seen, so that its gradient is asked for.
         return batched.transpose(0, 1).reshape(output.shape)
 
 
@@ -163,11 +183,3 @@ def _with_names(function: Callable[..., Any], names: dict[str, Any]) -> Callable
     )
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy
-
-
-def _overlap(part: Tensor, whole: Tensor) -> bool:
-    """Whether the first rows of a view are among those of another of the same memory."""
-    if not torch._C._is_alias_of(part, whole):  # type: ignore[attr-defined]
-        return False
-    first, last = whole.storage_offset(), whole.storage_offset() + whole.numel()
-    return first <= part.storage_offset() < last
