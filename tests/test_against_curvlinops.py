@@ -339,6 +339,15 @@ def test_one_query_of_one_datum_in_any_attention(
         assert exact(errors, Q, OUT, "head") and none_exact(errors, K, V)
 
 
+@pytest.mark.parametrize("loss", ["cross-entropy", "mse", "bce"])
+@reductions
+def test_one_key_beside_a_zero_of_one_datum(loss: str, reduction: str) -> None:
+    """A single position of the keys, too; without the zero, no output would depend on it."""
+    model = Attends(random(1, 1, 4), add_zero_attn=True)
+    for errors in relative_errors(model, random(1, 1, 4), LOSSES[loss], reduction):
+        assert exact(errors, Q, K, V, OUT, "head")
+
+
 # Several calls of one weight
 
 
