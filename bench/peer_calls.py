@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -37,7 +37,7 @@ class Calls:
     Attributes:
         library: The library's own; its result is a list of tensors.
         ours: The library's with kfac_fast's backend, to the same result.
-        kfac: ``kfac_fast.KFAC`` to a like one.
+        kfac: kfac_fast alone to a like one: a step of ``KFAC``, or the operator.
         bare: Forward passes and the gradients of the layers' outputs, which each of them needs.
         made: Whether a call makes its result anew, rather than changing it in place.
         held: Bytes of the state that ``kfac`` keeps between calls.
@@ -106,17 +106,29 @@ def _kfac(
     return call, lambda: sum(kfac.memory().values())
 
 
+def _factors_by_kfac(problem: Problem) -> dict[str, Any]:
+    kfac, held = _kfac(problem, "expand", "mc", refreshes=False)
+    return {"kfac": kfac, "held": held}
+
+
+def _inverses_by_operator(matrices: Sequence[Tensor]) -> Call:
+    return lambda: kfac_fast.damped_inverse(matrices, DAMPING).matrices
+
+
 def gradients(problem: Problem) -> list[Tensor]:
     """Those of the mean loss."""
     loss = F.cross_entropy(problem.model(problem.x), problem.y)
     return list(torch.autograd.grad(loss, problem.weights))
 
 
-def _curvlinops(problem: Problem, enabled: Enabled, approx: str, fisher: Kind) -> Any:
+def _curvlinops(
+    problem: Problem, enabled: Enabled, approx: str, fisher: Kind, kind: Any = None
+) -> Any:
+    """An operator, of this kind in place of ``KFACLinearOperator``."""
     import curvlinops
 
     with enabled():
-        return curvlinops.KFACLinearOperator(
+        return (kind or curvlinops.KFACLinearOperator)(
             problem.model,
             nn.CrossEntropyLoss(),
             problem.weights,
@@ -160,6 +172,28 @@ def curvlinops_inverses(problem: Problem) -> Calls:
                 inverse = curvlinops.KFACInverseLinearOperator(known, damping=DAMPING)
             pairs = [inverse._compute_or_get_cached_inverse(name)[:2] for name in known._mapping]
             return [matrix for pair in pairs for matrix in pair]
+
+        return call
+
+    sides = known._input_covariances, known._gradient_covariances
+    matrices = [side[name] for side in sides for name in known._mapping]
+    return Calls(**_both(make, enabled), kfac=_inverses_by_operator(matrices))
+
+
+def curvlinops_corrections(problem: Problem) -> Calls:
+    """Factors of a batch, their eigenbases, corrected eigenvalues, and a gradient times these."""
+    import curvlinops
+
+    from kfac_fast.integrations.curvlinops import enabled
+
+    grads = gradients(problem)
+
+    def make(path: Enabled) -> Call:
+        def call() -> list[Tensor]:
+            kind = curvlinops.EKFACLinearOperator
+            operator = _curvlinops(problem, path, "expand", "mc", kind)
+            # As whole matrices: a single kernel may be all but zero.
+            return [product.view(len(product), -1) for product in operator @ grads]
 
         return call
 
@@ -280,7 +314,8 @@ def kronfluence_covariances(problem: Problem) -> Calls:
 
         return call
 
-    return Calls(**_both(make, enabled), bare=bare_passes(problem, "mc"))
+    own = _factors_by_kfac(problem)
+    return Calls(**_both(make, enabled), bare=bare_passes(problem, "mc"), **own)
 
 
 def _kronfluence_bases(problem: Problem) -> tuple[Any, dict[str, Any]]:
@@ -297,6 +332,7 @@ def _kronfluence_bases(problem: Problem) -> tuple[Any, dict[str, Any]]:
 def kronfluence_eigendecompositions(problem: Problem) -> Calls:
     """Eigenvalues and vectors of all covariances; the former are the result."""
     from kronfluence.factor.eigen import perform_eigendecomposition
+    from kronfluence.utils.constants import COVARIANCE_FACTOR_NAMES
 
     from kfac_fast.integrations import kronfluence as ours
 
@@ -309,7 +345,12 @@ def kronfluence_eigendecompositions(problem: Problem) -> Calls:
 
         return call
 
-    return Calls(make(perform_eigendecomposition), make(ours.perform_eigendecomposition))
+    matrices = _tensors(covariances, COVARIANCE_FACTOR_NAMES[:2])
+    return Calls(
+        make(perform_eigendecomposition),
+        make(ours.perform_eigendecomposition),
+        kfac=lambda: kfac_fast.eigh([matrix.double() for matrix in matrices]).values,
+    )
 
 
 def kronfluence_lambdas(problem: Problem) -> Calls:
@@ -351,7 +392,8 @@ def nngeometry_factors(problem: Problem) -> Calls:
 
         return call
 
-    return Calls(**_both(make, enabled), bare=bare_passes(problem, "mc"))
+    own = _factors_by_kfac(problem)
+    return Calls(**_both(make, enabled), bare=bare_passes(problem, "mc"), **own)
 
 
 def _nngeometry_layers(problem: Problem) -> Any:
@@ -381,7 +423,8 @@ def nngeometry_inverses(problem: Problem) -> Calls:
 
         return call
 
-    return Calls(**_both(make, enabled))
+    matrices = [factor for pair in known.data.values() for factor in pair]
+    return Calls(**_both(make, enabled), kfac=_inverses_by_operator(matrices))
 
 
 def _asdl(problem: Problem) -> Any:
@@ -412,7 +455,8 @@ def asdl_factors(problem: Problem) -> Calls:
 
         return call
 
-    return Calls(**_both(make, enabled), bare=bare_passes(problem, "mc"))
+    own = _factors_by_kfac(problem)
+    return Calls(**_both(make, enabled), bare=bare_passes(problem, "mc"), **own)
 
 
 def asdl_inverses(problem: Problem) -> Calls:
@@ -441,7 +485,8 @@ def asdl_inverses(problem: Problem) -> Calls:
 
         return call
 
-    return Calls(**_both(make, enabled))
+    matrices = [factor for kron in known for factor in (kron.A, kron.B)]
+    return Calls(**_both(make, enabled), kfac=_inverses_by_operator(matrices))
 
 
 def singd_steps(problem: Problem) -> Calls:
@@ -488,6 +533,7 @@ MAKERS: dict[tuple[str, str], tuple[str, Callable[[Problem], Calls]]] = {
         "curvlinops-for-pytorch",
         partial(curvlinops_factors, approx="expand", fisher="type-2"),
     ),
+    ("curvlinops", "EKFAC"): ("curvlinops-for-pytorch", curvlinops_corrections),
     ("curvlinops", "inverses"): ("curvlinops-for-pytorch", curvlinops_inverses),
     ("curvlinops", "refresh"): ("curvlinops-for-pytorch", curvlinops_refresh),
     ("laplace-torch", "fit"): ("laplace-torch", partial(laplace_fit, fisher="mc", batches=4)),

@@ -140,7 +140,7 @@ class PeerRecord(Comparison):
     """Another library by itself, the baseline, and with kfac_fast.
 
     The error is the difference of the results, relative to the library's. Beside are in "ms" the
-    median times of "KFAC", a step of :class:`kfac_fast.KFAC` to a like result, and of "bare"
+    median times of "KFAC", kfac_fast alone to a like result (a step, or an operator), and of "bare"
     passes: forward, and backward to the outputs of the layers. In "MB" the "peak" with kfac_fast,
     that of the "library", that of "bare" passes, that of "KFAC" with the state that it keeps; and
     the size of the "result", if it is not there before the call.

@@ -214,7 +214,7 @@ def test_a_run_leaves_records(bench: Any, tmp_path: Path) -> None:
         ratio = record["baseline_p50_ms"] / record["p50_ms"]
         assert record["ratio_of_medians"] == pytest.approx(ratio)
         measured = {name for name, value in record["beside"].items() if value != 0}
-        expected = {"KFAC ms"} if record["result"] != "inverses" else set()
+        expected = {"KFAC ms"}
         if record["result"].startswith("factors"):
             expected.add("bare ms")
         if not bench("memory").missing("cpu"):

@@ -294,11 +294,11 @@ def perform_eigendecomposition(
         for side in sides
     ]
     for together in _parts(sorted(sized, key=lambda entry: entry[0])):
-        means = [
+        means = (
             covariance_factors[total][name].to(state.device, factor_args.eigendecomposition_dtype)
             / covariance_factors[count][name].to(state.device)
             for _, name, (total, count, *_) in together
-        ]
+        )
         solved = eigendecompositions([(mean + mean.mT).div_(2) for mean in means])
         for (_, name, (total, _, vectors, values)), found in zip(together, solved, strict=True):
             if not found.valid:
