@@ -96,7 +96,28 @@ def _cpp(op: str) -> Implementation:
         return Implementation("cpp", _checked(op, lambda *args: None), NOT_BUILT)
     conv = op.startswith("conv_")
     quick = native.conv_operator(op, _conv_kernel) if conv else getattr(native, op)
+    if op == "eigh":
+        quick = _eigh
     return Implementation("cpp", _checked(op, quick), way=way, quick=quick)
+
+
+def _eigh(
+    matrices: list[torch.Tensor], values: list[torch.Tensor], vectors: list[torch.Tensor], info: Any
+) -> bool | None:
+    """The compiled kernel, and PyTorch's version of what torch's eigensolver has failed on there.
+
+    It knows that an error was raised, not which one: if the iteration did not converge, ``info`` is
+    to say so, and anything else is to be raised.
+    """
+    done = native.eigh(matrices, values, vectors, info)
+    if done and bool((info == 2).any()):
+        infos = info.split([matrix.shape[:-2].numel() for matrix in matrices])
+        for matrix, own_values, own_vectors, own in zip(
+            matrices, values, vectors, infos, strict=True
+        ):
+            if bool((own == 2).any()):
+                reference.eigh([matrix], [own_values], [own_vectors], own)
+    return done
 
 
 def _conv_kernel(op: str, shape: tuple[int, ...], item: int, *arguments: Any) -> ConvKernel:

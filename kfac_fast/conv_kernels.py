@@ -110,10 +110,39 @@ MOST_SUMS = 2**22
 MOST_CELLS_OF_WINDOWS = 2**17
 
 
-def _strips(width: int, groups: int) -> tuple[int, int]:
+def _strips(width: int, groups: int, lanes: int = LANES) -> tuple[int, int]:
     """Strips of columns that are multiplied by themselves, and their width; narrow groups join."""
-    together = min(max(1, LANES // width), groups) if width else 1
+    together = min(max(1, lanes // width), groups) if width else 1
     return -(-groups // together), width * together
+
+
+def _fits(
+    geometry: ConvGeometry,
+    shape: tuple[int, ...],
+    item: int,
+    cells: int,
+    tables: int,
+) -> bool:
+    """Whether the offset kernel can do with the memory of the input, half as much and the result.
+
+    It packs all examples at once and keeps the sums of a tile, or one example and those of all
+    tiles; see ``choose_chunks`` in csrc/cpu/offset_gram.h.
+    """
+    batch, channels = shape[:2]
+    pixels = math.prod(len(axis.offsets().line) for axis in geometry.axes(shape[2:]))
+    number, groups = max(item, 4), geometry.groups
+    result = number * groups * geometry.features(channels) ** 2
+    budget = ALWAYS_ALLOWED + 1.5 * item * math.prod(shape) + result - tables
+    for lanes in (4, 8, 16):  # of any processor: a geometry has one way everywhere
+        strips, width = _strips(channels // groups, groups, lanes)
+        panels = max(-(-width // (3 * lanes)), 1)
+        edge = -(-width // (panels * lanes)) * lanes
+        packed = pixels * strips * panels * edge
+        sums = cells * edge * (1 if groups == channels else edge)
+        tiles = strips * panels * (panels + 1) // 2
+        if number * min(batch * packed + sums, packed + tiles * sums) > budget:
+            return False
+    return True
 
 
 def _cost(kernel: str, geometry: ConvGeometry, shape: tuple[int, ...], item: int) -> float:
@@ -127,8 +156,9 @@ def _cost(kernel: str, geometry: ConvGeometry, shape: tuple[int, ...], item: int
     depthwise = geometry.groups == channels
     strips, width = _strips(channels // geometry.groups, geometry.groups)
     vectors = -(-width // LANES)
-    rows, cells, cells_of_windows, pixels = batch, 1, 1, 1
+    rows, cells, cells_of_windows, pixels, lines = batch, 1, 1, 1, 1
     for axis in axes:
+        lines = rows // max(batch, 1)
         offsets = axis.offsets()
         pixels *= len(offsets.line)
         lengths = [length for shift in offsets.shifts for _, length in shift.cells]
@@ -139,15 +169,11 @@ def _cost(kernel: str, geometry: ConvGeometry, shape: tuple[int, ...], item: int
     sums = cells * edge * (1 if depthwise else edge)
     if sums > MOST_SUMS or cells_of_windows > MOST_CELLS_OF_WINDOWS:
         return math.inf
-    packed = pixels * strips * vectors * LANES  # of one example
-    panels = -(-vectors // 3)
-    number = max(item, 4)
-    result = number * geometry.groups * geometry.features(channels) ** 2
-    budget = ALWAYS_ALLOWED + 1.5 * item * math.prod(shape) + result - 8 * cells_of_windows
-    # All examples are packed at once and a tile's sums kept, or one example and all tiles' sums.
-    all_sums = sums * strips * panels * (panels + 1) / 2
-    if number * min(batch * packed + sums, packed + all_sums) > budget:
+    # Of pixels, windows, and lines of pixels with others.
+    tables = 8 * (pixels + cells_of_windows + math.prod(geometry.kernel_size) ** 2) + 32 * lines
+    if not _fits(geometry, shape, item, cells, tables):
         return math.inf
+    packed = pixels * strips * vectors * LANES
     # Products of a channel with all of its strip, or with itself; of the sums the lower triangle.
     products = (1 if depthwise else width) + LOADS_A_ROW
     gathered = strips if depthwise else channels * (vectors + 1) / 2

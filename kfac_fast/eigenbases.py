@@ -62,7 +62,7 @@ def _repaired(found: Eigendecomposition, matrix: Tensor) -> Eigendecomposition:
     """A float32 decomposition, in float64 where there is none of a finite matrix."""
     if bool(found.valid.all()):  # PyTorch's solver has made the host wait already
         return found
-    missing = ~found.valid & matrix.isfinite().flatten(-2).all(-1)
+    missing = ~found.valid & matrix.tril().isfinite().flatten(-2).all(-1)
     if not bool(missing.any()):
         return found
     size = matrix.shape[-1]

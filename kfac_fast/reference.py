@@ -217,11 +217,13 @@ def conv_window_sum(x: Tensor, *arguments: Any) -> None:
 # Lists of matrices of mixed sizes
 
 
-def _batches(sizes: Sequence[tuple[int, ...]]) -> Iterator[list[int]]:
+def _batches(
+    sizes: Sequence[tuple[int, ...]], largest: int = LARGEST_BATCHED
+) -> Iterator[list[int]]:
     """Indices to compute in one call: the small ones of a size; large ones gain nothing by it."""
     small = defaultdict(list)
     for index, size in enumerate(sizes):
-        small[size if max(size, default=0) <= LARGEST_BATCHED else index].append(index)
+        small[size if max(size, default=0) <= largest else index].append(index)
     yield from small.values()
 
 
@@ -288,7 +290,7 @@ def eigh(
     """Eigenvalues and eigenvectors of ``M``; see :func:`kfac_fast.ops.eigh`."""
     counts = [math.prod(matrix.shape[:-2]) for matrix in matrices]
     infos = info.split(counts)
-    for indices in _batches([matrix.shape[-1:] for matrix in matrices]):
+    for indices in _batches([matrix.shape[-1:] for matrix in matrices], 2 * LARGEST_BATCHED):
         stacks = [matrices[i].reshape(counts[i], *matrices[i].shape[-2:]) for i in indices]
         results = [part.split([counts[i] for i in indices]) for part in _eigh(torch.cat(stacks))]
         for i, own_values, own_vectors, failed in zip(indices, *results, strict=True):
@@ -309,6 +311,7 @@ def _eigh(stack: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             values, vectors, failed = (torch.cat(parts) for parts in each)
             return values, vectors, failed
         values, vectors, failed = lower[..., 0], lower, torch.ones_like(failed)
+    failed = failed | ~values.isfinite().all(-1)  # too large
     values = values.masked_fill(failed[:, None], math.nan)
     return values, vectors.masked_fill(failed[:, None, None], math.nan), failed
 

@@ -14,7 +14,7 @@ from plain_kfac import assert_solved, averaged
 from torch import Tensor
 
 import kfac_fast
-from kfac_fast import ops, schema
+from kfac_fast import backends, ops, schema
 from kfac_fast.backends import native
 from kfac_fast.eigenbases import (
     Eigenbasis,
@@ -99,6 +99,63 @@ def test_what_is_not_finite_fails_alone() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # float64 would not help
         assert eigendecompositions(broken)[0].valid.tolist() == [True, False, True, True, False]
+
+
+@pytest.mark.usefixtures("implementation")
+def test_eigenvalues_that_overflow_are_a_failure() -> None:
+    large = torch.full((3, 3), 3e38)
+    found = ops.eigh([torch.stack([torch.eye(3), large]), torch.eye(2)])
+    assert found.info.tolist() == [0, 1, 0]
+    assert found.values[0][1].isnan().all() and found.vectors[0][1].isnan().all()
+    assert torch.equal(found.values[0][0], torch.ones(3))
+
+
+def test_stacks_of_tiny_matrices_are_decomposed_in_groups() -> None:
+    for size in (1, 2, 7):
+        stack = positive_definite(3000, size, size).float()
+        found = ops.eigh([stack, stack[:1]])
+        values, vectors = torch.linalg.eigh(stack)
+        torch.testing.assert_close(found.values[0], values)
+        products = found.vectors[0] * found.values[0][:, None] @ found.vectors[0].mT
+        torch.testing.assert_close(products, vectors * values[:, None] @ vectors.mT)
+        assert torch.equal(found.values[1], found.values[0][:1]) and not found.info.any()
+
+
+class Broken:
+    """A compiled extension on whose second matrix torch's eigensolver raises an error."""
+
+    @staticmethod
+    def eigh(*arguments: Any) -> bool:
+        assert native.eigh(*arguments) is True
+        arguments[3][1] = 2
+        return True
+
+
+def test_errors_of_the_eigensolver_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrices = [positive_definite(4, 4).float() for _ in range(3)]
+    expected = ops.eigh(matrices)
+    monkeypatch.setattr(backends, "native", Broken)
+
+    def solved() -> ops.Eigendecompositions:
+        results = [m[0].clone() for m in matrices], [m.clone() for m in matrices]
+        info = torch.zeros(3, dtype=torch.int32)
+        assert backends._eigh(matrices, *results, info)
+        return ops.Eigendecompositions(*results, info)
+
+    again = solved()
+    assert not again.info.any()
+    torch.testing.assert_close(again.values, expected.values)
+    monkeypatch.setattr(torch.linalg, "eigh", failing_eigh({torch.float32}, matrices[1]))
+    failed = solved()
+    assert failed.info.tolist() == [0, 1, 0] and failed.vectors[1].isnan().all()
+    assert torch.equal(failed.vectors[2], expected.vectors[2])
+
+    def without_memory(stack: Tensor) -> Any:
+        raise RuntimeError("can't allocate memory")
+
+    monkeypatch.setattr(torch.linalg, "eigh", without_memory)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        solved()
 
 
 def eigh_arguments(matrix: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:

@@ -40,6 +40,15 @@ SHAPES: dict[str, tuple[str, tuple[int, ...], int | None, dict[str, Any]]] = {
         "3d not padded": ((1, 16, 12, 12, 12), 3, {}),
         "depthwise": ((4, 96, 28, 28), 7, {"padding": 3, "groups": 96}),
         "many taps": ((1, 16, 56, 56), 13, {}),
+        "few, depthwise": ((4, 240, 56, 56), 7, {"padding": 3, "groups": 240}),
+        "mostly padding": (
+            *((64, 192, 14, 14), 7),
+            {"padding": 3, "padding_mode": "reflect", "groups": 192},
+        ),
+        "3d, mostly padding": (
+            *((32, 25, 8, 8, 8), 4),
+            {"padding": 2, "padding_mode": "replicate", "groups": 25},
+        ),
     }.items()
 }
 SHAPES |= {

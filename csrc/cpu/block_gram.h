@@ -107,9 +107,6 @@ class BlockGram {
 
   static constexpr int64_t panels_a_task = 8;
 
-  // Of rounds by tiles: one to pack, one to multiply, one with late tasks.
-  static constexpr int64_t buffers = 3;
-
   void cut(int64_t edge) {
     tile_edge_ = std::min(edge, round_up(layout_.strip_columns, layout_.panel_width));
     tiles_ = layout_.tiles(tile_edge_);
@@ -223,6 +220,7 @@ class BlockGram {
     const int64_t parts = divide_up(layout_.panels(), panels_a_task);
     const int64_t packs = together * parts;
     const int64_t workers = worker_count(std::max(packs, tile_count()), operations());
+    const int64_t buffers = this->buffers();
 
     const auto packed = make_scratch<T>(std::min(rounds, buffers) * together * block_size);
     const auto sums = make_scratch<T>(tile_count() * tile_size());
@@ -266,7 +264,7 @@ class BlockGram {
 
   // Blocks of 1 MB together, or of up to 6 MB if the sums, read and written in every round, leave
   // the caches; or all, in one round, if they are small beside the sums, which then need not be
-  // kept. Of a small input fewer: all memory is one and a half times the input's and the result's.
+  // kept. Of a small input fewer: all memory is one and a half times the input's, and the result's.
   int64_t blocks_a_round() const {
     constexpr int64_t large_sums = 12 << 20, megabyte = 1 << 20;
     const int64_t sums_size = tile_count() * tile_size();
@@ -275,13 +273,24 @@ class BlockGram {
     const int64_t sums_bytes = sums_size * static_cast<int64_t>(sizeof(T));
     const int64_t round_bytes =
         sums_bytes > large_sums ? std::min(6 * megabyte, sums_bytes / 3) : megabyte;
-    const int64_t groups = layout_.columns / layout_.group_columns;
-    const int64_t result_bytes =
-        groups * store_.edge * store_.edge * static_cast<int64_t>(sizeof(T));
-    const int64_t allowed = 3 * blocks_.input_bytes() / 2 + result_bytes + megabyte - sums_bytes;
     const int64_t block_bytes = block_size * static_cast<int64_t>(sizeof(T));
-    const int64_t together = std::min(round_bytes, allowed / buffers) / block_bytes;
+    const int64_t together = std::min(round_bytes, room() / buffers()) / block_bytes;
     return std::clamp<int64_t>(together, 1, blocks_.count());
+  }
+
+  // Of rounds by tiles: one to pack, one to multiply and, if there is room, one with late tasks.
+  int64_t buffers() const {
+    const int64_t block_bytes = blocks_.packed_size() * static_cast<int64_t>(sizeof(T));
+    return room() >= 3 * block_bytes ? 3 : 2;
+  }
+
+  // Bytes that packed blocks may take.
+  int64_t room() const {
+    constexpr int64_t always_allowed = 1 << 20;
+    const int64_t groups = layout_.columns / layout_.group_columns;
+    const int64_t numbers = groups * store_.edge * store_.edge - tile_count() * tile_size();
+    return 3 * blocks_.input_bytes() / 2 + always_allowed +
+           numbers * static_cast<int64_t>(sizeof(T));
   }
 
   void multiply(const Tile& tile, const Block<T>& block, T* sum, bool accumulate) const {
@@ -337,7 +346,7 @@ class BlockGram {
 // columns, of which narrow groups make more.
 template <typename Run>
 void for_parts_of_groups(int64_t groups, int64_t group_columns, const Run& run) {
-  constexpr int64_t columns_together = 2048;
+  constexpr int64_t columns_together = 1024;
   const int64_t together = std::max<int64_t>(columns_together / group_columns, 1);
   for (int64_t first = 0; first < groups; first += together) {
     run(first, std::min(together, groups - first));

@@ -23,7 +23,9 @@ ConvKernel conv_offset_gram(const std::vector<int64_t>& plan, const std::vector<
       const ImageSource<In> source = image_of<In>(x);
       T* data = static_cast<T*>(out.data());
       if (source.channels > 0) {
-        OffsetGram<In, T>(source, axes, groups, instruction_set_in_use(), store, bias, data).run();
+        const int64_t input_bytes = x.numel() * static_cast<int64_t>(sizeof(In));
+        const InstructionSet set = instruction_set_in_use();
+        OffsetGram<In, T>(source, axes, groups, set, store, bias, input_bytes, data).run();
       }
       if (bias) store_count(store, source.examples * outputs, groups, data);
     });

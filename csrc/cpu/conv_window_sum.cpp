@@ -140,7 +140,7 @@ void reduce_gram_of(const Tensor& x, Convolution& convolution, bool bias, double
   const SymmetricStore<T> rest{store.alpha, T{1}, store.edge};  // added to the first chunk's
   if (columns > 0) {
     // The means of some examples at a time: those of tiny images outweigh the input. With their
-    // panels they take one and a half times the memory of the input and the result.
+    // panels they take one and a half times the memory of the input, and that of the result.
     constexpr int64_t fewest = 256, most_bytes = 4 << 20, always_allowed = 1 << 20;
     const auto size = static_cast<int64_t>(sizeof(T));
     const int64_t input = x.numel() * static_cast<int64_t>(sizeof(In));

@@ -5,8 +5,8 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <array>
+#include <cmath>
 #include <cstdint>
-#include <exception>
 #include <limits>
 #include <map>
 #include <string>
@@ -59,14 +59,14 @@ template <typename T>
 std::vector<Group<T>> groups_of(const std::vector<Tensor>& matrices,
                                 const std::vector<Tensor>& values,
                                 const std::vector<Tensor>& vectors, const Tensor& info) {
-  constexpr int64_t work_a_group = 1 << 16;
+  constexpr int64_t entries_a_group = 2400;
   std::vector<Group<T>> groups;
   std::map<int64_t, size_t> open;  // the last group of each size
   auto* infos = static_cast<int32_t*>(info.mutable_data_ptr());
   for (size_t i = 0; i < matrices.size(); ++i) {
     const Tensor& x = matrices[i];
     const int64_t batch_dims = x.dim() - 2, size = x.size(batch_dims);
-    const int64_t most = std::max<int64_t>(work_a_group / (size * size * size), 1);
+    const int64_t most = std::max<int64_t>(entries_a_group / (size * size), 1);
     T* own_values = static_cast<T*>(values[i].mutable_data_ptr());
     T* own_vectors = static_cast<T*>(vectors[i].mutable_data_ptr());
     for (int64_t n = 0; n < stack_size(x, batch_dims); ++n) {
@@ -101,7 +101,7 @@ class Eigensolver {
     return static_cast<int64_t>(group.matrices.size()) * group.size * group.size;
   }
 
-  // scratch holds the matrices, and then the vectors.
+  // scratch holds the matrices.
   void operator()(const Group<T>& group, T* scratch) const {
     const auto count = static_cast<int64_t>(group.matrices.size());
     const int64_t area = group.size * group.size;
@@ -109,10 +109,8 @@ class Eigensolver {
       const Matrix<T>& m = group.matrices[i];
       *m.info = load(m, group.size, scratch + i * area) ? 0 : 1;
     }
-    if (!solve(group, 0, count, scratch)) {
-      for (int64_t i = 0; i < count; ++i) {
-        if (!solve(group, i, 1, scratch + i * area)) *group.matrices[i].info = 1;
-      }
+    if (!solve(group, 0, count, scratch) && count > 1) {
+      for (int64_t i = 0; i < count; ++i) solve(group, i, 1, scratch + i * area);
     }
     for (const Matrix<T>& m : group.matrices) {
       if (*m.info == 0) continue;
@@ -139,26 +137,34 @@ class Eigensolver {
     return is_finite;
   }
 
-  // False if one of them has no result.
+  // False if torch raises an error. Which one, this ABI does not tell: a single one's info is 2.
   static bool solve(const Group<T>& group, int64_t first, int64_t count, T* scratch) {
     using torch::stable::detail::from;
     using torch::stable::detail::to;
     const int64_t n = group.size;
-    try {
-      std::array<StableIValue, 2> stack{from(stack_at(scratch, {count, n, n})),
-                                        from(std::string("L"))};
-      STABLE_TORCH_ERROR_CODE_CHECK(
-          torch_call_dispatcher("aten::linalg_eigh", "", stack.data(), TORCH_ABI_VERSION));
-      const auto values = to<torch::stable::Tensor>(stack[0]);
-      const auto vectors = to<torch::stable::Tensor>(stack[1]);
-      for (int64_t i = 0; i < count; ++i) {
-        const Matrix<T>& m = group.matrices[first + i];
-        auto own_values = stack_at(m.values, {n}), own_vectors = stack_at(m.vectors, {n, n});
-        torch::stable::copy_(own_values, torch::stable::select(values, 0, i));
-        torch::stable::copy_(own_vectors, torch::stable::select(vectors, 0, i));
-      }
-    } catch (const std::exception&) {
+    std::array<StableIValue, 2> stack{from(stack_at(scratch, {count, n, n})),
+                                      from(std::string("L"))};
+    if (torch_call_dispatcher("aten::linalg_eigh", "", stack.data(), TORCH_ABI_VERSION)) {
+      if (count == 1) *group.matrices[first].info = 2;
       return false;
+    }
+    const auto values = to<torch::stable::Tensor>(stack[0]);
+    const auto vectors = to<torch::stable::Tensor>(stack[1]);
+    for (int64_t i = 0; i < count; ++i) {
+      const Matrix<T>& m = group.matrices[first + i];
+      const T* value = static_cast<const T*>(values.const_data_ptr()) + i * values.stride(0);
+      const T* vector = static_cast<const T*>(vectors.const_data_ptr()) + i * vectors.stride(0);
+      T lost = 0;
+      for (int64_t c = 0; c < n; ++c) {
+        m.values[c] = value[c * values.stride(1)];
+        lost += m.values[c] - m.values[c];
+      }
+      for (int64_t r = 0; r < n; ++r) {
+        for (int64_t c = 0; c < n; ++c) {
+          m.vectors[r * n + c] = vector[r * vectors.stride(1) + c * vectors.stride(2)];
+        }
+      }
+      if (lost != 0) *m.info = 1;  // too large
     }
     return true;
   }
@@ -166,12 +172,14 @@ class Eigensolver {
 
 template <typename T>
 void decompose(const std::vector<Group<T>>& groups) {
-  constexpr double speedup = 1.5;  // of one matrix by LAPACK's threads, at least
+  // What LAPACK's threads make of one matrix, about.
+  const double speedup = std::sqrt(static_cast<double>(torch::stable::get_num_threads()));
   std::vector<Job> jobs;
   for (const Group<T>& group : groups) {
-    const double n = static_cast<double>(group.size) + 24;  // short loops take longer
+    const auto n = static_cast<double>(group.size),
+               count = static_cast<double>(group.matrices.size());
     const int64_t scratch = Eigensolver<T>::scratch_size(group);
-    jobs.push_back({5 * n * n * n * static_cast<double>(group.matrices.size()), scratch, scratch});
+    jobs.push_back({5 * n * n * (n + 30) * count, scratch, scratch});  // short loops take longer
   }
   for_each_job<T>(
       jobs, [&](int64_t job, T* scratch, const auto&) { Eigensolver<T>()(groups[job], scratch); },

@@ -48,9 +48,13 @@ inline size_t jobs_to_share(const std::vector<Job>& jobs, const std::vector<int6
                             size_t threads, double speedup) {
   constexpr double work_to_share = 5e7, balanced = 1.03;
   size_t shared = 0;
-  double together = 0, best = busiest_thread(jobs, order, 0, threads);
+  double together = 0, left = 0, best = busiest_thread(jobs, order, 0, threads);
+  for (const Job& job : jobs) left += job.work;
   for (size_t i = 0; i < order.size() && jobs[order[i]].work >= work_to_share; ++i) {
+    // No more can be gained if all that is left were in balance.
+    if ((together + left / static_cast<double>(threads)) * balanced >= best) break;
     together += jobs[order[i]].work / speedup;
+    left -= jobs[order[i]].work;
     const double whole = together + busiest_thread(jobs, order, i + 1, threads);
     if (whole * balanced < best) {
       best = whole;

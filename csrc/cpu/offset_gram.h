@@ -31,9 +31,11 @@ template <typename In, typename T>
 class OffsetGram {
  public:
   OffsetGram(const ImageSource<In>& source, const Axes<OffsetAxis>& axes, int64_t groups,
-             InstructionSet set, const SymmetricStore<T>& store, bool bias, T* out)
+             InstructionSet set, const SymmetricStore<T>& store, bool bias, int64_t input_bytes,
+             T* out)
       : source_(source),
         axes_(axes),
+        input_bytes_(input_bytes),
         product_(tile_product<T>(set)),
         pack_(packing<In, T>(set)),
         layout_(source.channels, groups,
@@ -56,7 +58,7 @@ class OffsetGram {
                              ? std::min(worker_count(tile_count(), operations()), most_workers_)
                              : chunks_a_round_;
     const int64_t tiles_a_set = chunks_ == 1 ? 1 : tile_count();
-    const auto packed = make_scratch<T>(chunks_a_round_ * largest_chunk() * image_size());
+    const auto packed = make_scratch<T>(divide_up(source_.examples, rounds) * image_size());
     const auto sums = make_scratch<T>(sets * tiles_a_set * sums_size_);
     for (int64_t round = 0; round < rounds; ++round) {
       const int64_t first = round * chunks_a_round_;
@@ -248,27 +250,28 @@ class OffsetGram {
     half_joints_ = join_shifts(x(), half, most);
   }
 
-  // Few tiles are cut into chunks of examples, for enough tasks for many threads. Those of a round
-  // are packed together, one example at least; each has a set of sums, together a third of the
-  // input at most, which the next rounds add to. Both numbers depend on the shape alone. All memory
-  // together is one and a half times the input's and the result's, as _cost in
-  // kfac_fast/conv_kernels.py makes sure that it can be: few threads may have to do.
+  // Few tiles are cut into chunks of examples, for enough tasks for many threads; each has a set of
+  // sums, together a third of the input at most. Examples are packed all at once, or in rounds that
+  // add to the same sets. Both numbers depend on the shape alone. All memory together is one and a
+  // half times the input's, and the result's, as _cost in kfac_fast/conv_kernels.py makes sure that
+  // it can be: where rounds do not fit, few threads may have to do.
   void choose_chunks() {
     constexpr int64_t enough_tasks = 16, always_allowed = 3 << 18;
     const int64_t examples = std::max<int64_t>(source_.examples, 1);
-    const int64_t input = examples * source_.channels * pixels() * sizeof(In);
     const int64_t groups = source_.channels / layout_.group_columns;
     const int64_t result = groups * store_.matrix_size() * sizeof(T);
-    const int64_t tables = windows_.cells.size() * sizeof(windows_.cells[0]);
-    const int64_t budget = 3 * input / 2 + result + always_allowed - tables;
+    int64_t tables = 8 * (windows_.cells.size() + windows_.begin.size() + place_.size());
+    for (const auto& row : operands_) tables += row.size() * sizeof(Operand);
+    const int64_t budget = 3 * input_bytes_ / 2 + result + always_allowed - tables;
     const int64_t tile_sums = std::max<int64_t>(sums_size_ * sizeof(T), 1);
     const int64_t sums = tile_count() * tile_sums;
-    const int64_t packed = examples * image_size() * sizeof(T);
-    const bool at_once = packed + tile_sums <= budget;
-    const int64_t most_packed = std::max<int64_t>(at_once ? packed : budget - sums, 1);
-    const int64_t rounds = std::clamp<int64_t>(divide_up(packed, most_packed), 1, examples);
-    const int64_t left = budget - divide_up(packed, rounds);
-    const int64_t most_sets = std::min(std::max(input / 3, always_allowed), left) / sums;
+    const int64_t example = image_size() * sizeof(T);
+    const int64_t busy = std::min(enough_tasks, tile_count()) * tile_sums;
+    const int64_t a_round = (budget - sums) / example;  // examples, beside all sums
+    const bool in_rounds = examples * example + busy > budget && a_round > 0;
+    const int64_t rounds = in_rounds ? divide_up(examples, a_round) : 1;
+    const int64_t left = budget - divide_up(examples, rounds) * example;
+    const int64_t most_sets = std::min(std::max(input_bytes_ / 3, always_allowed), left) / sums;
     const int64_t wanted = std::min(divide_up(enough_tasks, tile_count()), most_sets);
     chunks_a_round_ = std::clamp<int64_t>(wanted, 1, divide_up(examples, rounds));
     chunks_ = rounds * chunks_a_round_;
@@ -277,7 +280,6 @@ class OffsetGram {
 
   int64_t first_example(int64_t chunk) const { return chunk * source_.examples / chunks_; }
   int64_t examples(int64_t chunk) const { return first_example(chunk + 1) - first_example(chunk); }
-  int64_t largest_chunk() const { return divide_up(source_.examples, chunks_); }
 
   T* chunk_data(int64_t chunk, int64_t first_chunk, T* packed) const {
     return packed + (first_example(chunk) - first_example(first_chunk)) * image_size();
@@ -432,6 +434,7 @@ class OffsetGram {
 
   const ImageSource<In>& source_;
   const Axes<OffsetAxis>& axes_;
+  const int64_t input_bytes_;
   const TileProduct<T>& product_;
   const Packing<In, T> pack_;
   const GramLayout layout_;

@@ -203,8 +203,8 @@ class Eigendecompositions(NamedTuple):
     Attributes:
         values: Eigenvalues of each input, ascending, ``[*, n]``; NaN where ``info`` is not zero.
         vectors: Eigenvectors, one a column, ``[*, n, n]``; NaN where ``info`` is not zero.
-        info: int32, one entry for each matrix in order: 0, or 1 if the matrix is not finite or the
-            iteration does not converge.
+        info: int32, one entry for each matrix in order: 0, or 1 if the matrix or an eigenvalue is
+            not finite or the iteration does not converge.
     """
 
     values: list[Tensor]
