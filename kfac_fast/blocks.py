@@ -12,6 +12,7 @@ from kfac_fast.buffers import fits, may_be_kept
 from kfac_fast.eigenbases import Eigenbasis, eigenvalues
 from kfac_fast.factors import Factor, RunningAverage, Sum, update_averages
 from kfac_fast.grafting import AdamNorm
+from kfac_fast.graph import backward_pass, on_its_way
 from kfac_fast.inverses import Inverse
 from kfac_fast.layers import Layer
 from kfac_fast.options import Schedule
@@ -87,8 +88,8 @@ class Block:
                 of the loss's terms.
             squares: Squared gradients in the eigenbases, see :meth:`squared_gradients`.
         """
-        self.forget_cleared()
-        self._backward_pass = torch._C._current_graph_task_id()
+        if self.follows_grad:
+            self._backward_pass = backward_pass()
         if self._sums is not None:
             old_inputs, old_gradients, old_squares = self._sums
             inputs = _plus(old_inputs, inputs)
@@ -153,10 +154,10 @@ class Block:
         """Drop the sums of an earlier backward pass whose gradients are no longer there."""
         if not self.follows_grad or self._sums is None:
             return
-        # A pass adds to the gradient after it has added all that it has to the sums.
-        is_earlier = self._backward_pass != torch._C._current_graph_task_id()
-        if is_earlier and self.layer.gradients()[0] is None:
-            self._sums = None
+        # A pass adds to the gradient after it has added all that it has to the sums; another one,
+        # of a checkpointed part, may run amid it.
+        if not on_its_way(self._backward_pass) and self.layer.gradients()[0] is None:
+            self.forget()
 
     def restart_correction(self) -> None:
         """Forget the corrected eigenvalues, because the eigenbases are other ones."""

@@ -501,10 +501,10 @@ class Capture:
             terms = forward_pass.examples(own_examples) * self._terms_per_example
         divisor = terms if self._mean else 1
         scale = self._accumulation_steps / self._scale
-        # A layer called twice in one pass sees the same terms of the loss twice.
         block, number = call.block, forward_pass.number
+        block.forget_cleared()
+        # A layer called twice in one pass sees the same terms of the loss twice.
         first_call = number == 0 or block.counted_pass != number
-        block.counted_pass = number
         if isinstance(divisor, Tensor):
             gram, squares = call.sums(gradient, scale**2)
             gram = divisor**2 * gram
@@ -512,5 +512,6 @@ class Capture:
         else:
             gram, squares = call.sums(gradient, (scale * divisor) ** 2)
         block.add(call.inputs, (gram, terms if first_call else 0), squares)
+        block.counted_pass = number
         if call.kept is not None:
             call.kept.release()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NoReturn
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -100,6 +101,38 @@ def reaches(end: Node) -> bool:
         return torch._C._will_engine_execute_node(end)
     except RuntimeError:  # asked for by torch.autograd.grad, which adds to nothing
         return False
+
+
+class _Ending:
+    """What a backward pass calls at its end, and lets go of if it fails before.
+
+    Args:
+        number: Of the pass.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __call__(self) -> None:
+        """Note that the pass is over."""
+        del _ENDINGS[self.number]
+
+
+_ENDINGS: WeakValueDictionary[int, _Ending] = WeakValueDictionary()
+
+
+def backward_pass() -> int:
+    """A number of the backward pass that the present gradient comes in; -1 in none."""
+    number = torch._C._current_graph_task_id()
+    if number != -1 and number not in _ENDINGS:
+        _ENDINGS[number] = ending = _Ending(number)
+        torch.autograd.Variable._execution_engine.queue_callback(ending)
+    return number
+
+
+def on_its_way(number: int) -> bool:
+    """Whether a backward pass, a number of :func:`backward_pass`, is neither over nor failed."""
+    return number in _ENDINGS
 
 
 def checkpoint_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:

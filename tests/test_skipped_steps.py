@@ -11,7 +11,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from host import never_waits
-from nets import DAMPING, LAYER_NAMES, Checkpointed, Net, images, preconditioner
+from nets import (
+    DAMPING,
+    LAYER_NAMES,
+    Checkpointed,
+    Net,
+    PartlyCheckpointed,
+    images,
+    preconditioner,
+)
 from oracle import assert_same, assert_within_budget
 from plain_kfac import (
     Call,
@@ -289,6 +297,95 @@ def test_a_layer_that_the_next_batch_does_not_reach_forgets_the_skipped_one_too(
         model(torch.randn(5, 3).double(), expert).square().mean().backward()
     optimizer.step()
     assert [len(block.factors) for block in kfac._blocks] == [0, 2]
+
+
+def test_a_layer_that_forgot_a_skipped_batch_counts_its_next_one() -> None:
+    """Batches have numbers in each step, and may have that of the skipped one."""
+    kfacs = []
+    for skips in (False, True):
+        torch.manual_seed(0)
+        model = Experts()
+        batches = [torch.randn(5, 3).double() for _ in range(3)]
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        kfac = preconditioner(model)
+        kfac.attach(optimizer)
+        if skips:
+            model(batches[2], 0).square().mean().backward()
+        for expert, x in ((1, batches[0]), (0, batches[1])):
+            optimizer.zero_grad()
+            model(x, expert).square().mean().backward()
+            optimizer.step()
+        kfacs.append(kfac)
+    assert equal_states(*kfacs)
+
+
+class FailedError(Exception):
+    """Of a backward pass."""
+
+
+def failing(gradient: Tensor) -> Tensor:
+    raise FailedError
+
+
+def test_a_backward_pass_that_fails_on_its_way_leaves_no_trace() -> None:
+    """Nor if the graph is passed again."""
+    kfacs = []
+    for fails in (False, True):
+        torch.manual_seed(0)
+        model = Net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        kfac = preconditioner(model)
+        kfac.attach(optimizer)
+        outputs = model(images())
+        loss = F.cross_entropy(outputs, torch.randint(3, (5,)))
+        if fails:
+            hook = model.grouped.weight.register_hook(failing)
+            with pytest.raises(FailedError):
+                loss.backward(retain_graph=True)
+            hook.remove()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        kfacs.append(kfac)
+    assert equal_states(*kfacs)
+
+
+def test_a_pass_whose_gradients_are_cleared_leaves_the_next_one_of_its_graph_whole() -> None:
+    """As in a loop over tasks that have gradients of their own, and a step along their sum."""
+    kfacs = []
+    for tasks in (1, 2):
+        torch.manual_seed(0)
+        model = Net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        kfac = preconditioner(model)
+        kfac.attach(optimizer)
+        outputs, y = model(images()), torch.randint(3, (5,))
+        losses = [outputs.square().sum(1).mean(), F.cross_entropy(outputs, y)]
+        for loss in losses[-tasks:]:
+            optimizer.zero_grad()
+            loss.backward(retain_graph=True)
+        optimizer.step()
+        kfacs.append(kfac)
+    assert all(int(factor.skipped) == 0 for block in kfacs[1]._blocks for factor in block.factors)
+    assert equal_states(*kfacs)
+
+
+def test_a_reentrant_checkpoint_does_not_part_the_pass_around_it() -> None:
+    """The layer is called behind it and in front of it, too."""
+    kfacs = []
+    for attach in (False, True):
+        torch.manual_seed(0)
+        model = PartlyCheckpointed(use_reentrant=True)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        kfac = preconditioner(model)
+        if attach:
+            kfac.attach(optimizer)
+        model(model.bent(torch.randn(5, 3).double())).square().mean().backward()
+        if not attach:
+            kfac.step()
+        optimizer.step()
+        kfacs.append(kfac)
+    assert equal_states(*kfacs)
 
 
 def accumulated(model: nn.Module) -> None:
