@@ -28,6 +28,7 @@ from kfac_fast.graph import (
     last_reached,
     reaches,
     recomputes,
+    unseen,
 )
 from kfac_fast.input_grams import InputGrams
 from kfac_fast.layers import Count, Layer, ProjectionCalls, ProjectionLayer, Sharing
@@ -455,6 +456,13 @@ class Capture:
         kept = self._keep(block, layer, x)
         if not self._capturing() or self._recorded is not None or recomputes():
             return
+        with unseen():
+            self._take_in(block, layer, x, output, kept)
+
+    def _take_in(
+        self, block: Block, layer: Layer, x: Tensor, output: Tensor, kept: Kept | None
+    ) -> None:
+        """Take down a call that is due."""
         weight = layer.trained()
         if weight is None:
             return

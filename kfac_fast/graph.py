@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 class Kept:
@@ -159,6 +161,20 @@ def recomputes() -> bool:
     # What is saved again is caught by hooks.
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return hooks is not None and name != "CheckpointFunctionBackward"
+
+
+def unseen() -> AbstractContextManager[object]:
+    """For operators that run in a checkpointed part, but not when it is recomputed.
+
+    A selective checkpoint knows operators by their order alone, and would hand out the results of
+    these for later ones of the model.
+
+    Returns:
+        What hides them from it.
+    """
+    if torch._C._len_torch_dispatch_stack() and checkpoint_hooks() is not None:
+        return _disable_current_modes()
+    return nullcontext()
 
 
 def in_transform() -> bool:

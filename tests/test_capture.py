@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import math
 import weakref
@@ -16,7 +17,11 @@ from nets import Checkpointed, Net, PartlyCheckpointed, images, preconditioner, 
 from oracle import bits
 from plain_kfac import Call, assert_covariances, covariances, factors, plain_covariances, record
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from kfac_fast import KFAC, capture
 from kfac_fast.layers.linear import LinearLayer
@@ -100,6 +105,62 @@ def test_a_checkpointed_part_keeps_no_input_between_its_passes(
         results.append([*tensors, *(parameter.grad for parameter in model.parameters())])
     for one, other in zip(*results, strict=True):
         assert torch.equal(bits(one), bits(other))
+
+
+def save_products(context: Any, operator: Any, *args: Any, **named: Any) -> CheckpointPolicy:
+    products = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
+    if operator.overloadpacket in products:
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def save_most(context: Any, operator: Any, *args: Any, **named: Any) -> CheckpointPolicy:
+    if operator is torch.ops.aten.tanh.default:
+        return CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE
+
+
+def save_all(context: Any, operator: Any, *args: Any, **named: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE
+
+
+EKFAC = {"damping_mode": "exact", "eigenvalue_correction": True}
+NETS = {
+    "linear": lambda: nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)),
+    "norm": lambda: nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 6)),
+    "transformer": lambda: nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=True),
+}
+
+
+@pytest.mark.parametrize("options", [{}, EKFAC, {"fisher": "mc"}], ids=["kfac", "ekfac", "mc"])
+@pytest.mark.parametrize("policy", [save_products, save_most, save_all])
+@pytest.mark.parametrize("net", NETS)
+def test_a_selective_checkpoint_saves_none_of_ours(
+    net: str, policy: Any, options: dict[str, Any]
+) -> None:
+    """Gradients and factors are those without it, bit for bit."""
+    results = []
+    for selective in (False, True):
+        torch.manual_seed(0)
+        model = NETS[net]().double()
+        kfac = preconditioner(model, **options)
+        for _ in range(2):
+            x = torch.randn(2, 3, 6, dtype=torch.float64)
+            model.zero_grad()
+            if selective:
+                contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+                outputs = checkpoint(model, x, use_reentrant=False, context_fn=contexts)
+            else:
+                outputs = model(x)
+            if "fisher" in options:
+                kfac.update_curvature(outputs.mT, loss="mse")
+                outputs = model(x)  # such a part may be passed once
+            outputs.square().mean().backward()
+            raw = [parameter.grad.clone() for parameter in model.parameters()]
+            kfac.step()
+        factors = [factor.mean for block in kfac._blocks for factor in block.factors]
+        results.append([*raw, *factors])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
