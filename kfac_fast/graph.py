@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 from torch.utils._python_dispatch import _disable_current_modes
 
+Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
+
 
 class Kept:
     """The input of a call, for gradients that come later.
@@ -137,10 +139,27 @@ def on_its_way(number: int) -> bool:
     return number in _ENDINGS
 
 
-def checkpoint_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
+def checkpoint_hooks() -> Hooks | None:
     """What saves tensors inside of a checkpointed part, and gives them back; None outside."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return hooks if hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint" else None
+    return hooks if hooks is not None and _is_checkpoints(hooks) else None
+
+
+def _is_checkpoints(hooks: Hooks) -> bool:
+    # A method of a C type has no module.
+    return getattr(hooks[0], "__module__", None) == "torch.utils.checkpoint"
+
+
+def _in_checkpoint() -> bool:
+    """Whether a checkpoint saves tensors, or one outside of other hooks would."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if hooks is None or _is_checkpoints(hooks):
+        return hooks is not None
+    torch._C._autograd._pop_saved_tensors_default_hooks()
+    try:
+        return _in_checkpoint()
+    finally:
+        torch._C._autograd._push_saved_tensors_default_hooks(*hooks)
 
 
 def recomputes() -> bool:
@@ -159,8 +178,7 @@ def recomputes() -> bool:
     if name == "CompiledFunctionBackward":
         return True
     # What is saved again is caught by hooks.
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return hooks is not None and name != "CheckpointFunctionBackward"
+    return name != "CheckpointFunctionBackward" and _in_checkpoint()
 
 
 def unseen() -> AbstractContextManager[object]:

@@ -176,6 +176,89 @@ def test_a_checkpointed_call_counts_once_under_the_forward_only_fisher(use_reent
     assert_covariances(results[1], covariances(results[0]))
 
 
+class Stored(nn.Module):
+    """Offloads what it saves, maybe in a part that is recomputed.
+
+    Args:
+        checkpointed: It is.
+    """
+
+    def __init__(self, checkpointed: bool) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), nn.Linear(3, 3)).double()
+        self.checkpointed = checkpointed
+
+    def stored(self, x: Tensor) -> Tensor:
+        with torch.autograd.graph.save_on_cpu():
+            return self.layers(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.checkpointed:
+            return checkpoint(self.stored, x, use_reentrant=False)
+        return self.stored(x)
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "forward-only", "mc"])
+def test_hooks_of_others_inside_of_a_checkpointed_part_do_not_hide_it(fisher: str) -> None:
+    x, results = torch.randn(5, 3, dtype=torch.float64), []
+    for checkpointed in (False, True):
+        torch.manual_seed(1)
+        model = Stored(checkpointed)
+        kfac = preconditioner(model, fisher=fisher)
+        outputs = model(x)
+        if fisher == "mc":
+            kfac.update_curvature(outputs, loss="mse")
+        outputs.square().sum(1).mean().backward()
+        assert not kfac._capture.calls
+        kfac.step()
+        results.append([factor.mean for block in kfac._blocks for factor in block.factors])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+class Rerun(torch.autograd.Function):
+    """A checkpoint that somebody wrote, as PyTorch's with ``use_reentrant=True``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, function: Any) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.function = function
+        return function(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            outputs = ctx.function(x)
+        outputs.backward(*gradients)
+        return x.grad, None
+
+
+def test_hooks_of_others_around_the_backward_pass_hide_no_call() -> None:
+    model, x = nn.Linear(3, 3).double(), torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    results = []
+    for rerun in (False, True):
+        with preconditioner(model) as kfac:
+            outputs = Rerun.apply(x, model) if rerun else model(x)
+            with torch.autograd.graph.save_on_cpu():
+                outputs.square().sum(1).mean().backward()
+            kfac.step()
+        results.append(covariances(kfac)[""])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+def test_hooks_of_others_may_be_methods_of_tensors() -> None:
+    model, x, results = nn.LayerNorm(3), torch.randn(5, 3), []
+    for pack, unpack in ((lambda t: t, lambda t: t), (torch.Tensor.double, torch.Tensor.float)):
+        with (
+            preconditioner(model) as kfac,
+            torch.autograd.graph.saved_tensors_hooks(pack, unpack),
+        ):
+            model(x).square().sum(1).mean().backward()
+            kfac.step()
+        results.append([factor.mean for block in kfac._blocks for factor in block.factors])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("fisher", ["mc", "exact"])
 def test_a_recomputed_pass_leaves_no_call_waiting(fisher: str) -> None:
     """Each would hold what was recomputed until the step's end."""
