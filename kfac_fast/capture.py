@@ -319,6 +319,10 @@ class Capture:
         self._captures, self._scale = None, None
         if not self._capturing():
             return 0
+        number = len(self._passes)
+        if recomputes():  # which calls of compiled parts alone ask for again
+            self._passes[number] = ForwardPass(number, examples or None)
+            return number
         self._waiting = self._waiting + 1 if self.calls else 0
         if self._waiting > MOST_WAITING:
             warnings.warn(
@@ -331,10 +335,10 @@ class Capture:
         terms = self._passes[0].terms
         self._passes[0] = ForwardPass()
         self._pass = ForwardPass(
-            len(self._passes), examples or None, terms=terms, recomputed=terms is not None
+            number, examples or None, terms=terms, recomputed=terms is not None
         )
-        self._passes[self._pass.number] = self._pass
-        return self._pass.number
+        self._passes[number] = self._pass
+        return number
 
     def record(self, index: int, x: Tensor, gradient: Tensor, forward_pass: int) -> None:
         """Take down a call of a compiled layer on its way back.

@@ -346,3 +346,31 @@ def test_graphs_that_nobody_asks_for_are_warned_of() -> None:
         model(x)
     with pytest.warns(RuntimeWarning, match="run other passes under torch.no_grad"):
         model(x)
+
+
+def test_a_pass_that_is_recomputed_for_each_output_is_no_other_pass() -> None:
+    outputs, (x, _) = capture.MOST_WAITING + 6, batch()
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, outputs)).double()
+    results = []
+    for run in (model, Checkpointed(model, use_reentrant=False)):
+        with preconditioner(model, fisher="exact") as kfac:
+            kfac.update_curvature(run(x), loss="cross_entropy")
+            kfac.step()
+            results.append(kfac)
+    assert_equal_covariances(*results)
+
+
+def test_a_recomputed_pass_leaves_the_count_of_terms_to_the_next_one() -> None:
+    """The second micro-batch's, some of whose labels are ignored."""
+    model, (x, y) = critic(), batch()
+    y[4:8] = -100
+    results = []
+    for run in (model, Checkpointed(model, use_reentrant=False)):
+        with preconditioner(model) as kfac:
+            first, second = run(x[:4]), run(x[4:])
+            F.cross_entropy(first, y[:4]).backward()
+            kfac.update_curvature(second, loss="cross_entropy", targets=y[4:])
+            F.cross_entropy(second, y[4:]).backward()
+            kfac.step()
+            results.append(kfac)
+    assert_equal_covariances(*results)
