@@ -131,6 +131,11 @@ def _numbered(
     return numbered
 
 
+def _keeps(block: Block, layer: Layer) -> bool:
+    """Whether a call's gradients may need its input."""
+    return layer.keeps_input or block.form == "corrected"
+
+
 class Capture:
     """Hooks that add the outer products of every layer's inputs and output gradients to its block.
 
@@ -437,10 +442,15 @@ class Capture:
 
     def _layer_hook(self, block: Block, layer: Layer) -> Callable[..., Tensor | None]:
         index = self._number(block, layer)
+        keeps = _keeps(block, layer)
 
         def capture(
             module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor
         ) -> Tensor | None:
+            # Mostly nothing is due, which a compiler must not look at.
+            if not torch.compiler.is_compiling() and self._captures is False:
+                if not keeps or checkpoint_hooks() is None:
+                    return None
             # A deep copy of the model takes the hooks along.
             if module is not layer.module or not output.requires_grad or in_transform():
                 return None
@@ -450,7 +460,7 @@ class Capture:
 
     def _keep(self, block: Block, layer: Layer, x: Tensor) -> Kept | None:
         """The input of a call, where its gradients may need it."""
-        if not layer.keeps_input and block.form != "corrected":
+        if not _keeps(block, layer):
             return None
         # At any step in a checkpointed part, which must save the same when it runs again.
         return Kept(x) if self._capturing() or checkpoint_hooks() is not None else None
