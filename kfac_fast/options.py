@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from numbers import Real
 from typing import Any, Literal
 
@@ -48,6 +48,28 @@ def refuse_replicas() -> None:
         size = torch.distributed.get_world_size()
         if size > 1:
             raise RuntimeError(f"KFAC: the process group must have one process, got {size}")
+
+
+def check_optimizer_step(
+    optimizer: torch.optim.Optimizer, arguments: Iterable[Any], length_counts: bool
+) -> None:
+    """Refuse a call of an attached optimizer whose gradients are not there yet, or still scaled.
+
+    Args:
+        optimizer: The optimizer.
+        arguments: What its ``step`` was given.
+        length_counts: Whether the step's length depends on that of the gradients.
+
+    Raises:
+        RuntimeError: If there is a closure, or the scale of gradients whose length counts.
+    """
+    if any(argument is not None for argument in arguments):
+        raise RuntimeError("KFAC.attach: optimizer.step must be called without a closure, got one")
+    if length_counts and getattr(optimizer, "grad_scale", None) is not None:
+        raise RuntimeError(
+            "KFAC.attach: gradients must be unscaled for kl_clip and grafting, call "
+            "scaler.unscale_(optimizer) before scaler.step, got a fused optimizer's scaled ones"
+        )
 
 
 def check_options(options: Mapping[str, Any]) -> None:

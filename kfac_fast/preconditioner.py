@@ -20,6 +20,7 @@ from kfac_fast.options import (
     BOUNDS,
     DampingMode,
     Schedule,
+    check_optimizer_step,
     check_options,
     number,
     refuse_replicas,
@@ -114,9 +115,9 @@ class KFAC:
         kl_clip: Bound :math:`\kappa` on the step's squared length in the Fisher metric
             (*schedule*): all layers are scaled by :math:`\nu = \min(1, \sqrt{\kappa / (\eta^2 \sum
             \langle V, P V \rangle)})`.
-        learning_rate: Peak learning rate :math:`\eta` that ``kl_clip`` assumes (*schedule*). The
-            peak on purpose: with the current rate of a decaying schedule, the decay would cancel
-            wherever the clip acts.
+        learning_rate: Peak learning rate :math:`\eta` that ``kl_clip`` assumes (*schedule*, always
+            above 0). The peak on purpose: with the current rate of a decaying schedule, the decay
+            would cancel wherever the clip acts.
         grafting: ``"adam"`` scales each layer's direction to the length of Adam's step on its raw
             gradient.
         skip: Regular expressions; a layer is left alone if one is found in its qualified or its
@@ -457,7 +458,11 @@ class KFAC:
         what its batches have added is forgotten once ``zero_grad`` has set ``.grad`` to None. Call
         :meth:`step` yourself, skipped or not, if ``.grad`` is zeroed in place instead
         (``set_to_none=False``) or set to None between the passes of one step. Under other Fishers
-        than the empirical, the curvature of a skipped batch counts with that of the next.
+        than the empirical, the curvature of a skipped batch counts with that of the next. A fused
+        optimizer's step skips by itself: an overflow counts in ``steps`` and as a batch left out.
+
+        All gradients are preconditioned in that one call. Where other optimizers hold some of the
+        parameters, step them later, and with ``kl_clip`` have a scaler unscale all of them first.
 
         Args:
             optimizer: Any optimizer that holds some of the preconditioned parameters.
@@ -482,22 +487,18 @@ class KFAC:
     def _before_optimizer(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], named: dict[str, Any]
     ) -> None:
-        if any(argument is not None for argument in (*args[1:], *named.values())):
-            raise RuntimeError(
-                "KFAC.attach: optimizer.step must be called without a closure, got one"
-            )
         length_counts = self.kl_clip is not None or self.grafting is not None
-        if length_counts and getattr(optimizer, "grad_scale", None) is not None:
-            raise RuntimeError(
-                "KFAC.attach: gradients must be unscaled for kl_clip and grafting, call "
-                "scaler.unscale_(optimizer) before scaler.step, got a fused optimizer's scaled ones"
-            )
+        check_optimizer_step(optimizer, (*args[1:], *named.values()), length_counts)
         for block in self._blocks:
             block.forget_cleared()
         self.step()
 
     def detach(self) -> None:
-        """Remove every hook from the model and the optimizer; :meth:`state_dict` keeps working."""
+        """Remove every hook from the model and the optimizer; :meth:`state_dict` keeps working.
+
+        Not between the passes of a checkpointed part, as at the end of a ``with`` block: layers
+        whose inputs are needed would save less in the second, and PyTorch raises CheckpointError.
+        """
         self._capture.remove()
         if self._optimizer_hook is not None:
             self._optimizer_hook.remove()

@@ -18,6 +18,7 @@ from oracle import bits
 from plain_kfac import Call, assert_covariances, covariances, factors, plain_covariances, record
 from torch import Tensor, nn
 from torch.utils.checkpoint import (
+    CheckpointError,
     CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
@@ -174,6 +175,14 @@ def test_a_checkpointed_call_counts_once_under_the_forward_only_fisher(use_reent
         kfac.step()
         results.append(kfac)
     assert_covariances(results[1], covariances(results[0]))
+
+
+def test_hooks_that_leave_between_the_passes_of_a_checkpointed_part_are_missed() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
+    with preconditioner(model):
+        outputs = checkpoint(model, torch.randn(5, 3), use_reentrant=False)
+    with pytest.raises(CheckpointError, match="different number of tensors"):
+        outputs.sum().backward()
 
 
 class Stored(nn.Module):

@@ -496,6 +496,21 @@ def test_a_fused_optimizer_takes_the_same_step(options: dict[str, Any]) -> None:
         assert_same(out, weight)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_overflow_counts_where_the_optimizer_skips_by_itself(fused: bool) -> None:
+    """As a batch that was left out; the weights stay as they were."""
+    model, scaler = nn.Linear(4, 3), torch.amp.GradScaler("cpu")
+    before = model.weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=fused)
+    kfac = preconditioner(model, loss_scale=lambda step: scaler.get_scale())
+    kfac.attach(optimizer)
+    scaler.scale(math.inf * model(torch.randn(5, 4)).square().mean()).backward()
+    scaler.step(optimizer)
+    skipped = [int(factor.skipped) for factor in kfac._blocks[0].factors]
+    assert (kfac.steps, skipped) == ((1, [0, 1]) if fused else (0, []))
+    assert torch.equal(model.weight, before)
+
+
 # Half precision
 
 
