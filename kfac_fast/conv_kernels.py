@@ -123,11 +123,9 @@ def _fits(
     cells: int,
     tables: int,
 ) -> bool:
-    """Whether the offset kernel can do with the memory of the input, half as much and the result.
-
-    It packs all examples at once and keeps the sums of a tile, or one example and those of all
-    tiles; see ``choose_chunks`` in csrc/cpu/offset_gram.h.
-    """
+    """Whether the offset kernel can do with the memory of the input, half as much and the result."""
+    # It packs all examples at once and keeps the sums of a tile, or one example and those of all
+    # tiles: see choose_chunks in csrc/cpu/offset_gram.h.
     batch, channels = shape[:2]
     pixels = math.prod(len(axis.offsets().line) for axis in geometry.axes(shape[2:]))
     number, groups = max(item, 4), geometry.groups
