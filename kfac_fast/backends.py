@@ -104,11 +104,9 @@ def _cpp(op: str) -> Implementation:
 def _eigh(
     matrices: list[torch.Tensor], values: list[torch.Tensor], vectors: list[torch.Tensor], info: Any
 ) -> bool | None:
-    """The compiled kernel, and PyTorch's version of what torch's eigensolver has failed on there.
-
-    It knows that an error was raised, not which one: if the iteration did not converge, ``info`` is
-    to say so, and anything else is to be raised.
-    """
+    """The compiled kernel, and PyTorch's version of what torch's eigensolver has failed on there."""
+    # That it raised an error is known there, not which one: if the iteration did not converge, info
+    # is to say so, and anything else is to be raised.
     done = native.eigh(matrices, values, vectors, info)
     if done and bool((info == 2).any()):
         infos = info.split([matrix.shape[:-2].numel() for matrix in matrices])

@@ -123,7 +123,7 @@ def _fits(
     cells: int,
     tables: int,
 ) -> bool:
-    """Whether the offset kernel can do with the memory of the input, half as much and the result."""
+    """Whether the offset kernel can do with 1.5 times the input's memory and the result's."""
     # It packs all examples at once and keeps the sums of a tile, or one example and those of all
     # tiles: see choose_chunks in csrc/cpu/offset_gram.h.
     batch, channels = shape[:2]
