@@ -190,7 +190,7 @@ def unseen() -> AbstractContextManager[object]:
     Returns:
         What hides them from it.
     """
-    if torch._C._len_torch_dispatch_stack() and checkpoint_hooks() is not None:
+    if torch._C._len_torch_dispatch_stack() and _in_checkpoint():
         return _disable_current_modes()
     return nullcontext()
 

@@ -129,6 +129,7 @@ EKFAC = {"damping_mode": "exact", "eigenvalue_correction": True}
 NETS = {
     "linear": lambda: nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)),
     "norm": lambda: nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 6)),
+    "stored": lambda: Stored(checkpointed=False),
     "transformer": lambda: nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=True),
 }
 
@@ -194,12 +195,13 @@ class Stored(nn.Module):
 
     def __init__(self, checkpointed: bool) -> None:
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), nn.Linear(3, 3)).double()
+        self.layers = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 6)).double()
         self.checkpointed = checkpointed
 
     def stored(self, x: Tensor) -> Tensor:
         with torch.autograd.graph.save_on_cpu():
-            return self.layers(x)
+            x = self.layers(x)
+        return x.tanh()  # which has the part run again
 
     def forward(self, x: Tensor) -> Tensor:
         if self.checkpointed:
@@ -209,7 +211,7 @@ class Stored(nn.Module):
 
 @pytest.mark.parametrize("fisher", ["empirical", "forward-only", "mc"])
 def test_hooks_of_others_inside_of_a_checkpointed_part_do_not_hide_it(fisher: str) -> None:
-    x, results = torch.randn(5, 3, dtype=torch.float64), []
+    x, results = torch.randn(5, 6, dtype=torch.float64), []
     for checkpointed in (False, True):
         torch.manual_seed(1)
         model = Stored(checkpointed)
