@@ -104,7 +104,7 @@ def _cpp(op: str) -> Implementation:
 def _eigh(
     matrices: list[torch.Tensor], values: list[torch.Tensor], vectors: list[torch.Tensor], info: Any
 ) -> bool | None:
-    """The compiled kernel, and PyTorch's version of what torch's eigensolver has failed on there."""
+    """The compiled kernel, and PyTorch's version of what torch's eigensolver fails on there."""
     # That it raised an error is known there, not which one: if the iteration did not converge, info
     # is to say so, and anything else is to be raised.
     done = native.eigh(matrices, values, vectors, info)
