@@ -107,7 +107,7 @@ def _eigh(
     """The compiled kernel, and PyTorch's version of what torch's eigensolver fails on there."""
     # That it raised an error is known there, not which one: if the iteration did not converge, info
     # is to say so, and anything else is to be raised.
-    done = native.eigh(matrices, values, vectors, info)
+    done: bool | None = native.eigh(matrices, values, vectors, info)
     if done and bool((info == 2).any()):
         infos = info.split([matrix.shape[:-2].numel() for matrix in matrices])
         for matrix, own_values, own_vectors, own in zip(
