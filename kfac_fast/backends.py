@@ -94,10 +94,10 @@ def _cpp(op: str) -> Implementation:
     way = _way if op == "conv_expand_gram" else None
     if not EXTENSION_BUILT:
         return Implementation("cpp", _checked(op, lambda *args: None), NOT_BUILT)
-    conv = op.startswith("conv_")
-    quick = native.conv_operator(op, _conv_kernel) if conv else getattr(native, op)
-    if op == "eigh":
-        quick = _eigh
+    if op.startswith("conv_"):
+        quick = native.conv_operator(op, _conv_kernel)
+    else:
+        quick = _eigh if op == "eigh" else getattr(native, op)
     return Implementation("cpp", _checked(op, quick), way=way, quick=quick)
 
 

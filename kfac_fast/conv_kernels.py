@@ -120,6 +120,7 @@ def _fits(
     geometry: ConvGeometry,
     shape: tuple[int, ...],
     item: int,
+    pixels: int,
     cells: int,
     tables: int,
 ) -> bool:
@@ -127,7 +128,6 @@ def _fits(
     # It packs all examples at once and keeps the sums of a tile, or one example and those of all
     # tiles: see choose_chunks in csrc/cpu/offset_gram.h.
     batch, channels = shape[:2]
-    pixels = math.prod(len(axis.offsets().line) for axis in geometry.axes(shape[2:]))
     number, groups = max(item, 4), geometry.groups
     result = number * groups * geometry.features(channels) ** 2
     budget = ALWAYS_ALLOWED + 1.5 * item * math.prod(shape) + result - tables
@@ -154,9 +154,9 @@ def _cost(kernel: str, geometry: ConvGeometry, shape: tuple[int, ...], item: int
     depthwise = geometry.groups == channels
     strips, width = _strips(channels // geometry.groups, geometry.groups)
     vectors = -(-width // LANES)
-    rows, cells, cells_of_windows, pixels, lines = batch, 1, 1, 1, 1
+    rows, cells, cells_of_windows, pixels, lines = 1, 1, 1, 1, 1
     for axis in axes:
-        lines = rows // max(batch, 1)
+        lines = rows
         offsets = axis.offsets()
         pixels *= len(offsets.line)
         lengths = [length for shift in offsets.shifts for _, length in shift.cells]
@@ -169,14 +169,14 @@ def _cost(kernel: str, geometry: ConvGeometry, shape: tuple[int, ...], item: int
         return math.inf
     # Of pixels, windows, and lines of pixels with others.
     tables = 8 * (pixels + cells_of_windows + math.prod(geometry.kernel_size) ** 2) + 32 * lines
-    if not _fits(geometry, shape, item, cells, tables):
+    if not _fits(geometry, shape, item, pixels, cells, tables):
         return math.inf
     packed = pixels * strips * vectors * LANES
     # Products of a channel with all of its strip, or with itself; of the sums the lower triangle.
     products = (1 if depthwise else width) + LOADS_A_ROW
     gathered = strips if depthwise else channels * (vectors + 1) / 2
     return (
-        rows * strips * products * vectors / 2
+        batch * rows * strips * products * vectors / 2
         + WORK_A_PACKED_ENTRY * batch * packed
         + WORK_A_GATHERED_SUM * cells_of_windows * gathered
     )

@@ -24,6 +24,17 @@ def _check_squares(op: str, argument: str, matrices: Sequence[Tensor], like: Ten
         _check_entry(op, f"{argument}[{i}]", matrix, like)
 
 
+def _check_matrices(op: str, matrices: Sequence[Tensor]) -> Tensor:
+    """Check the matrices that an operator works on; the first of them."""
+    if not matrices:
+        raise refused(op, "matrices", "at least one matrix", "an empty list")
+    _check_squares(op, "matrices", matrices, matrices[0])
+    for i, matrix in enumerate(matrices):
+        if matrix.shape[-1] == 0:
+            raise refused(op, f"matrices[{i}]", "of at least one row", tuple(matrix.shape))
+    return matrices[0]
+
+
 def _check_length(op: str, argument: str, values: Sequence[object], expected: int) -> None:
     if len(values) != expected:
         kind = "numbers" if argument == "terms" else "tensors"
@@ -128,14 +139,9 @@ def check_damped(
     if len(damping) != 1:
         _check_length(op, "damping", damping, len(matrices))
     _check_length(op, "out", out, len(matrices))
-    if not matrices:
-        raise refused(op, "matrices", "at least one matrix", "an empty list")
-    like = matrices[0]
-    _check_squares(op, "matrices", matrices, like)
+    like = _check_matrices(op, matrices)
     for i, (matrix, shift) in enumerate(zip(matrices, of_each(damping, matrices), strict=True)):
         batch = tuple(matrix.shape[:-2])
-        if matrix.shape[-1] == 0:
-            raise refused(op, f"matrices[{i}]", "of at least one row", tuple(matrix.shape))
         if shift.dim() != 0 and tuple(shift.shape) != batch:
             raise refused(op, f"damping[{i}]", f"a scalar or of shape {batch}", tuple(shift.shape))
         if shift.dtype != matrix.dtype:
@@ -162,13 +168,8 @@ def check_eigh(
     results = {"values": values, "vectors": vectors}
     for argument, tensors in results.items():
         _check_length(op, argument, tensors, len(matrices))
-    if not matrices:
-        raise refused(op, "matrices", "at least one matrix", "an empty list")
-    like = matrices[0]
-    _check_squares(op, "matrices", matrices, like)
+    like = _check_matrices(op, matrices)
     for i, matrix in enumerate(matrices):
-        if matrix.shape[-1] == 0:
-            raise refused(op, f"matrices[{i}]", "of at least one row", tuple(matrix.shape))
         for argument, shape in (("values", matrix.shape[:-1]), ("vectors", matrix.shape)):
             result = results[argument][i]
             check_out(op, f"{argument}[{i}]", result, shape, matrix.dtype, [])

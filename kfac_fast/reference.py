@@ -22,6 +22,9 @@ from kfac_fast.list_checks import of_each
 LARGEST_BATCHED = 128
 """Matrices of up to this size are stacked into batched calls."""
 
+LARGEST_DECOMPOSED = 256
+"""The same of eigendecompositions."""
+
 
 def diagonal_of(covariance: Tensor) -> Tensor:
     """The diagonals ``[*, n]`` of matrices ``[*, n, n]``, or of one given by its diagonal."""
@@ -290,7 +293,7 @@ def eigh(
     """Eigenvalues and eigenvectors of ``M``; see :func:`kfac_fast.ops.eigh`."""
     counts = [math.prod(matrix.shape[:-2]) for matrix in matrices]
     infos = info.split(counts)
-    for indices in _batches([matrix.shape[-1:] for matrix in matrices], 2 * LARGEST_BATCHED):
+    for indices in _batches([matrix.shape[-1:] for matrix in matrices], LARGEST_DECOMPOSED):
         stacks = [matrices[i].reshape(counts[i], *matrices[i].shape[-2:]) for i in indices]
         results = [part.split([counts[i] for i in indices]) for part in _eigh(torch.cat(stacks))]
         for i, own_values, own_vectors, failed in zip(indices, *results, strict=True):

@@ -27,6 +27,7 @@ named asdl there is another.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -53,7 +54,7 @@ EPS = 1e-7
 """Least damping of a factor, asdl's default."""
 
 
-class _Operation:
+class _Operation(ABC):
     """What both operations have in common: the input factor, formed of the input as it is.
 
     Factors to invert wait for those of the other layers, where asdl inverts them as a gradient
@@ -85,8 +86,9 @@ class _Operation:
         finally:
             self._op_names = names
 
+    @abstractmethod
     def _input_gram(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Sum of the outer products of a layer's inputs, in their dtype."""
 
     def accumulate_result(self, value: Any, *keys: str, extend: bool = False) -> None:
         """Add to a result, or keep a factor until it is inverted."""
