@@ -14,6 +14,12 @@ struct FreeScratch {
 template <typename T>
 using Scratch = std::unique_ptr<T[], FreeScratch>;
 
+// Bytes of it that an operator on the CPU may take beside an input and a result of this many.
+inline int64_t most_scratch_bytes(int64_t input, int64_t result) {
+  constexpr int64_t always_allowed = 1 << 20;
+  return 3 * input / 2 + result + always_allowed;
+}
+
 // Uninitialised memory for `count` numbers that begins on a cache line.
 template <typename T>
 Scratch<T> make_scratch(int64_t count) {

@@ -57,6 +57,13 @@ bool is_vector(const Tensor& tensor, int64_t size) {
   return tensor.dim() == 1 && tensor.size(0) == size;
 }
 
+// Whether it is a stack of square matrices of at least one row.
+template <typename Tensor>
+bool are_squares(const Tensor& tensor) {
+  const int64_t dims = tensor.dim();
+  return dims >= 2 && tensor.size(dims - 1) == tensor.size(dims - 2) && tensor.size(dims - 1) > 0;
+}
+
 // The number of entries of the first `dims` dimensions of a stack.
 template <typename Tensor>
 int64_t stack_size(const Tensor& tensor, int64_t dims) {
@@ -158,8 +165,7 @@ bool damped_lists_pass(const std::vector<Tensor>& matrices, const std::vector<Te
   int64_t total = 0;
   for (size_t i = 0; i < count; ++i) {
     const int64_t dims = matrices[i].dim();
-    if (dims < 2 || matrices[i].size(dims - 1) != matrices[i].size(dims - 2)) return false;
-    if (matrices[i].size(dims - 1) == 0) return false;
+    if (!are_squares(matrices[i])) return false;
     if (!check.reads(matrices[i]) || !check.writes(out[i])) return false;
     if (!same_shape(matrices[i], out[i], dims)) return false;
     total += stack_size(matrices[i], dims - 2);

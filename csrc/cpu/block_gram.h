@@ -264,7 +264,7 @@ class BlockGram {
 
   // Blocks of 1 MB together, or of up to 6 MB if the sums, read and written in every round, leave
   // the caches; or all, in one round, if they are small beside the sums, which then need not be
-  // kept. Of a small input fewer: all memory is one and a half times the input's, and the result's.
+  // kept. Of a small input fewer, see room().
   int64_t blocks_a_round() const {
     constexpr int64_t large_sums = 12 << 20, megabyte = 1 << 20;
     const int64_t sums_size = tile_count() * tile_size();
@@ -286,11 +286,10 @@ class BlockGram {
 
   // Bytes that packed blocks may take.
   int64_t room() const {
-    constexpr int64_t always_allowed = 1 << 20;
+    constexpr auto size = static_cast<int64_t>(sizeof(T));
     const int64_t groups = layout_.columns / layout_.group_columns;
-    const int64_t numbers = groups * store_.edge * store_.edge - tile_count() * tile_size();
-    return 3 * blocks_.input_bytes() / 2 + always_allowed +
-           numbers * static_cast<int64_t>(sizeof(T));
+    const int64_t result = groups * store_.edge * store_.edge * size;
+    return most_scratch_bytes(blocks_.input_bytes(), result) - tile_count() * tile_size() * size;
   }
 
   void multiply(const Tile& tile, const Block<T>& block, T* sum, bool accumulate) const {

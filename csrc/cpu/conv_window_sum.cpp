@@ -140,12 +140,12 @@ void reduce_gram_of(const Tensor& x, Convolution& convolution, bool bias, double
   const SymmetricStore<T> rest{store.alpha, T{1}, store.edge};  // added to the first chunk's
   if (columns > 0) {
     // The means of some examples at a time: those of tiny images outweigh the input. With their
-    // panels they take one and a half times the memory of the input, and that of the result.
-    constexpr int64_t fewest = 256, most_bytes = 4 << 20, always_allowed = 1 << 20;
+    // panels they take up to three times their own memory.
+    constexpr int64_t fewest = 256, most_bytes = 4 << 20;
     const auto size = static_cast<int64_t>(sizeof(T));
     const int64_t input = x.numel() * static_cast<int64_t>(sizeof(In));
     const int64_t result = columns * (columns / groups) * size;
-    const int64_t fitting = (3 * input / 2 + result + always_allowed) / (3 * columns * size);
+    const int64_t fitting = most_scratch_bytes(input, result) / (3 * columns * size);
     const int64_t wanted = std::min(std::max(fewest, most_bytes / (columns * size)), fitting);
     const int64_t chunk = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(examples, 1));
     constexpr int64_t reach = 64 / sizeof(T);  // of a vector beyond the last row's end

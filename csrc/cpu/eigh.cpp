@@ -33,7 +33,7 @@ bool lists_pass(const std::vector<Tensor>& matrices, const std::vector<Tensor>& 
   for (size_t i = 0; i < count; ++i) {
     const Tensor& x = matrices[i];
     const int64_t dims = x.dim();
-    if (dims < 2 || x.size(dims - 1) != x.size(dims - 2) || x.size(dims - 1) == 0) return false;
+    if (!are_squares(x)) return false;
     if (!same_shape(vectors[i], x, dims) || !same_shape(values[i], x, dims - 1)) return false;
     if (!check.reads(x) || !check.writes(values[i]) || !check.writes(vectors[i])) return false;
     total += stack_size(x, dims - 2);

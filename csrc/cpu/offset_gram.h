@@ -252,17 +252,18 @@ class OffsetGram {
 
   // Few tiles are cut into chunks of examples, for enough tasks for many threads; each has a set of
   // sums, together a third of the input at most. Examples are packed all at once, or in rounds that
-  // add to the same sets. Both numbers depend on the shape alone. All memory together is one and a
-  // half times the input's, and the result's, as _cost in kfac_fast/conv_kernels.py makes sure that
-  // it can be: where rounds do not fit, few threads may have to do.
+  // add to the same sets. Both numbers depend on the shape alone. That all memory together can be
+  // as much as is allowed, _cost in kfac_fast/conv_kernels.py makes sure: where rounds do not fit,
+  // few threads may have to do.
   void choose_chunks() {
-    constexpr int64_t enough_tasks = 16, always_allowed = 3 << 18;
+    constexpr int64_t enough_tasks = 16, few_sums = 3 << 18;
+    constexpr int64_t other_tables = 1 << 18;  // of shifts and joints, and of the plan
     const int64_t examples = std::max<int64_t>(source_.examples, 1);
     const int64_t groups = source_.channels / layout_.group_columns;
     const int64_t result = groups * store_.matrix_size() * sizeof(T);
     int64_t tables = 8 * (windows_.cells.size() + windows_.begin.size() + place_.size());
     for (const auto& row : operands_) tables += row.size() * sizeof(Operand);
-    const int64_t budget = 3 * input_bytes_ / 2 + result + always_allowed - tables;
+    const int64_t budget = most_scratch_bytes(input_bytes_, result) - tables - other_tables;
     const int64_t tile_sums = std::max<int64_t>(sums_size_ * sizeof(T), 1);
     const int64_t sums = tile_count() * tile_sums;
     const int64_t example = image_size() * sizeof(T);
@@ -271,7 +272,7 @@ class OffsetGram {
     const bool in_rounds = examples * example + busy > budget && a_round > 0;
     const int64_t rounds = in_rounds ? divide_up(examples, a_round) : 1;
     const int64_t left = budget - divide_up(examples, rounds) * example;
-    const int64_t most_sets = std::min(std::max(input_bytes_ / 3, always_allowed), left) / sums;
+    const int64_t most_sets = std::min(std::max(input_bytes_ / 3, few_sums), left) / sums;
     const int64_t wanted = std::min(divide_up(enough_tasks, tile_count()), most_sets);
     chunks_a_round_ = std::clamp<int64_t>(wanted, 1, divide_up(examples, rounds));
     chunks_ = rounds * chunks_a_round_;
