@@ -32,9 +32,6 @@ T inverse_deviation(T variance, T eps) {
                                  : std::numeric_limits<T>::quiet_NaN();
 }
 
-#define KFAC_FAST_BODY "norm_sums_body.h"
-#include "compile_for_instruction_sets.h"
-
 // The functions of one instruction set.
 template <typename In, typename T>
 struct NormSums {
@@ -51,27 +48,19 @@ struct NormSums {
                 int64_t count, T* weight, T* bias);
 };
 
-#define KFAC_FAST_SUMS(set)                                               \
-  {set::row_moments<In, T>,                                               \
-   {set::add_normalized<In, T, false>, set::add_normalized<In, T, true>}, \
-   set::end_chain<T>,                                                     \
-   {set::add_outer_products<T, false>, set::add_outer_products<T, true>}, \
-   set::add_deviations<In, T>,                                            \
-   set::weigh<In, T>}
+#define KFAC_FAST_BODY "norm_sums_body.h"
+#include "compile_for_instruction_sets.h"
 
 template <typename In, typename T>
 const NormSums<In, T>& norm_sums(InstructionSet set) {
-  static constexpr NormSums<In, T> on_portable = KFAC_FAST_SUMS(portable);
-#if defined(__x86_64__)
-  static constexpr NormSums<In, T> on_avx2 = KFAC_FAST_SUMS(avx2);
-  static constexpr NormSums<In, T> on_avx512 = KFAC_FAST_SUMS(avx512);
-  if (set == InstructionSet::avx512) return on_avx512;
-  if (set == InstructionSet::avx2) return on_avx2;
-#endif
-  return on_portable;
+  return KFAC_FAST_FORM(set, norm_sums<In, T>);
 }
 
-#undef KFAC_FAST_SUMS
+// Compiled once, in norm_sums.cpp.
+extern template const NormSums<float, float>& norm_sums(InstructionSet set);
+extern template const NormSums<double, double>& norm_sums(InstructionSet set);
+extern template const NormSums<BFloat16, float>& norm_sums(InstructionSet set);
+extern template const NormSums<Half, float>& norm_sums(InstructionSet set);
 
 // A unit's block, with or without a bias, from the sums of weight with weight, weight with bias and
 // bias with bias, `distance` apart.

@@ -286,3 +286,9 @@ KFAC_FAST_TARGET void weigh(const In* x, const In* g, const T* mean, const T* re
     weight[i] = bias[i] * ((static_cast<T>(x[i]) - mean[i] - rest[i]) * scale[i]);
   }
 }
+
+template <typename In, typename T>
+inline constexpr NormSums<In, T> norm_sums{
+    row_moments<In, T>,    {add_normalized<In, T, false>, add_normalized<In, T, true>},
+    end_chain<T>,          {add_outer_products<T, false>, add_outer_products<T, true>},
+    add_deviations<In, T>, weigh<In, T>};

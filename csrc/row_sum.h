@@ -9,26 +9,40 @@
 
 namespace kfac_fast {
 
+// The functions of one instruction set.
+template <typename In, typename T>
+struct RowSumFunctions {
+  // total[c] += Σ_r row r at column c, with rows side by side or columns apart.
+  void (*add_rows)(const In* rows, int64_t stride, int64_t count, int64_t columns, T* total);
+  void (*add_columns)(const In* rows, int64_t stride, int64_t column_stride, int64_t count,
+                      int64_t columns, T* total);
+  // total += chain, chain <- 0
+  void (*end_chain)(T* chain, int64_t columns, T* total, T* lost);
+};
+
 #define KFAC_FAST_BODY "row_sum_body.h"
 #include "compile_for_instruction_sets.h"
+
+template <typename In, typename T, bool squared>
+const RowSumFunctions<In, T>& row_sum_functions(InstructionSet set) {
+  return KFAC_FAST_FORM(set, row_sum_functions<In, T, squared>);
+}
+
+// Compiled once, in row_sum.cpp; those of squares where they are used.
+extern template const RowSumFunctions<float, float>& row_sum_functions<float, float, false>(
+    InstructionSet set);
+extern template const RowSumFunctions<double, double>& row_sum_functions<double, double, false>(
+    InstructionSet set);
+extern template const RowSumFunctions<BFloat16, float>& row_sum_functions<BFloat16, float, false>(
+    InstructionSet set);
+extern template const RowSumFunctions<Half, float>& row_sum_functions<Half, float, false>(
+    InstructionSet set);
 
 template <typename In, typename T, bool squared = false>
 class RowSum {
  public:
-  RowSum(InstructionSet set, int64_t column_stride) : column_stride_(column_stride) {
-    rows_ = portable::add_rows<In, T, squared>;
-    columns_ = portable::add_columns<In, T, squared>;
-    end_chain_ = portable::end_chain<T>;
-#if defined(__x86_64__)
-    if (set == InstructionSet::avx512) {
-      rows_ = avx512::add_rows<In, T, squared>, columns_ = avx512::add_columns<In, T, squared>;
-      end_chain_ = avx512::end_chain<T>;
-    } else if (set == InstructionSet::avx2) {
-      rows_ = avx2::add_rows<In, T, squared>, columns_ = avx2::add_columns<In, T, squared>;
-      end_chain_ = avx2::end_chain<T>;
-    }
-#endif
-  }
+  RowSum(InstructionSet set, int64_t column_stride)
+      : functions_(row_sum_functions<In, T, squared>(set)), column_stride_(column_stride) {}
 
   // total[c] = Σ_r row r at column first + c, of the rows [begin, end) that count. Few rows are
   // summed plainly, those of many in `chain`; their sums are added with what the last addition
@@ -42,7 +56,7 @@ class RowSum {
     for (int64_t next; begin < end; begin = next) {
       next = std::min(begin + rows_a_chain_, end);
       add_chain(source, begin, next, first, columns, chain);
-      end_chain_(chain, columns, total, lost);
+      end_chain(chain, columns, total, lost);
     }
   }
 
@@ -50,14 +64,14 @@ class RowSum {
   int64_t rows_a_chain() const { return rows_a_chain_; }
 
   void end_chain(T* chain, int64_t columns, T* total, T* lost) const {
-    end_chain_(chain, columns, total, lost);
+    functions_.end_chain(chain, columns, total, lost);
   }
 
   void add(const In* rows, int64_t stride, int64_t count, int64_t columns, T* total) const {
     if (column_stride_ == 1) {
-      rows_(rows, stride, count, columns, total);
+      functions_.add_rows(rows, stride, count, columns, total);
     } else {
-      columns_(rows, stride, column_stride_, count, columns, total);
+      functions_.add_columns(rows, stride, column_stride_, count, columns, total);
     }
   }
 
@@ -69,13 +83,11 @@ class RowSum {
     });
   }
 
+  const RowSumFunctions<In, T>& functions_;
   const int64_t column_stride_;
   // Of every four rows, or of a vector of rows where columns are apart, the sum is one term of a
   // chain.
   const int64_t rows_a_chain_ = column_stride_ == 1 ? 64 : 1024;
-  void (*rows_)(const In*, int64_t, int64_t, int64_t, T*);
-  void (*columns_)(const In*, int64_t, int64_t, int64_t, int64_t, T*);
-  void (*end_chain_)(T*, int64_t, T*, T*);
 };
 
 }  // namespace kfac_fast

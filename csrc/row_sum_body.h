@@ -136,3 +136,7 @@ KFAC_FAST_TARGET void end_chain(T* chain, int64_t columns, T* total, T* lost) {
     chain[c] = 0;
   }
 }
+
+template <typename In, typename T, bool SQUARED>
+inline constexpr RowSumFunctions<In, T> row_sum_functions{
+    add_rows<In, T, SQUARED>, add_columns<In, T, SQUARED>, end_chain<T>};

@@ -27,30 +27,31 @@ struct TileSums {
   }
 };
 
+// The functions of one instruction set, for T = float or double.
+template <typename T>
+struct SymmetricStoreFunctions {
+  using Multiply = void (*)(const Panels<T>& strip, int64_t begin, int64_t end, const T* right,
+                            T alpha, T beta, T* target, T* mirror, int64_t edge);
+
+  void (*store)(const TileSums<T>& sums, int64_t rows, int64_t columns, bool diagonal, T alpha,
+                T beta, T* target, T* mirror, int64_t edge, bool past_caches);
+  void (*multiply_rows)(const Panels<T>& panels, int64_t row, int64_t rows, int64_t columns,
+                        T alpha, T* target, const T* end, int64_t edge, bool past_caches);
+  Multiply multiply_symmetric[3];  // [vectors - 1]
+};
+
 #define KFAC_FAST_BODY "symmetric_store_body.h"
 #include "compile_for_instruction_sets.h"
 
 template <typename T>
-using MultiplySymmetric = void (*)(const Panels<T>&, int64_t, int64_t, const T*, T, T, T*, T*,
-                                   int64_t);
-
-#define KFAC_FAST_MULTIPLY(set) \
-  {set::multiply_symmetric<T, 1>, set::multiply_symmetric<T, 2>, set::multiply_symmetric<T, 3>}
-
-// By the number of vectors less one.
-template <typename T>
-const MultiplySymmetric<T>* multiply_symmetric(InstructionSet set) {
-  static constexpr MultiplySymmetric<T> on_portable[] = KFAC_FAST_MULTIPLY(portable);
-#if defined(__x86_64__)
-  static constexpr MultiplySymmetric<T> on_avx2[] = KFAC_FAST_MULTIPLY(avx2);
-  static constexpr MultiplySymmetric<T> on_avx512[] = KFAC_FAST_MULTIPLY(avx512);
-  if (set == InstructionSet::avx512) return on_avx512;
-  if (set == InstructionSet::avx2) return on_avx2;
-#endif
-  return on_portable;
+const SymmetricStoreFunctions<T>& symmetric_store_functions(InstructionSet set) {
+  return KFAC_FAST_FORM(set, symmetric_store_functions<T>);
 }
 
-#undef KFAC_FAST_MULTIPLY
+// Compiled once, in symmetric_store.cpp.
+extern template const SymmetricStoreFunctions<float>& symmetric_store_functions(InstructionSet set);
+extern template const SymmetricStoreFunctions<double>& symmetric_store_functions(
+    InstructionSet set);
 
 template <typename T>
 struct SymmetricStore {
@@ -65,11 +66,10 @@ struct SymmetricStore {
                   int64_t row, int64_t column) const {
     T* target = matrix + row * edge + column;
     T* mirror = matrix + column * edge + row;
-    const auto store = KFAC_FAST_FORM(set, store_symmetric<T>);
     const bool aligned = reinterpret_cast<uintptr_t>(target) % line == 0 &&
                          reinterpret_cast<uintptr_t>(mirror) % line == 0;
-    store(sums, rows, columns, diagonal, alpha, beta, target, mirror, edge,
-          aligned && past_caches());
+    functions().store(sums, rows, columns, diagonal, alpha, beta, target, mirror, edge,
+                      aligned && past_caches());
   }
 
   // Asks for the cache lines of `count` entries of a row of the matrix, to be stored soon, unless
@@ -111,9 +111,9 @@ struct SymmetricStore {
     for (int64_t c = column; c < column + columns; c += strip.width) {
       const int64_t width = std::min(strip.width, column + columns - c);
       if (diagonal) multiply_square(strip.from(c), width, matrix + c * (edge + 1));
-      multiply_symmetric<T>(set)[width / lanes - 1](strip, diagonal ? c + width : row, row + rows,
-                                                    strip.at(c), alpha, beta, matrix + c,
-                                                    matrix + c * edge, edge);
+      const auto multiply = functions().multiply_symmetric[width / lanes - 1];
+      multiply(strip, diagonal ? c + width : row, row + rows, strip.at(c), alpha, beta, matrix + c,
+               matrix + c * edge, edge);
     }
     return true;
   }
@@ -136,6 +136,8 @@ struct SymmetricStore {
  private:
   static constexpr int64_t line = 64;  // bytes
 
+  const SymmetricStoreFunctions<T>& functions() const { return symmetric_store_functions<T>(set); }
+
   // Stores the products of the columns of one panel with each other, in both triangles.
   void multiply_square(const Panels<T>& panel, int64_t width, T* square) const {
     multiply_rows(panel, 0, width, width, square, square, false);
@@ -143,8 +145,7 @@ struct SymmetricStore {
 
   void multiply_rows(const Panels<T>& panels, int64_t row, int64_t rows, int64_t columns, T* target,
                      const T* end, bool past) const {
-    const auto multiply = KFAC_FAST_FORM(set, multiply_rows<T>);
-    multiply(panels, row, rows, columns, alpha, target, end, edge, past);
+    functions().multiply_rows(panels, row, rows, columns, alpha, target, end, edge, past);
   }
 
   // A matrix that no cache holds is not read into one to be written, if its rows are aligned. It

@@ -268,3 +268,9 @@ KFAC_FAST_TARGET void multiply_rows(const Panels<T>& panels, int64_t row, int64_
     }
   }
 }
+
+template <typename T>
+inline constexpr SymmetricStoreFunctions<T> symmetric_store_functions{
+    store_symmetric<T>,
+    multiply_rows<T>,
+    {multiply_symmetric<T, 1>, multiply_symmetric<T, 2>, multiply_symmetric<T, 3>}};

@@ -40,6 +40,7 @@
 #include <utility>
 
 #include "instruction_set.h"
+#include "narrow_float.h"
 
 namespace kfac_fast {
 
@@ -157,6 +158,14 @@ Packing<In, T> packing(InstructionSet set) {
 #endif
   return {portable::pack_adjacent<In, T>, portable::pack_strided<In, T>};
 }
+
+// Compiled once, in tile_product.cpp.
+extern template const TileProduct<float>& tile_product(InstructionSet set);
+extern template const TileProduct<double>& tile_product(InstructionSet set);
+extern template Packing<float, float> packing(InstructionSet set);
+extern template Packing<double, double> packing(InstructionSet set);
+extern template Packing<BFloat16, float> packing(InstructionSet set);
+extern template Packing<Half, float> packing(InstructionSet set);
 
 // See store_transposed.
 template <typename T>
