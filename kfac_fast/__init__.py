@@ -3,6 +3,7 @@
 from kfac_fast.backends import explain, use
 from kfac_fast.checkpoint import save_checkpoint
 from kfac_fast.damping import LevenbergMarquardt
+from kfac_fast.decomposition import Decomposition
 from kfac_fast.ops import (
     channel_norm_gram,
     cholesky_precondition,
@@ -23,6 +24,7 @@ from kfac_fast.preconditioner import KFAC
 from kfac_fast.steps import StepReport
 
 __all__ = [
+    "Decomposition",
     "KFAC",
     "LevenbergMarquardt",
     "StepReport",

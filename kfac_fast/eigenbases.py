@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -174,15 +174,34 @@ def apply_eigenbases(
 
     Source: George et al. (2018), section 3.
     """
-    right, left = _sides(bases)
     rotated, inner = _rotated(grads, bases)
     scaled = []
     shifts = of_each(damping, bases)
     for part, own, correction, shift in zip(rotated, bases, corrections, shifts, strict=True):
         scaled.append(part / (eigenvalues(own, correction) + shift))
         inner = inner + (part * scaled[-1]).sum()
-    back = [side if side.dim() == 1 else side.mT for side in right]
-    return multiply_sides(scaled, back, left)[0], inner
+    return _rotated_back(scaled, bases), inner
+
+
+def scale_in_eigenbases(
+    matrices: Sequence[Tensor], bases: Sequence[Sequence[Eigenbasis]], scales: Iterable[Tensor]
+) -> list[Tensor]:
+    r"""Multiply all layers' matrices by symmetric ones that have the Kronecker eigenbases.
+
+    .. math:: P = Q_G (S \odot Q_G^\top V Q_A) Q_A^\top
+
+    Args:
+        matrices: :math:`V`, ``[*, out, in]``.
+        bases: (input, gradient) of each layer; a single one is the input's, of a matrix with one
+            row.
+        scales: Eigenvalues :math:`S` of each, ``[*, out, in]``.
+
+    Returns:
+        The products.
+    """
+    rotated, _ = _rotated(matrices, bases)
+    scaled = [part * scale.to(part.dtype) for part, scale in zip(rotated, scales, strict=True)]
+    return _rotated_back(scaled, bases)
 
 
 def quadratic_form(
@@ -221,6 +240,13 @@ def _rotated(
     right, left = _sides(bases)
     rotated, inner = multiply_sides(matrices, right, [None if q is None else q.mT for q in left])
     return rotated, inner.zero_()
+
+
+def _rotated_back(
+    matrices: Sequence[Tensor], bases: Sequence[Sequence[Eigenbasis]]
+) -> list[Tensor]:
+    right, left = _sides(bases)
+    return multiply_sides(matrices, [q if q.dim() == 1 else q.mT for q in right], left)[0]
 
 
 def eigenvalues(bases: Sequence[Eigenbasis], correction: RunningAverage | None) -> Tensor:

@@ -39,7 +39,7 @@ ROOMS = [
     {"blocks"},
     {"capture", "input_grams", "selection", "state", "steps"},
     {"preconditioner"},
-    {"damping"},
+    {"damping", "decomposition"},
     {"__init__"},
     {"env", "integrations"},
 ]
