@@ -31,7 +31,7 @@ from kfac_fast.graph import (
     unseen,
 )
 from kfac_fast.input_grams import InputGrams
-from kfac_fast.layers import Count, Layer, ProjectionCalls, ProjectionLayer, Sharing
+from kfac_fast.layers import BiasLayer, Count, Layer, ProjectionCalls, ProjectionLayer, Sharing
 from kfac_fast.reference import diagonal_of
 from kfac_fast.schema import result_dtype
 
@@ -198,11 +198,12 @@ class Capture:
         self._hooks: list[RemovableHandle] = [
             model.register_forward_pre_hook(begin, with_kwargs=True)
         ]
-        attention: dict[nn.Module, dict[ProjectionLayer, Block]] = defaultdict(dict)
+        attention: dict[nn.Module, dict[ProjectionLayer, tuple[Block, Layer]]] = defaultdict(dict)
         for block in blocks:
             for layer in block.layers:
-                if isinstance(layer, ProjectionLayer):
-                    attention[layer.module][layer] = block
+                projection = layer.of if isinstance(layer, BiasLayer) else layer
+                if isinstance(projection, ProjectionLayer):
+                    attention[layer.module][projection] = block, layer
                     continue
                 hook = self._layer_hook(block, layer)
                 # The layer's own output, before hooks of others replace it.
@@ -397,16 +398,19 @@ class Capture:
         return begin
 
     def _attention_hooks(
-        self, attention: nn.Module, blocks: Mapping[ProjectionLayer, Block]
+        self, attention: nn.Module, found: Mapping[ProjectionLayer, tuple[Block, Layer]]
     ) -> list[RemovableHandle]:
         """Hooks that look into an attention module for as long as its forward pass takes."""
-        numbers = {layer: self._number(block, layer) for layer, block in blocks.items()}
-        keeps = any(block.form == "corrected" for block in blocks.values())
+        numbers = {projection: self._number(*own) for projection, own in found.items()}
+        keeps = any(block.form == "corrected" for block, _ in found.values())
 
-        def see(layer: ProjectionLayer, x: Tensor, output: Tensor) -> Tensor:
-            return self._see(numbers[layer], x, output) if output.requires_grad else output
+        def see(projection: ProjectionLayer, x: Tensor, output: Tensor) -> Tensor:
+            if not output.requires_grad:
+                return output
+            of_bias = isinstance(found[projection][1], BiasLayer)
+            return self._see(numbers[projection], x.new_empty(0) if of_bias else x, output)
 
-        calls = ProjectionCalls(list(blocks), see)
+        calls = ProjectionCalls(list(found), see)
 
         def enter(module: nn.Module, inputs: tuple[Any, ...]) -> None:
             if module is not attention or not torch.is_grad_enabled() or in_transform():
@@ -442,7 +446,7 @@ class Capture:
 
     def _layer_hook(self, block: Block, layer: Layer) -> Callable[..., Tensor | None]:
         index = self._number(block, layer)
-        keeps = _keeps(block, layer)
+        keeps, of_bias = _keeps(block, layer), isinstance(layer, BiasLayer)
 
         def capture(
             module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor
@@ -454,7 +458,9 @@ class Capture:
             # A deep copy of the model takes the hooks along.
             if module is not layer.module or not output.requires_grad or in_transform():
                 return None
-            return self._see(index, inputs[0] if inputs else named["input"], output)
+            x = inputs[0] if inputs else named["input"]
+            # Autograd does not keep the input of a frozen weight either.
+            return self._see(index, x.new_empty(0) if of_bias else x, output)
 
         return capture
 

@@ -78,7 +78,8 @@ class KFAC:
     ``torch._functorch.config.donated_buffer = False`` for another way back through the graph.
 
     Args:
-        model: The model; layers of the types in :data:`kfac_fast.layers.RULES` are preconditioned.
+        model: The model; layers of the types in :data:`kfac_fast.layers.RULES` are preconditioned,
+            and biases whose weights are frozen by now.
         approx: ``"expand"`` or ``"reduce"``, for layers that share their weights over positions.
         fisher: Whose gradients make :math:`G`. ``"empirical"``: those of the training loss as they
             pass. ``"mc"``: those of the loss on labels drawn from the model, in

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from kfac_fast.blocks import Block, Form
-from kfac_fast.layers import Approximation, Layer, ProjectionLayer, layers_of
+from kfac_fast.layers import Approximation, Layer, layers_of
 from kfac_fast.schema import result_dtype
 
 NamedModules = Sequence[tuple[str, nn.Module]]
@@ -166,7 +166,7 @@ def _reason_against(layer: Layer, forward_only: bool) -> str | None:
 
 def _needs_examples(layer: Layer, form: Form) -> bool:
     """Whether it matters which rows of a layer's input are of one example."""
-    if isinstance(layer, ProjectionLayer):  # which attention tells
+    if isinstance(layer.module, nn.MultiheadAttention):  # which tells
         return False
     return layer.approx == "reduce" or form == "corrected" or "input" not in layer.factor_shapes()
 
@@ -208,7 +208,8 @@ def _tied(layers: Sequence[Layer]) -> list[list[Layer]]:
     groups: dict[tuple[object, ...], list[Layer]] = defaultdict(list)
     for layer in layers:
         parameters = tuple(map(id, layer.parameters()))
-        groups[type(layer), layer.weight.storage_offset(), parameters].append(layer)
+        key = type(layer), layer.groups, layer.weight.storage_offset(), parameters
+        groups[key].append(layer)
     return list(groups.values())
 
 

@@ -93,12 +93,28 @@ def test_a_model_without_layers_is_refused_with_the_reasons() -> None:
         found(nn.Sequential(nn.Bilinear(3, 3, 3)))
 
 
-def test_a_frozen_weight_leaves_its_layer_alone() -> None:
-    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+def test_a_frozen_weight_leaves_a_block_of_the_bias() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3), nn.Linear(3, 2))
     model[0].weight.requires_grad_(False)
-    assert found(model) == (["1"], {"0": "its weight is frozen, and its bias alone is no block"})
+    model[1].weight.requires_grad_(False)
+    blocks, left_alone = find_blocks(model, "expand", ())
+    assert blocks[0].layer.parameters() == [model[0].bias]
+    assert blocks[1].layer.parameters() == [model[2].weight, model[2].bias]
+    assert left_alone == {"1": "its weight is frozen, and its bias alone is no block"}
     model[0].bias.requires_grad_(False)
-    assert found(model) == (["1"], {"0": "its weight is frozen"})
+    assert found(model)[1]["0"] == "its weight is frozen"
+
+
+def test_biases_are_tied_if_their_gradients_have_one_layout() -> None:
+    model = nn.ModuleList([nn.Linear(3, 4), nn.Linear(2, 4), nn.Conv2d(4, 4, 3, groups=2)])
+    for layer in model:
+        layer.weight.requires_grad_(False)
+    model[1].bias = model[0].bias
+    assert found(model) == (["0", "2"], {})
+    model[2].bias = model[0].bias
+    model.append(nn.Linear(2, 2))
+    names, left_alone = found(model)
+    assert names == ["3"] and left_alone["0"] == "shares a parameter with '2'"
 
 
 def test_a_frozen_bias_is_left_out_of_its_layer() -> None:
@@ -175,12 +191,19 @@ def test_attention_has_a_block_for_each_projection() -> None:
     ("parameter", "frozen"),
     [("in_proj_weight", ["q", "k", "v"]), ("out_proj.weight", ["out"])],
 )
-def test_a_frozen_weight_leaves_its_projections_alone(parameter: str, frozen: list[str]) -> None:
-    module = nn.MultiheadAttention(4, 2)
+@pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
+def test_a_frozen_weight_leaves_blocks_of_its_projections_biases(
+    parameter: str, frozen: list[str], bias: bool
+) -> None:
+    module = nn.MultiheadAttention(4, 2, bias=bias)
     module.get_parameter(parameter).requires_grad_(False)
-    _, left_alone = found(module)
-    reason = "its weight is frozen, and its bias alone is no block"
-    assert left_alone == {f"{name}_proj": reason for name in frozen}
+    blocks, left_alone = find_blocks(module, "expand", ())
+    assert left_alone == {f"{name}_proj": "its weight is frozen" for name in frozen if not bias}
+    assert [block.layer.matrix_shape() for block in blocks] == [
+        (4, 1 if name in frozen else 4 + bias)
+        for name in ("q", "k", "v", "out")
+        if bias or name not in frozen
+    ]
 
 
 TRANSFORMER_LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)

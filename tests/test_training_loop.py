@@ -373,11 +373,12 @@ def test_the_summary_names_every_module_with_parameters() -> None:
         "K-FAC expand, empirical Fisher, 1 steps",
         "  1: LayerNorm  joint [3, 2, 2]  updates skipped 0  inverses failed 0",
         "  2: Linear  input [4, 4]  gradient [2, 2]  updates skipped 0  inverses failed 0",
+        "  3: Linear, bias alone  input [1, 1]  gradient [2, 2]  "
+        "updates skipped 0  inverses failed 0",
         "  0: left alone, skipped by pattern '^0$'",
-        "  3: left alone, its weight is frozen, and its bias alone is no block",
         "  MiB: factors 0.0, inverses 0.0, norms 0.0, sums 0.0",
     ]
-    expected = [*model[1].parameters(), *model[2].parameters()]
+    expected = [*model[1].parameters(), *model[2].parameters(), model[3].bias]
     assert [id(p) for p in kfac.parameters()] == [id(p) for p in expected]
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from kfac_fast.layers.attention import ProjectionCalls, ProjectionLayer, projections
-from kfac_fast.layers.base import Approximation, Count, Layer, Sharing
+from kfac_fast.layers.base import Approximation, Count, Layer, RowLayer, Sharing
+from kfac_fast.layers.bias import BiasLayer
 from kfac_fast.layers.conv import ConvLayer, ConvTransposeLayer
 from kfac_fast.layers.embedding import EmbeddingLayer
 from kfac_fast.layers.linear import LinearLayer
@@ -14,6 +15,7 @@ from kfac_fast.layers.norm import ChannelNormLayer, FeatureNormLayer
 __all__ = [
     "RULES",
     "Approximation",
+    "BiasLayer",
     "Count",
     "Layer",
     "ProjectionCalls",
@@ -50,9 +52,20 @@ def layers_of(name: str, module: nn.Module, approx: Approximation) -> list[Layer
         approx: ``"expand"`` or ``"reduce"``.
 
     Returns:
-        One layer, four for ``nn.MultiheadAttention``; none if there is no rule.
+        One layer, four for ``nn.MultiheadAttention``; none if there is no rule. A bias whose weight
+        is frozen is a layer of its own.
     """
     if type(module) is nn.MultiheadAttention:
-        return list(projections(name, module, approx))
+        return [_trained_part(layer) for layer in projections(name, module, approx)]
     rule = RULES.get(type(module))
-    return [rule(name, module, approx)] if rule is not None else []
+    return [_trained_part(rule(name, module, approx))] if rule is not None else []
+
+
+def _trained_part(layer: Layer) -> Layer:
+    """A layer of the bias alone, where only that is trained."""
+    if not isinstance(layer, RowLayer) or not layer.has_bias:
+        return layer
+    weight = layer.parameters()[0]
+    # One that is computed from others is a plain tensor.
+    is_frozen = isinstance(weight, nn.Parameter) and not weight.requires_grad
+    return BiasLayer(layer) if is_frozen else layer

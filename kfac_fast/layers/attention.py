@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from types import FunctionType
 from typing import Any
 
@@ -31,7 +31,6 @@ class ProjectionLayer(LinearLayer):
     """
 
     module: nn.MultiheadAttention
-    given = LinearLayer.sharing
 
     def __init__(
         self,
@@ -51,16 +50,11 @@ class ProjectionLayer(LinearLayer):
     def shared(self, sharing: Sharing) -> ProjectionLayer:
         """For calls with the batch in front, wherever the module has it, and of 1 without one."""
         layer, mask = super().shared(sharing), sharing.mask
-        layer.given = sharing
         if mask is not None and mask.dim() == 1:
             layer.sharing = sharing._replace(mask=mask[None])
         elif mask is not None and not self.module.batch_first:
             layer.sharing = sharing._replace(mask=mask.mT)
         return layer
-
-    def input_key(self, output: Tensor) -> Hashable:
-        """As for other linear layers; the mask is known by what was given, not by a view of it."""
-        return LinearLayer, self.approx, self.has_bias, *map(id, self.given)
 
     def own(self, tensor: Tensor) -> Tensor:
         """This layer's rows of a packed parameter, all of another."""
@@ -74,11 +68,9 @@ class ProjectionLayer(LinearLayer):
         start = 0 if output.shape[-1] == self.width else self.part * self.width - missing
         return output.narrow(-1, start, self.width)
 
-    def gradient_gram(
-        self, gradient: Tensor, scale: float, x: Tensor | None = None, out: Tensor | None = None
-    ) -> Tensor:
-        """Of this layer's part."""
-        return super().gradient_gram(self.output_part(gradient), scale, out=out)
+    def output_rows(self, output: Tensor) -> Tensor:
+        """This layer's part."""
+        return super().output_rows(self.output_part(output))
 
     def squared_gradients(
         self, x: Tensor, gradient: Tensor, right: Tensor, left: Tensor, scale: float

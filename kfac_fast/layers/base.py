@@ -61,12 +61,15 @@ class Layer(ABC):
         keeps_input: Whether :meth:`gradient_gram` needs the module's input.
         takes_sharing: Whether its calls may be told how rows are shared.
         sharing: How the rows of its calls are shared.
+        given: The same as it was stated, by which its masks are known.
+        role: What the first parameter is, in reasons.
     """
 
     groups = 1
     keeps_input = False
     takes_sharing = False
-    sharing = Sharing()
+    sharing = given = Sharing()
+    role = "weight"
     weight_name = "weight"
     bias_name = "bias"
 
@@ -167,7 +170,7 @@ class Layer(ABC):
     def shared(self: AnyLayer, sharing: Sharing) -> AnyLayer:
         """The same layer for calls whose rows are shared in some way."""
         layer = copy.copy(self)
-        layer.sharing = sharing
+        layer.sharing = layer.given = sharing
         return layer
 
     def reason_against(self) -> str | None:
@@ -175,13 +178,13 @@ class Layer(ABC):
         parameters = dict(self.module.named_parameters())
         weight, bias = (parameters.get(name) for name in (self.weight_name, self.bias_name))
         if weight is None:
-            return "its weight is computed from other parameters"
+            return f"its {self.role} is computed from other parameters"
         if weight.is_complex():
-            return "its weight is complex"
+            return f"its {self.role} is complex"
         if weight.requires_grad:
             return None
         is_alone = bias is not None and bias.requires_grad
-        return f"its weight is frozen{', and its bias alone is no block' if is_alone else ''}"
+        return f"its {self.role} is frozen{', and its bias alone is no block' if is_alone else ''}"
 
     def parameters(self) -> list[nn.Parameter]:
         """The module's parameters that hold the layer's weight and, if there is one, its bias."""
@@ -263,6 +266,17 @@ class Layer(ABC):
 
 class RowLayer(Layer):
     """A layer whose inputs and output gradients can be written out as rows."""
+
+    @abstractmethod
+    def output_rows(self, output: Tensor) -> Tensor:
+        """The module's output, or its gradient, as ``[N, *shared, groups * out]``, a view."""
+
+    def gradient_gram(
+        self, gradient: Tensor, scale: float, x: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """Rows under expand, their sums over the shared positions under reduce."""
+        rows, groups = self.output_rows(gradient), self.groups
+        return gradient_gram(rows, self.approx, scale, groups=groups, sharing=self.sharing, out=out)
 
     @abstractmethod
     def rows(self, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kfac_fast import ops
 from kfac_fast.conv import ConvGeometry
-from kfac_fast.layers.base import Approximation, RowLayer, gradient_gram
+from kfac_fast.layers.base import Approximation, RowLayer
 
 Convolution = (
     nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
@@ -74,12 +74,9 @@ class ConvLayer(RowLayer):
         plan = self._plan()
         return type(self), self.approx, self.has_bias, plan, output.shape[-plan.dimensions :]
 
-    def gradient_gram(
-        self, gradient: Tensor, scale: float, x: Tensor | None = None, out: Tensor | None = None
-    ) -> Tensor:
-        """Output pixels under expand, their sums over the image under reduce."""
-        pixels = self.batched(gradient).movedim(1, -1)
-        return gradient_gram(pixels, self.approx, scale, groups=self.groups, out=out)
+    def output_rows(self, output: Tensor) -> Tensor:
+        """Pixels."""
+        return self.batched(output).movedim(1, -1)
 
     def rows(self, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """The patches, and the output's pixels."""

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kfac_fast import ops
-from kfac_fast.layers.base import Count, RowLayer, gradient_gram
+from kfac_fast.layers.base import Count, RowLayer
 
 
 class LinearLayer(RowLayer):
@@ -45,14 +45,11 @@ class LinearLayer(RowLayer):
 
     def input_key(self, output: Tensor) -> Hashable:
         """Whether positions are averaged, whether there is a bias, and which rows count."""
-        return LinearLayer, self.approx, self.has_bias, *map(id, self.sharing)
+        return LinearLayer, self.approx, self.has_bias, *map(id, self.given)
 
-    def gradient_gram(
-        self, gradient: Tensor, scale: float, x: Tensor | None = None, out: Tensor | None = None
-    ) -> Tensor:
-        """Rows under expand, their sums over the shared positions under reduce."""
-        rows = self.batched(gradient)
-        return gradient_gram(rows, self.approx, scale, sharing=self.sharing, out=out)
+    def output_rows(self, output: Tensor) -> Tensor:
+        """The tensor itself, with the batch in front."""
+        return self.batched(output)
 
     def rows(self, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """The shared positions in one dimension."""

@@ -1,0 +1,87 @@
+"""Biases whose weights are frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+from torch import Tensor
+
+from kfac_fast.layers.base import Count, RowLayer, Sharing
+from kfac_fast.layers.linear import LinearLayer
+
+
+class BiasLayer(LinearLayer):
+    """The bias alone of a linear layer or a convolution, whatever its frozen weight makes.
+
+    It is the weight of a linear layer whose only input is 1 at every position of the output; the
+    module's own input is not looked at.
+
+    Args:
+        of: The rule of the layer with both.
+    """
+
+    role = "bias"
+    bias_name = ""  # it has none
+
+    def __init__(self, of: RowLayer) -> None:
+        self.of = of
+        self.weight_name = of.bias_name
+        super().__init__(of.name, of.module, of.approx)
+        self.groups = of.groups
+        self.takes_sharing = of.takes_sharing
+
+    def shared(self, sharing: Sharing) -> BiasLayer:
+        """As the layer with both."""
+        layer = super().shared(sharing)
+        layer.of = self.of.shared(sharing)
+        layer.sharing = layer.of.sharing
+        return layer
+
+    def own(self, tensor: Tensor) -> Tensor:
+        """As of the layer with both."""
+        return self.of.own(tensor)
+
+    def batched(self, x: Tensor) -> Tensor:
+        """As of the layer with both."""
+        return self.of.batched(x)
+
+    def output_rows(self, output: Tensor) -> Tensor:
+        """As of the layer with both."""
+        return self.of.output_rows(output)
+
+    def input_gram(
+        self, x: Tensor, output: Tensor, out: Tensor | None = None
+    ) -> tuple[Tensor, Count]:
+        """The corner that a bias has in the sum of the inputs, ``[(groups,) 1, 1]``."""
+        rows = self.output_rows(output)
+        corner, count = super().input_gram(rows.new_ones(*rows.shape[:-1], 1), output)
+        return corner.expand(self.factor_shapes()["input"]).contiguous(), count
+
+    def input_key(self, output: Tensor) -> Hashable:
+        """Which positions there are, and which count."""
+        positions = self.output_rows(output).shape[:-1]
+        known = BiasLayer, self.approx, self.groups, positions, output.dtype
+        return *known, *map(id, self.given)
+
+    def rows(self, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Of groups of outputs, too."""
+        x, gradient = super().rows(x, gradient)
+        if self.groups == 1:
+            return x, gradient
+        return x[:, None], gradient.unflatten(-1, (self.groups, -1)).transpose(1, 2)
+
+    def squared_gradients(
+        self, x: Tensor, gradient: Tensor, right: Tensor, left: Tensor, scale: float
+    ) -> Tensor:
+        """As for other layers; the input is 1."""
+        rows = self.output_rows(gradient)
+        ones = rows.new_ones(*rows.shape[:-1], 1)
+        return super().squared_gradients(ones, rows, right, left, scale)
+
+    def weight_matrix(self, weight: Tensor) -> Tensor:
+        """``[C_out]`` as ``[(g,) C_out / g, 1]``."""
+        return weight[:, None] if self.groups == 1 else weight.reshape(self.groups, -1, 1)
+
+    def weight_from_matrix(self, matrix: Tensor) -> Tensor:
+        """Back to ``[C_out]``."""
+        return matrix.flatten()
