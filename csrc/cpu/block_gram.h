@@ -51,17 +51,26 @@ class FewRows {
   int64_t panel_width() const { return product_.panel_width(); }
   int64_t scratch_size() const { return round_up(columns_, product_.panel_width()); }
 
-  // Stores `count` rows from `row` on of the matrix of a group, whose columns `panels` are; with
-  // the first of them, those of the bias.
-  void multiply(const Panels<T>& panels, int64_t row, int64_t count, T* matrix, T* scratch) const {
-    store_.multiply_all(panels, row, count, columns_, matrix);
-    if (bias_ && row == 0) {
+  // Of a matrix: some rows each.
+  int64_t parts() const { return divide_up(columns_, rows_a_part()); }
+
+  // Stores a part of the matrix of a group, whose columns `panels` are; with the first, the row and
+  // column of the bias.
+  void multiply(const Panels<T>& panels, int64_t part, T* matrix, T* scratch) const {
+    const int64_t row = part * rows_a_part();
+    store_.multiply_all(panels, row, std::min(rows_a_part(), columns_ - row), columns_, matrix);
+    if (bias_ && part == 0) {
       sum_panels(product_, panels, columns_, scratch, false);
       store_.wide({scratch, 0, 1, 0}, 1, columns_, false, matrix, columns_, 0);
     }
   }
 
  private:
+  int64_t rows_a_part() const {
+    constexpr int64_t most = 48;
+    return round_up(divide_up(columns_, divide_up(columns_, most)), product_.rows);
+  }
+
   const TileProduct<T>& product_;
   const SymmetricStore<T>& store_;
   const int64_t columns_;
@@ -160,18 +169,13 @@ class BlockGram {
   }
 
   void both_triangles() {
-    constexpr int64_t most_rows = 48;
-    const int64_t side = layout_.group_columns;
-    const int64_t rows_a_task =
-        round_up(divide_up(side, divide_up(side, most_rows)), product_.rows);
-    const int64_t tasks_a_group = divide_up(side, rows_a_task);
-    const int64_t tasks = layout_.strips() * tasks_a_group;
+    const int64_t parts = few_rows_.parts(), tasks = layout_.strips() * parts;
     const int64_t workers = worker_count(tasks, operations());
     const int64_t sums_size = few_rows_.scratch_size();
     const auto sums = make_scratch<T>(workers * sums_size);
     pack_and_share(tasks, workers, [&](int64_t task, int64_t worker, const auto& blocks) {
-      const int64_t group = task / tasks_a_group, row = task % tasks_a_group * rows_a_task;
-      few_rows_.multiply(blocks[0].strip(group), row, std::min(rows_a_task, side - row),
+      const int64_t group = task / parts;
+      few_rows_.multiply(blocks[0].strip(group), task % parts,
                          out_ + group * store_.edge * store_.edge, &sums[worker * sums_size]);
     });
   }

@@ -83,10 +83,8 @@ class MeanGram {
     const bool neighbours = source_.channel_stride == 1;
     const int64_t together = std::lcm(source_.channels / groups_, sum_.channels_a_task());
     const bool enough = source_.channels >= enough_parts * together;
-    if (few_.serves(source_.examples) && enough && !neighbours) {
-      by_parts(together);
-      return;
-    }
+    if (few_.serves(source_.examples))
+      return enough && !neighbours ? by_parts(together) : at_once();
     sum_windows(sum_, work_);
     const RowSource<T> rows(means_, 1, nullptr, {{source_.examples, columns_, 0}});
     gram_of_rows(rows, columns_, groups_, store_, bias_, out_);
@@ -95,29 +93,54 @@ class MeanGram {
  private:
   // Parts of so many channels, which neither a group nor a task of sums crosses.
   void by_parts(int64_t channels) const {
-    const int64_t parts = divide_up(source_.channels, channels), width = columns_ / groups_;
+    const int64_t parts = divide_up(source_.channels, channels);
     const int64_t groups_a_part = channels / (source_.channels / groups_);
     const int64_t sums = divide_up(source_.channels, sum_.channels_a_task());
     const int64_t sums_a_part = channels / sum_.channels_a_task();
-    const double products = products_of(source_.examples) * static_cast<double>(columns_) * width;
-    const int64_t workers = worker_count(parts, work_ + products);
-    const int64_t scratch_size = std::max(sum_.scratch_size(), few_.scratch_size());
-    const auto scratch = make_scratch<T>(workers * scratch_size);
+    const int64_t workers = worker_count(parts, work_ + products());
+    const auto scratch = make_scratch<T>(workers * scratch_size());
     for_each_independent_task(parts, workers, [&](int64_t part, int64_t worker) {
-      T* own = &scratch[worker * scratch_size];
+      T* own = &scratch[worker * scratch_size()];
       const int64_t last_sum = std::min((part + 1) * sums_a_part, sums);
       for (int64_t example = 0; example < source_.examples; ++example) {
         for (int64_t i = part * sums_a_part; i < last_sum; ++i) sum_.run(example * sums + i, own);
       }
       const int64_t last_group = std::min((part + 1) * groups_a_part, groups_);
       for (int64_t group = part * groups_a_part; group < last_group; ++group) {
-        // Read in place: a row's last lanes, which are not used, may be another part's.
-        const Panels<T> panels{means_ + group * width, source_.examples, columns_,
-                               few_.panel_width(), few_.panel_width()};
-        few_.multiply(panels, 0, width, out_ + group * store_.edge * store_.edge, own);
+        for (int64_t i = 0; i < few_.parts(); ++i) multiply(group, i, own);
       }
     });
   }
+
+  // All means, then all products, in one parallel loop, because threads may take long to wake.
+  void at_once() const {
+    const int64_t parts = few_.parts(), tasks = groups_ * parts;
+    const int64_t workers = worker_count(std::max(sum_.tasks(), tasks), work_ + products());
+    const auto scratch = make_scratch<T>(workers * scratch_size());
+    Stretches sums(sum_.tasks(), workers), stretches(tasks, workers);
+    Progress sums_done;
+    for_each_worker(workers, [&](int64_t worker) {
+      T* own = &scratch[worker * scratch_size()];
+      sums.work(0, worker, [&](int64_t task) {
+        sum_.run(task, own);
+        sums_done.advance();
+      });
+      sums_done.wait_for(sum_.tasks());
+      stretches.work(0, worker, [&](int64_t task) { multiply(task / parts, task % parts, own); });
+    });
+  }
+
+  // The means are read in place: a row's last lanes, which are not used, may be another part's.
+  void multiply(int64_t group, int64_t part, T* scratch) const {
+    const Panels<T> panels{means_ + group * (columns_ / groups_), source_.examples, columns_,
+                           few_.panel_width(), few_.panel_width()};
+    few_.multiply(panels, part, out_ + group * store_.edge * store_.edge, scratch);
+  }
+
+  double products() const {
+    return products_of(source_.examples) * static_cast<double>(columns_) * (columns_ / groups_);
+  }
+  int64_t scratch_size() const { return std::max(sum_.scratch_size(), few_.scratch_size()); }
 
   const ImageSource<In>& source_;
   const int64_t groups_, columns_;
