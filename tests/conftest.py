@@ -22,9 +22,9 @@ LARGE_BYTES = 40e9
 
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    from faster_interpreter import patch_the_language_once
+    from faster_interpreter import make_faster
 
-    patch_the_language_once()
+    make_faster()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
