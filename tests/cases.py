@@ -52,7 +52,7 @@ CONVOLUTIONS = {
     "2d-valid": _convolution(3, 5, 6, kernel_size=3),
     "2d-padded": _convolution(3, 4, 5, kernel_size=3, padding=1),
     "2d-more-padding-than-kernel": _convolution(2, 3, 3, kernel_size=2, padding=3),
-    "2d-less-padding-than-half": _convolution(2, 6, 5, kernel_size=5, padding=1),
+    "2d-less-padding-than-half": _convolution(2, 6, 5, kernel_size=(5, 2), padding=(1, 0)),
     "2d-1x1": _convolution(4, 3, 3, kernel_size=1),
     "2d-1x1-stride": _convolution(4, 5, 5, kernel_size=1, stride=2),
     "2d-even": _convolution(2, 5, 5, kernel_size=2, padding=1),
