@@ -53,7 +53,7 @@ SHAPES: dict[str, tuple[str, tuple[int, ...], int | None, dict[str, Any]]] = {
 }
 SHAPES |= {
     "means": ("conv_reduce_gram", (32, 128, 28, 28), 3, {"padding": 1}),
-    "means, depthwise": ("conv_reduce_gram", (256, 768, 4, 4), 7, {"padding": 3, "groups": 768}),
+    "means, depthwise": ("conv_reduce_gram", (128, 768, 4, 4), 7, {"padding": 3, "groups": 768}),
     "means of few": ("conv_reduce_gram", (256, 1024, 2, 2), 3, {"padding": 1, "groups": 1024}),
     "means of single pixels": ("conv_reduce_gram", (8000, 4, 1, 1), 3, {"padding": 1}),
     "sums": ("conv_window_sum", (32, 128, 28, 28), 3, {"padding": 1}),
@@ -67,11 +67,12 @@ SMALL = 2**20  # of tables, and of how the kernel counts
 
 # A process of its own: reading a peak sets for good how the process allocates.
 MEASURE = """
-import json, sys
+import gc, json, sys
 sys.path.insert(0, "bench")
 import memory, torch
 from kfac_fast import ops
 
+gc.freeze()  # what is imported need not be collected at each reading
 torch.set_num_threads(2)
 found = {}
 for name, (op, size, kernel, options) in json.load(sys.stdin).items():
