@@ -1,4 +1,4 @@
-"""The Triton kernels of convolutions on CPU tensors; test_conv_triton.py runs this interpreted."""
+"""The Triton kernels of convolutions on CPU tensors; run by test_interpreted.py."""
 
 from __future__ import annotations
 

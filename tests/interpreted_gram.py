@@ -1,4 +1,4 @@
-"""The Triton Gram kernels on CPU tensors; test_gram_triton.py runs this file interpreted."""
+"""The Triton Gram kernels on CPU tensors; run by test_interpreted.py."""
 
 from __future__ import annotations
 

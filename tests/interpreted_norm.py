@@ -1,4 +1,4 @@
-"""The Triton kernels of normalisations on CPU tensors; run by test_norm_triton.py."""
+"""The Triton kernels of normalisations on CPU tensors; run by test_interpreted.py."""
 
 from __future__ import annotations
 

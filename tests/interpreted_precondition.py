@@ -1,4 +1,4 @@
-"""The Triton kernel of preconditioning on CPU tensors; run by test_precondition_triton.py."""
+"""The Triton kernel of preconditioning on CPU tensors; run by test_interpreted.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Triton kernels of shared positions on CPU tensors; run by test_shared_triton.py."""
+"""The Triton kernels of shared positions on CPU tensors; run by test_interpreted.py."""
 
 from __future__ import annotations
 

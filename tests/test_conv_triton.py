@@ -1,4 +1,4 @@
-"""The Triton kernels of convolutions without a GPU: compiled for two devices, and interpreted."""
+"""The Triton kernels of convolutions without a GPU: compiled for two devices."""
 
 from __future__ import annotations
 
@@ -22,8 +22,6 @@ from triton_kernels import (  # noqa: E402
     SHARED_BYTES,
     assert_multiplies_on_tensor_cores,
     assert_no_spills,
-    assert_passes_interpreted,
-    interpreter,
 )
 
 from kfac_fast.conv import ConvGeometry  # noqa: E402
@@ -151,11 +149,6 @@ def test_as_many_pairs_of_taps_as_there_are(monkeypatch: pytest.MonkeyPatch) -> 
     geometry = ConvGeometry.normalize("test", 2, 20, stride=20)
     _compile("conv_patch_gram", 90, _images(32, torch.bfloat16, 1, 40), geometry=geometry)
     assert [grid[0] for grid in grids] == [400 * 401 // 2] and max(grids[0][1:]) <= 65535
-
-
-@interpreter
-def test_under_the_interpreter() -> None:
-    assert_passes_interpreted("interpreted_conv.py")
 
 
 def test_of_two_opposite_shifts_one_is_multiplied() -> None:

@@ -1,4 +1,4 @@
-"""The Triton Gram kernels without a GPU: compiled for two devices, and run by the interpreter."""
+"""The Triton Gram kernels without a GPU: compiled for two devices."""
 
 from __future__ import annotations
 
@@ -19,8 +19,6 @@ from triton_kernels import (  # noqa: E402
     SHARED_BYTES,
     assert_multiplies_on_tensor_cores,
     assert_no_spills,
-    assert_passes_interpreted,
-    interpreter,
 )
 
 from kfac_fast import backends, schema  # noqa: E402
@@ -85,11 +83,6 @@ def test_one_compilation_serves_all_sizes(monkeypatch: pytest.MonkeyPatch) -> No
             kernels.gram(x, None, 1, False, 0.5, 0.9, torch.zeros(width, width), "highest")
         compiled.add(frozenset(kernel.hash for kernel in kernels_by_name.values()))
     assert len(compiled) == 1
-
-
-@interpreter
-def test_under_the_interpreter() -> None:
-    assert_passes_interpreted("interpreted_gram.py")
 
 
 def _lies(x: Tensor, masked: bool = False, width: int = 0) -> tuple[launch.Line, int]:

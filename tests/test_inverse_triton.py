@@ -1,4 +1,4 @@
-"""The Triton kernels of damped inverses without a GPU: compiled, and run by the interpreter."""
+"""The Triton kernels of damped inverses without a GPU: compiled."""
 
 from __future__ import annotations
 
@@ -18,8 +18,6 @@ from triton_kernels import (  # noqa: E402
     SHARED_BYTES,
     assert_multiplies_on_tensor_cores,
     assert_no_spills,
-    assert_passes_interpreted,
-    interpreter,
 )
 
 from kfac_fast.kernels import damped_inverse as kernels  # noqa: E402
@@ -50,8 +48,3 @@ def test_one_compilation_serves_all_lists() -> None:
     lists = [[65], [128] * 2, [16, 300] * 8]
     for kernel in (*MULTIPLY, "load_kernel", "finish_kernel"):
         assert len({_compile(90, sizes)[kernel].hash for sizes in lists}) == 1
-
-
-@interpreter
-def test_under_the_interpreter() -> None:
-    assert_passes_interpreted("interpreted_inverse.py")

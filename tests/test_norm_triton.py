@@ -1,4 +1,4 @@
-"""The Triton kernels of normalisations without a GPU: compiled, and run by the interpreter."""
+"""The Triton kernels of normalisations without a GPU: compiled."""
 
 from __future__ import annotations
 
@@ -18,8 +18,6 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton_kernels import (  # noqa: E402
     SHARED_BYTES,
     assert_no_spills,
-    assert_passes_interpreted,
-    interpreter,
 )
 
 from kfac_fast.kernels import launch  # noqa: E402
@@ -80,8 +78,3 @@ def test_one_compilation_serves_all_sizes() -> None:
         for name, own in _compile_channels(90, shape, torch.float32, 8).items():
             hashes[name].add(own.hash)
     assert {name: len(found) for name, found in hashes.items()} == dict.fromkeys(hashes, 1)
-
-
-@interpreter
-def test_under_the_interpreter() -> None:
-    assert_passes_interpreted("interpreted_norm.py")

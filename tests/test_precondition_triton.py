@@ -1,4 +1,4 @@
-"""The Triton kernel of preconditioning without a GPU: compiled, and run by the interpreter."""
+"""The Triton kernel of preconditioning without a GPU: compiled."""
 
 from __future__ import annotations
 
@@ -18,8 +18,6 @@ from triton_kernels import (  # noqa: E402
     SHARED_BYTES,
     assert_multiplies_on_tensor_cores,
     assert_no_spills,
-    assert_passes_interpreted,
-    interpreter,
 )
 
 from kfac_fast.kernels import precondition as kernels  # noqa: E402
@@ -56,8 +54,3 @@ def test_compiles_without_spills(
 def test_one_compilation_serves_all_lists() -> None:
     lists = [[(4, 4)], [(64, 128)] * 2, [(16, 32)] * 16]
     assert len({_compile(90, shapes)["product_kernel"].hash for shapes in lists}) == 1
-
-
-@interpreter
-def test_under_the_interpreter() -> None:
-    assert_passes_interpreted("interpreted_precondition.py")

@@ -1,4 +1,4 @@
-"""The Triton kernels of shared positions without a GPU: compiled, and run by the interpreter."""
+"""The Triton kernels of shared positions without a GPU: compiled."""
 
 from __future__ import annotations
 
@@ -19,8 +19,6 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton_kernels import (  # noqa: E402
     SHARED_BYTES,
     assert_no_spills,
-    assert_passes_interpreted,
-    interpreter,
 )
 
 from kfac_fast.kernels import launch  # noqa: E402
@@ -75,11 +73,6 @@ def test_one_compilation_serves_all_sizes(monkeypatch: pytest.MonkeyPatch) -> No
         for name, own in _compile(90, torch.zeros(shape, dtype=torch.bfloat16)).items():
             compiled[name].add(own.hash)
     assert {name: len(hashes) for name, hashes in compiled.items()} == dict.fromkeys(compiled, 1)
-
-
-@interpreter
-def test_under_the_interpreter() -> None:
-    assert_passes_interpreted("interpreted_shared.py")
 
 
 def test_parts_fill_the_device() -> None:

@@ -1,21 +1,13 @@
-"""What the tests of Triton kernels share: the bounds on a compiled kernel, and the interpreter."""
+"""What the tests of Triton kernels share: the bounds on a compiled kernel, and odd inputs."""
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pytest
 import torch
-import triton
-from compile_kernels import ROOT, Statistics, triton_statistics
-from packaging.version import Version
+from compile_kernels import Statistics, triton_statistics
 from torch import Tensor
 
 from kfac_fast.kernels.product import PRODUCTS
@@ -26,24 +18,6 @@ ARITHMETIC = [(torch.bfloat16, "highest"), *((torch.float32, precision) for prec
 
 # Bits of float32 that survive in tf32 and in bfloat16; the interpreter's casts truncate.
 SURVIVING = {"highest": -1, "high": ~0x1FFF, "medium": ~0xFFFF}
-
-interpreter = pytest.mark.skipif(
-    Version(triton.__version__) < Version("3.7") and Version(np.__version__) >= Version("2.4"),
-    reason="the interpreter of Triton before 3.7 does not work with NumPy 2.4 and newer",
-)
-
-
-def assert_passes_interpreted(checks: str) -> None:
-    """Run a file of tests in a process of its own: Triton reads the variable at its import."""
-    path = Path(__file__).with_name(checks)
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)],
-        cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def assert_no_spills(
