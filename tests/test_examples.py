@@ -188,15 +188,15 @@ def test_help_explains_the_data(example, capsys, name):
 
 
 @needs_mnist
-def test_vit_is_ahead_with_kfac_after_sixty_steps(example, image_data, one_thread):
-    """On the same 60-step schedule, by more than two standard deviations over three seeds."""
+def test_vit_is_ahead_with_kfac_after_thirty_steps(example, image_data, one_thread):
+    """On the same 30-step schedule, by more than two standard deviations over three seeds."""
     train_vit, train = example("train_vit"), example("training").train
     problem = example("image_classification").classification(
         train_vit.VisionTransformer, image_data.load_images()
     )
     adamw, kfac = (
         [
-            train(train_vit.ARMS[arm], problem, steps=60, seed=seed, evaluations=1)["history"][-1]
+            train(train_vit.ARMS[arm], problem, steps=30, seed=seed, evaluations=1)["history"][-1]
             for seed in (1, 2, 3)
         ]
         for arm in ("adamw", "reduce")
