@@ -135,7 +135,9 @@ def test_compiles_without_a_graph_break(op: str) -> None:
     x = torch.randn(5, 4)
     call = PUBLIC_CALLS[op]
     torch.compiler.reset()
-    compiled = torch.compile(call, fullgraph=True)(x)
+    # Code is generated for lists here, for tensors below; a graph break would show in any backend.
+    backend = "inductor" if op == "damped_inverse" else "aot_eager"
+    compiled = torch.compile(call, backend=backend, fullgraph=True)(x)
     torch.testing.assert_close(compiled, call(x), rtol=0, atol=0)
 
 
