@@ -239,8 +239,15 @@ def attend(make: Callable[[], nn.Module], fullgraph: bool, fisher: str) -> None:
             assert_solved(ours, theirs)
 
 
-@pytest.mark.parametrize("fisher", ["empirical", "mc", "exact", "forward-only"])
-@pytest.mark.parametrize("name", ATTENTION)
+# All kinds of attention and all Fishers: one decides on the calls, the other on the passes.
+@pytest.mark.parametrize(
+    ("name", "fisher"),
+    [
+        *(("itself", "empirical"), ("itself", "mc")),
+        *(("memory", "forward-only"), ("memory", "exact")),
+        *(("other-sizes", "empirical"), ("other-sizes", "exact")),
+    ],
+)
 def test_attention_is_in_one_graph_with_the_factors_of_the_eager_model(
     name: str, fisher: str
 ) -> None:
