@@ -15,6 +15,7 @@ from triton_kernels import cropped
 import kfac_fast
 from kfac_fast import ops
 from kfac_fast.kernels import launch
+from kfac_fast.kernels.norm_gram import MOST_ROWS
 
 FEATURES = {
     "plain": (5, 3),
@@ -112,8 +113,11 @@ def test_accumulates_on_the_lower_triangles(op: Norm, shape: tuple[int, ...]) ->
     assert_blocks(*results, 0.3 * DEFINITIONS[op](x, gradient) + 0.9 * before.double())
 
 
-def test_sums_of_many_positions() -> None:
-    _check(ops.feature_norm_gram, *(torch.randn(2, 1, 4096 // 8 * launch.STEPS_PER_SUM, 8) + 1))
+def test_sums_of_many_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each part, of which a single processor has few, has more steps than are summed at once."""
+    monkeypatch.setattr(launch, "device", lambda index: launch.Device(90, 1))
+    steps = launch.choose_adding_split(1, 10**6, 1) * (launch.STEPS_PER_SUM + 6)
+    _check(ops.feature_norm_gram, *(torch.randn(2, 1, MOST_ROWS * steps, 8) + 1))
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy sees the overflow
