@@ -180,8 +180,7 @@ class BlockGram {
     });
   }
 
-  // Packs all blocks, then calls run(task, worker, blocks) for every task. It is one parallel loop,
-  // because threads may take long to wake.
+  // Packs all blocks, then calls run(task, worker, blocks) for every task.
   template <typename Run>
   void pack_and_share(int64_t tasks, int64_t workers, const Run& run) const {
     const int64_t block_size = blocks_.packed_size();
@@ -189,18 +188,12 @@ class BlockGram {
     const int64_t packs = blocks_.count() * parts;
     const auto packed = make_scratch<T>(blocks_.count() * block_size);
     std::vector<Block<T>> blocks(blocks_.count());
-    std::atomic<int64_t> next_pack{0};
-    Progress packs_done;
-    Stretches stretches(tasks, workers);
-    for_each_worker(workers, [&](int64_t worker) {
-      for (int64_t task = next_pack++; task < packs; task = next_pack++) {
-        const int64_t index = task / parts;
-        pack(index, task % parts, &packed[index * block_size], blocks[index]);
-        packs_done.advance();
-      }
-      packs_done.wait_for(packs);
-      stretches.work(0, worker, [&](int64_t task) { run(task, worker, blocks); });
-    });
+    const auto pack_part = [&](int64_t task, int64_t) {
+      const int64_t index = task / parts;
+      pack(index, task % parts, &packed[index * block_size], blocks[index]);
+    };
+    for_each_task_after(packs, tasks, workers, pack_part,
+                        [&](int64_t task, int64_t worker) { run(task, worker, blocks); });
   }
 
   void pack(int64_t index, int64_t part, T* packed, Block<T>& block) const {

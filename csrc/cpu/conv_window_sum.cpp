@@ -112,22 +112,16 @@ class MeanGram {
     });
   }
 
-  // All means, then all products, in one parallel loop, because threads may take long to wake.
+  // All means, then all products.
   void at_once() const {
     const int64_t parts = few_.parts(), tasks = groups_ * parts;
     const int64_t workers = worker_count(std::max(sum_.tasks(), tasks), work_ + products());
     const auto scratch = make_scratch<T>(workers * scratch_size());
-    Stretches sums(sum_.tasks(), workers), stretches(tasks, workers);
-    Progress sums_done;
-    for_each_worker(workers, [&](int64_t worker) {
-      T* own = &scratch[worker * scratch_size()];
-      sums.work(0, worker, [&](int64_t task) {
-        sum_.run(task, own);
-        sums_done.advance();
-      });
-      sums_done.wait_for(sum_.tasks());
-      stretches.work(0, worker, [&](int64_t task) { multiply(task / parts, task % parts, own); });
-    });
+    const auto own = [&](int64_t worker) { return &scratch[worker * scratch_size()]; };
+    for_each_task_after(
+        sum_.tasks(), tasks, workers,
+        [&](int64_t task, int64_t worker) { sum_.run(task, own(worker)); },
+        [&](int64_t task, int64_t worker) { multiply(task / parts, task % parts, own(worker)); });
   }
 
   // The means are read in place: a row's last lanes, which are not used, may be another part's.

@@ -89,6 +89,25 @@ class Stretches {
   std::vector<Stretch> stretches_;
 };
 
+// Calls first(task, worker) once for every one of `before` tasks and, when all are done,
+// then(task, worker) for every one of `tasks`, by stretches. It is one parallel loop, because
+// threads may take long to wake.
+template <typename First, typename Then>
+void for_each_task_after(int64_t before, int64_t tasks, int64_t workers, const First& first,
+                         const Then& then) {
+  std::atomic<int64_t> next{0};
+  Progress done;
+  Stretches stretches(tasks, workers);
+  for_each_worker(workers, [&](int64_t worker) {
+    for (int64_t task = next++; task < before; task = next++) {
+      first(task, worker);
+      done.advance();
+    }
+    done.wait_for(before);
+    stretches.work(0, worker, [&](int64_t task) { then(task, worker); });
+  });
+}
+
 // Calls run(task, worker) once for every task, by stretches.
 template <typename Run>
 void for_each_independent_task(int64_t tasks, int64_t workers, const Run& run) {
