@@ -14,7 +14,7 @@ from kfac_fast.factors import Factor, RunningAverage, Sum, update_averages
 from kfac_fast.grafting import AdamNorm
 from kfac_fast.graph import backward_pass, on_its_way
 from kfac_fast.inverses import Inverse
-from kfac_fast.layers import BiasLayer, Layer
+from kfac_fast.layers import Layer
 from kfac_fast.options import Schedule
 from kfac_fast.schema import result_dtype
 
@@ -176,7 +176,7 @@ class Block:
     def describe(self) -> str:
         """A line on the layer and its factors, with failures counted; waits for the device."""
         kind = type(self.layer.module).__name__
-        kind += ", bias alone" if isinstance(self.layer, BiasLayer) else ""
+        kind += ", bias alone" if self.layer.role == "bias" else ""
         state = "no factors yet"
         if self.factors:
             named = zip(self.layer.factor_shapes(), self.factors, strict=True)

@@ -405,10 +405,7 @@ class Capture:
         keeps = any(block.form == "corrected" for block, _ in found.values())
 
         def see(projection: ProjectionLayer, x: Tensor, output: Tensor) -> Tensor:
-            if not output.requires_grad:
-                return output
-            of_bias = isinstance(found[projection][1], BiasLayer)
-            return self._see(numbers[projection], x.new_empty(0) if of_bias else x, output)
+            return self._see(numbers[projection], x, output) if output.requires_grad else output
 
         calls = ProjectionCalls(list(found), see)
 
@@ -438,6 +435,8 @@ class Capture:
 
     def _see(self, index: int, x: Tensor, output: Tensor) -> Tensor:
         """Have a call of a layer taken down; the output to go on with."""
+        if not self._tapped[index][1].reads_input:  # nobody is to keep it
+            x = x.new_empty(0)
         if torch.compiler.is_compiling():
             call = self._pass_number, self._handle, index
             return compiled.tap(output, x, *call, at_once=self._fisher == "forward-only")
@@ -446,7 +445,7 @@ class Capture:
 
     def _layer_hook(self, block: Block, layer: Layer) -> Callable[..., Tensor | None]:
         index = self._number(block, layer)
-        keeps, of_bias = _keeps(block, layer), isinstance(layer, BiasLayer)
+        keeps = _keeps(block, layer)
 
         def capture(
             module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor
@@ -458,9 +457,7 @@ class Capture:
             # A deep copy of the model takes the hooks along.
             if module is not layer.module or not output.requires_grad or in_transform():
                 return None
-            x = inputs[0] if inputs else named["input"]
-            # Autograd does not keep the input of a frozen weight either.
-            return self._see(index, x.new_empty(0) if of_bias else x, output)
+            return self._see(index, inputs[0] if inputs else named["input"], output)
 
         return capture
 

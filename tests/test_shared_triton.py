@@ -16,10 +16,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from triton_kernels import (  # noqa: E402
-    SHARED_BYTES,
-    assert_no_spills,
-)
+from triton_kernels import SHARED_BYTES, assert_no_spills  # noqa: E402
 
 from kfac_fast.kernels import launch  # noqa: E402
 from kfac_fast.kernels import shared_gram as kernels  # noqa: E402

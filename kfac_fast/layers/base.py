@@ -58,7 +58,8 @@ class Layer(ABC):
         module: As given.
         approx: As given.
         has_bias: Whether a trainable bias is the last input.
-        keeps_input: Whether :meth:`gradient_gram` needs the module's input.
+        reads_input: Whether the module's input is looked at.
+        keeps_input: Whether :meth:`gradient_gram` needs it.
         takes_sharing: Whether its calls may be told how rows are shared.
         sharing: How the rows of its calls are shared.
         given: The same as it was stated, by which its masks are known.
@@ -66,6 +67,7 @@ class Layer(ABC):
     """
 
     groups = 1
+    reads_input = True
     keeps_input = False
     takes_sharing = False
     sharing = given = Sharing()

@@ -14,12 +14,13 @@ class BiasLayer(LinearLayer):
     """The bias alone of a linear layer or a convolution, whatever its frozen weight makes.
 
     It is the weight of a linear layer whose only input is 1 at every position of the output; the
-    module's own input is not looked at.
+    module's own input is not looked at, and autograd does not keep that of a frozen weight either.
 
     Args:
         of: The rule of the layer with both.
     """
 
+    reads_input = False
     role = "bias"
     bias_name = ""  # it has none
 
@@ -53,8 +54,7 @@ class BiasLayer(LinearLayer):
         self, x: Tensor, output: Tensor, out: Tensor | None = None
     ) -> tuple[Tensor, Count]:
         """The corner that a bias has in the sum of the inputs, ``[(groups,) 1, 1]``."""
-        rows = self.output_rows(output)
-        corner, count = super().input_gram(rows.new_ones(*rows.shape[:-1], 1), output)
+        corner, count = super().input_gram(_ones(self.output_rows(output)), output)
         return corner.expand(self.factor_shapes()["input"]).contiguous(), count
 
     def input_key(self, output: Tensor) -> Hashable:
@@ -75,8 +75,7 @@ class BiasLayer(LinearLayer):
     ) -> Tensor:
         """As for other layers; the input is 1."""
         rows = self.output_rows(gradient)
-        ones = rows.new_ones(*rows.shape[:-1], 1)
-        return super().squared_gradients(ones, rows, right, left, scale)
+        return super().squared_gradients(_ones(rows), rows, right, left, scale)
 
     def weight_matrix(self, weight: Tensor) -> Tensor:
         """``[C_out]`` as ``[(g,) C_out / g, 1]``."""
@@ -85,3 +84,8 @@ class BiasLayer(LinearLayer):
     def weight_from_matrix(self, matrix: Tensor) -> Tensor:
         """Back to ``[C_out]``."""
         return matrix.flatten()
+
+
+def _ones(rows: Tensor) -> Tensor:
+    """The input at each position."""
+    return rows.new_ones(*rows.shape[:-1], 1)
