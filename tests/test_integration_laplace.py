@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader, TensorDataset
 laplace = pytest.importorskip("laplace", reason="needs laplace-torch and what it imports")
 from laplace.curvature.curvlinops import CurvlinopsEF, CurvlinopsGGN  # noqa: E402
 from laplace.marglik_training import marglik_training  # noqa: E402
+from laplace.utils.matrix import Kron  # noqa: E402
 
-from kfac_fast.integrations.laplace import KFACEF, KFACGGN  # noqa: E402
+from kfac_fast.integrations.laplace import KFACEF, KFACGGN, Factors  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CASES: dict[str, tuple[type, type, dict[str, Any]]] = {
@@ -73,6 +74,41 @@ def test_posterior_and_marginal_likelihood_are_those_of_laplace(
     x = torch.randn(4, 1, 6, 6)
     for found, wanted in zip(as_tuple(mine(x)), as_tuple(expected(x)), strict=True):
         assert_solved(found, wanted, condition=1e6)
+
+
+def test_a_second_data_set_adds_to_the_posterior_as_in_laplace() -> None:
+    posteriors = []
+    for backend in (KFACGGN, CurvlinopsGGN):
+        la = fitted(backend, "all", "classification", {})
+        la.fit(problem("classification")[1], override=False)
+        posteriors.append(la)
+    mine, expected = posteriors
+    assert type(mine.H_facs) is Factors
+    for own, wanted in zip(mine.H_facs.kfacs, expected.H_facs.kfacs, strict=True):
+        for factor, theirs in zip(own, wanted, strict=True):
+            assert_solved(factor, theirs)
+    assert_solved(mine.H.to_matrix(), expected.H.to_matrix(), condition=1e5)
+
+
+def test_a_sum_is_formed_in_place_and_a_batch_stays_as_it_is() -> None:
+    model, data = problem("classification")
+    backend = KFACGGN(model, "classification")
+    first, second = (backend.kron(x, y, N=12)[1] for x, y in list(data)[:2])
+    kept = [factor.clone() for block in (*first.kfacs, *second.kfacs) for factor in block]
+    zeros = Kron.init_from_model(model, torch.device("cpu"), torch.float64)
+    total = zeros + first
+    addresses = [factor.data_ptr() for block in total.kfacs for factor in block]
+    total += second
+    assert addresses == [factor.data_ptr() for block in total.kfacs for factor in block]
+    unchanged = [factor for block in (*first.kfacs, *second.kfacs) for factor in block]
+    assert all(map(torch.equal, unchanged, kept))
+    for found, wanted in zip(total.kfacs, (first + second).kfacs, strict=True):
+        assert all(map(torch.equal, found, wanted))
+
+
+def test_a_matrix_that_is_not_finite_is_refused() -> None:
+    with pytest.raises(ValueError, match="must be finite"):
+        Factors([[torch.eye(3), torch.full((2, 2), torch.nan)]]).decompose()
 
 
 def test_correct_factors_are_those_of_the_fisher() -> None:

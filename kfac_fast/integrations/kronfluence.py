@@ -60,8 +60,8 @@ from kronfluence.utils import constants  # noqa: E402  # isort: skip
 Factors = dict[str, dict[str, Tensor]]
 """Tensors by the names of the factor and of the module."""
 
-MOST_ENTRIES = 2**23
-"""Of covariances that are decomposed together, the last one's aside."""
+MOST_ENTRIES = 2**18
+"""For each thread, of covariances that are decomposed together, the last one's aside."""
 
 
 class CovarianceTracker(factor.CovarianceTracker):  # type: ignore[misc]
@@ -240,10 +240,11 @@ Sized = tuple[int, str, tuple[str, ...]]
 
 def _parts(covariances: Iterable[Sized]) -> Iterator[list[Sized]]:
     """Parts to decompose in one call: all of a large model's would double the memory it takes."""
+    most = MOST_ENTRIES * torch.get_num_threads()
     part: list[Sized] = []
     for covariance in covariances:
         part.append(covariance)
-        if sum(entries for entries, *_ in part) >= MOST_ENTRIES:
+        if sum(entries for entries, *_ in part) >= most:
             yield part
             part = []
     yield part
