@@ -1,4 +1,7 @@
-"""Biases whose weights are frozen: their blocks, against dense ones and those of whole layers."""
+"""Biases whose weights are frozen: their blocks, against dense ones and those of whole layers.
+
+Also the shifts of normalisations whose scales are.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from plain_kfac import covariances
 from settings import APPROXIMATIONS, Attends, expand_setting, kronecker_block, reduce_setting
 from torch import Tensor, nn
 
-from kfac_fast import KFAC
+from kfac_fast import KFAC, Decomposition
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -37,6 +40,32 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
 layers = pytest.mark.parametrize("name", LAYERS)
 
 
+def unscaled() -> nn.Module:
+    """A normalisation that shifts only."""
+    norm = nn.LayerNorm(3)
+    norm.weight = None
+    return norm
+
+
+# A normalisation and the shape of its input.
+NORMS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "layer": (lambda: nn.LayerNorm(3), (4, 3)),
+    "layer-shared": (lambda: nn.LayerNorm(3), (4, 2, 5, 3)),
+    "layer-grid": (lambda: nn.LayerNorm((2, 3)), (4, 5, 2, 3)),
+    "layer-unscaled": (unscaled, (4, 5, 3)),
+    "group": (lambda: nn.GroupNorm(2, 6), (4, 6, 3, 2)),
+    "batch1d": (lambda: nn.BatchNorm1d(3, track_running_stats=False), (4, 3)),
+    "batch1d-shared": (lambda: nn.BatchNorm1d(3, track_running_stats=False), (4, 3, 5)),
+    "batch2d": (lambda: nn.BatchNorm2d(3, track_running_stats=False), (4, 3, 2, 5)),
+    "batch-evaluated": (lambda: nn.BatchNorm2d(3).eval(), (4, 3, 2, 5)),
+    "single-unit": (lambda: nn.GroupNorm(1, 1), (4, 1, 7)),
+}
+norms = pytest.mark.parametrize("name", NORMS)
+KINDS = nn.LayerNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d
+# Of which the examples of a batch have nothing to do with each other.
+APART = [name for name in NORMS if name == "batch-evaluated" or not name.startswith("batch")]
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
@@ -54,13 +83,22 @@ def made(name: str) -> tuple[nn.Module, Tensor, int]:
     return frozen(make()), torch.randn(shape, dtype=torch.float64), features
 
 
+def made_norm(name: str) -> tuple[nn.Module, Tensor]:
+    """Anywhere but where it begins."""
+    make, shape = NORMS[name]
+    norm = frozen(make())
+    for parameter in norm.parameters():
+        parameter.data.uniform_(0.5, 2)
+    return norm, torch.randn(shape, dtype=torch.float64)
+
+
 def gauss_newton(model: nn.Sequential, x: Tensor, hessian: Tensor) -> Tensor:
     """``J^T H J`` of the first module's bias, given the loss's Hessian in the flat outputs."""
 
     def outputs(bias: Tensor) -> Tensor:
         return torch.func.functional_call(model, {"0.bias": bias}, x).flatten()
 
-    j = torch.func.jacrev(outputs)(model[0].bias.detach())
+    j = torch.func.jacrev(outputs)(model[0].bias.detach()).flatten(1)
     return j.mT @ hessian @ j
 
 
@@ -86,17 +124,18 @@ def assert_solves(model: nn.Sequential, x: Tensor, approx: Any, loss: str) -> No
     outputs = model(x)
     kfac.update_curvature(outputs, loss=loss)
     (F.mse_loss if loss == "mse" else F.cross_entropy)(outputs, y).backward()
-    bias, groups = model[0].bias, getattr(model[0], "groups", 1)
+    bias = model[0].bias
+    groups = bias.numel() if isinstance(model[0], KINDS) else getattr(model[0], "groups", 1)
     before = bias.grad.clone()
     kfac.step()
     kfac.detach()
     exact = gauss_newton(model, x, hessian)
-    size = len(bias) // groups
-    expected = torch.stack([exact[i : i + size, i : i + size] for i in range(0, len(bias), size)])
+    size = len(exact) // groups
+    expected = torch.stack([exact[i : i + size, i : i + size] for i in range(0, len(exact), size)])
     torch.testing.assert_close(kronecker_block(kfac._blocks[0]), expected, rtol=1e-11, atol=1e-14)
     damped = expected + DAMPING * torch.eye(size, dtype=torch.float64)
     step = torch.linalg.solve(damped, before.reshape(groups, size, 1)).flatten()
-    torch.testing.assert_close(bias.grad, step, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(bias.grad.flatten(), step, rtol=1e-9, atol=1e-12)
 
 
 @layers
@@ -125,6 +164,18 @@ def test_expand_is_exact_for_any_network_without_positions() -> None:
     layer, x, _ = made("rows")
     model = nn.Sequential(layer, nn.Tanh(), nn.Linear(4, 3).double())
     assert_solves(model, x, "expand", "cross_entropy")
+
+
+@approximations
+@pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
+@norms
+def test_a_shifts_blocks_are_exact_for_any_network_and_loss(
+    name: str, loss: str, approx: str
+) -> None:
+    norm, x = made_norm(name)
+    tail = [nn.Linear(x[0].numel(), 5), nn.GELU(), nn.Linear(5, 3)]
+    model = nn.Sequential(norm, nn.Tanh(), nn.Flatten(), *tail).double()
+    assert_solves(model, x, approx, loss)
 
 
 class Rows(nn.Module):
@@ -204,6 +255,94 @@ def test_factors_are_a_part_of_the_whole_layers_under_each_fisher(
     assert_corners(kfacs[1], kfacs[0], {"grouped", "shared", "head"})
 
 
+class Normalised(nn.Module):
+    """Normalisations of rows and of channels, without and with positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features, self.channels = nn.LayerNorm(3), nn.GroupNorm(2, 4)
+        self.between, self.head = nn.Linear(3, 4), nn.Linear(4, 3)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.between(self.features(x))
+        return self.head(self.channels(x.movedim(-1, 1)).movedim(1, -1).tanh())
+
+
+def assert_corner(alone: KFAC, whole: KFAC, entry: int) -> None:
+    """Check that a normalisation's one factor is an entry of that of the whole."""
+    expected = covariances(whole)
+    assert covariances(alone).keys() == {"features", "channels"}
+    for name, (joint,) in covariances(alone).items():
+        own = expected[name][0][..., [entry], :][..., [entry]]
+        torch.testing.assert_close(joint, own, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(("part", "entry"), [("weight", 0), ("bias", 1)])
+@pytest.mark.parametrize("sharing", SHARING)
+def test_the_trained_part_of_a_norm_is_a_part_of_the_whole_whatever_rows_count(
+    sharing: str, part: str, entry: int
+) -> None:
+    shape = (3, 4, 3) if sharing in ("none", "mask") else (6, 3)
+    x, kfacs = torch.randn(shape, dtype=torch.float64), []
+    for model in twins(Normalised(), {f"features.{part}", f"channels.{part}"}):
+        kfac = preconditioner(model)
+        for _ in range(2):
+            if SHARING[sharing]:
+                kfac.share_rows("features|channels", **SHARING[sharing])
+            model(x).square().mean().backward()
+            kfac.step()
+        kfacs.append(kfac)
+    assert_corner(kfacs[1], kfacs[0], entry)
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "exact"])
+@pytest.mark.parametrize("run", ["eager", "compiled"])
+def test_a_shifts_factor_is_a_part_of_the_whole_norms_under_each_fisher(
+    run: str, fisher: str
+) -> None:
+    x, y, kfacs = torch.randn(5, 3, dtype=torch.float64), torch.randint(3, (5,)), []
+    for model in twins(Normalised(), {"features.bias", "channels.bias"}):
+        kfac = preconditioner(model, fisher=fisher)
+        called = torch.compile(model, backend="aot_eager") if run == "compiled" else model
+        with torch._functorch.config.patch(donated_buffer=False):
+            train_step(called, kfac, x, y)
+        kfacs.append(kfac)
+        torch.compiler.reset()
+    assert_corner(kfacs[1], kfacs[0], 1)
+
+
+def test_a_half_precision_shifts_sums_are_formed_in_float32() -> None:
+    norm, x = made_norm("layer-shared")
+    model, results = nn.Sequential(norm, nn.Flatten()), []
+    weights = torch.randn(4, 30).bfloat16()
+    for dtype in (torch.float64, torch.bfloat16):
+        kfac = preconditioner(model.to(dtype), loss_reduction="sum")
+        (model(x.to(dtype)) * weights.to(dtype)).sum().backward()
+        kfac.step()
+        results.append(kfac._blocks[0].factors[0].mean)
+    exact, result = results
+    assert result.dtype == torch.float32
+    torch.testing.assert_close(result.double(), exact, rtol=1e-6, atol=0)
+
+
+def test_a_shifts_curvature_is_diagonal() -> None:
+    norm, x = made_norm("layer-grid")
+    kfac = preconditioner(norm, loss_reduction="sum")
+    weights = torch.randn_like(x)
+    (norm(x) * weights).sum().backward()
+    kfac.step()
+    diagonal = weights.sum(1).square().sum(0)
+    curvature, vector = Decomposition(kfac), torch.randn(2, 3, dtype=torch.float64)
+    values = curvature.eigenvalues()[""]
+    torch.testing.assert_close(values.reshape(2, 3), diagonal, rtol=1e-13, atol=0)
+    (product,) = curvature.multiply({norm.bias: vector}, -0.5, 0.1).values()
+    torch.testing.assert_close(product, vector / (diagonal + 0.1).sqrt(), rtol=1e-13, atol=0)
+    (numbers,) = kfac.condition_numbers()[""]
+    assert torch.equal(numbers, torch.ones(6, dtype=torch.float64))
+    assert "(model): LayerNorm, bias alone  joint [6, 1, 1]" in kfac.summary()
+
+
 @approximations
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("frozen_weight", ["in_proj_weight", "out_proj.weight", "both"])
@@ -231,9 +370,9 @@ def test_factors_of_attentions_biases_are_a_part_of_the_projections(
             torch.testing.assert_close(factor, expected, rtol=1e-12, atol=1e-15)
 
 
-@layers
+@pytest.mark.parametrize("name", [*LAYERS, *APART])
 def test_corrected_eigenvalues_are_those_of_each_examples_gradient(name: str) -> None:
-    layer, x, _ = made(name)
+    layer, x = made(name)[:2] if name in LAYERS else made_norm(name)
     x = torch.cat([x, torch.randn_like(x)])
     model = nn.Sequential(layer, nn.Tanh(), nn.Flatten())
     options = {"damping_mode": "exact", "eigenvalue_correction": True, "inverse_update_steps": 9}
@@ -242,7 +381,7 @@ def test_corrected_eigenvalues_are_those_of_each_examples_gradient(name: str) ->
         model(x).pow(3).sum().backward()
         kfac.step()
     (block,) = kfac._blocks
-    left = block.bases[1].vectors
+    left = block.bases[-1].vectors
     expected = torch.zeros_like(block.correction.mean)
     for example in x:
         (gradient,) = torch.autograd.grad(model(example[None]).pow(3).sum(), layer.bias)
@@ -361,6 +500,7 @@ def test_an_attached_step_solves_for_the_damped_factors() -> None:
 )
 def test_a_resumed_run_continues_bit_for_bit(options: dict[str, Any]) -> None:
     model, x, y = biases_only(), images(), torch.randint(3, (5,))
+    model.insert(1, frozen(nn.GroupNorm(2, 4)))
     kfac = preconditioner(model, **options)
     for _ in range(2):
         train_step(model, kfac, x, y)
@@ -368,11 +508,12 @@ def test_a_resumed_run_continues_bit_for_bit(options: dict[str, Any]) -> None:
     other = preconditioner(twin, **options)
     state = kfac.state_dict()
     assert state["layers"]["0"]["input"]["mean"].shape == (2, 1, 1)
+    assert state["layers"]["1"]["joint"]["mean"].shape == (4, 1, 1)
     other.load_state_dict(state)
     for each, own in ((model, kfac), (twin, other)):
         train_step(each, own, x, y)
-    assert torch.equal(model[0].bias.grad, twin[0].bias.grad)
-    assert torch.equal(model[3].bias.grad, twin[3].bias.grad)
+    for index in (0, 1, 4):
+        assert torch.equal(model[index].bias.grad, twin[index].bias.grad)
     whole = preconditioner(copy.deepcopy(model).requires_grad_(True), **options)
     with pytest.raises(ValueError, match="must have shape|must hold"):
         whole.load_state_dict(state)

@@ -99,10 +99,27 @@ def test_a_frozen_weight_leaves_a_block_of_the_bias() -> None:
     model[1].weight.requires_grad_(False)
     blocks, left_alone = find_blocks(model, "expand", ())
     assert blocks[0].layer.parameters() == [model[0].bias]
-    assert blocks[1].layer.parameters() == [model[2].weight, model[2].bias]
-    assert left_alone == {"1": "its weight is frozen, and its bias alone is no block"}
+    assert blocks[1].layer.parameters() == [model[1].bias]
+    assert blocks[2].layer.parameters() == [model[2].weight, model[2].bias]
+    assert not left_alone
     model[0].bias.requires_grad_(False)
-    assert found(model)[1]["0"] == "its weight is frozen"
+    model[1].bias.requires_grad_(False)
+    assert found(model) == (["2"], dict.fromkeys("01", "its weight is frozen"))
+
+
+def test_shifts_of_norms_of_any_kind_are_tied_and_need_gradients() -> None:
+    norms = nn.LayerNorm(4), nn.GroupNorm(2, 4), nn.BatchNorm1d(4)
+    model = nn.ModuleList([*norms, nn.Linear(4, 4)])
+    for norm in norms:
+        norm.weight.requires_grad_(False)
+        norm.bias = norms[0].bias
+    assert found(model) == (["0", "3"], {})
+    left_alone = find_blocks(model, "expand", (), forward_only=True)[1]
+    assert left_alone == dict.fromkeys("012", "its only factor needs gradients")
+    model[3].bias = norms[0].bias
+    model.append(nn.Linear(4, 4))
+    names, left_alone = found(model)
+    assert names == ["4"] and left_alone["3"] == "shares a parameter with '0', '1', '2'"
 
 
 def test_biases_are_tied_if_their_gradients_have_one_layout() -> None:

@@ -6,11 +6,11 @@ from torch import nn
 
 from kfac_fast.layers.attention import ProjectionCalls, ProjectionLayer, projections
 from kfac_fast.layers.base import Approximation, Count, Layer, RowLayer, Sharing
-from kfac_fast.layers.bias import BiasLayer
+from kfac_fast.layers.bias import BiasLayer, ShiftLayer
 from kfac_fast.layers.conv import ConvLayer, ConvTransposeLayer
 from kfac_fast.layers.embedding import EmbeddingLayer
 from kfac_fast.layers.linear import LinearLayer
-from kfac_fast.layers.norm import ChannelNormLayer, FeatureNormLayer
+from kfac_fast.layers.norm import ChannelNormLayer, FeatureNormLayer, NormLayer
 
 __all__ = [
     "RULES",
@@ -63,9 +63,13 @@ def layers_of(name: str, module: nn.Module, approx: Approximation) -> list[Layer
 
 def _trained_part(layer: Layer) -> Layer:
     """A layer of the bias alone, where only that is trained."""
-    if not isinstance(layer, RowLayer) or not layer.has_bias:
-        return layer
     weight = layer.parameters()[0]
     # One that is computed from others is a plain tensor.
-    is_frozen = isinstance(weight, nn.Parameter) and not weight.requires_grad
-    return BiasLayer(layer) if is_frozen else layer
+    is_trained = weight is not None and (
+        not isinstance(weight, nn.Parameter) or weight.requires_grad
+    )
+    if is_trained or not layer.has_bias:
+        return layer
+    if isinstance(layer, RowLayer):
+        return BiasLayer(layer)
+    return ShiftLayer(layer) if isinstance(layer, NormLayer) else layer

@@ -1,4 +1,4 @@
-"""Biases whose weights are frozen."""
+"""Biases whose weights are frozen, and shifts whose scales are."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kfac_fast.layers.base import Count, RowLayer, Sharing
 from kfac_fast.layers.linear import LinearLayer
+from kfac_fast.layers.norm import NormLayer
 
 
 class BiasLayer(LinearLayer):
@@ -84,6 +85,47 @@ class BiasLayer(LinearLayer):
     def weight_from_matrix(self, matrix: Tensor) -> Tensor:
         """Back to ``[C_out]``."""
         return matrix.flatten()
+
+
+class ShiftLayer(NormLayer):
+    """The shift alone of normalised units, whatever they are scaled by: ``v_n = sum_s g[n, s, j]``.
+
+    Args:
+        of: The rule of the normalisation with both.
+    """
+
+    reads_input = keeps_input = False
+    role = "bias"
+    bias_name = ""  # it has none
+
+    def __init__(self, of: NormLayer) -> None:
+        self.of = of
+        self.weight_name = of.bias_name
+        super().__init__(of.name, of.module, of.approx)
+
+    def batched(self, x: Tensor) -> Tensor:
+        """As of the normalisation with both."""
+        return self.of.batched(x)
+
+    def output_rows(self, output: Tensor) -> Tensor:
+        """As of the normalisation with both."""
+        return self.of.output_rows(output)
+
+    def gradient_gram(
+        self, gradient: Tensor, scale: float, x: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """Blocks of all units, ``[units, 1, 1]``; no input enters."""
+        return self._gram(gradient, gradient, scale, out)
+
+    def squared_gradients(
+        self, x: Tensor, gradient: Tensor, right: Tensor, left: Tensor, scale: float
+    ) -> Tensor:
+        """As for normalisations; no input enters."""
+        return super().squared_gradients(gradient, gradient, right, left, scale)
+
+    def _gram(self, x: Tensor, gradient: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
+        """Of sums of gradients."""
+        return self._gram_of_rows(self.output_rows(gradient), scale, out)
 
 
 def _ones(rows: Tensor) -> Tensor:

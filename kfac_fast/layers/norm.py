@@ -35,11 +35,32 @@ class NormLayer(Layer):
 
     def __init__(self, name: str, module: nn.Module, approx: Approximation) -> None:
         super().__init__(name, module, approx)
-        self.groups = self.module.weight.numel()
+        self.groups = next(module.parameters()).numel()  # there may be no scale
+
+    @abstractmethod
+    def output_rows(self, output: Tensor) -> Tensor:
+        """The module's output, or its gradient, as ``[N, *shared, units]``."""
 
     @abstractmethod
     def _gram(self, x: Tensor, gradient: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
         """The sum of :meth:`gradient_gram`, of tensors of one dtype."""
+
+    def _flat(self, *rows: Tensor) -> tuple[list[Tensor], Sharing]:
+        """Rows ``[N, *shared, *]``, with segments ``[R, *]``, and how they are shared."""
+        mask, segments, examples = self.sharing
+        if segments is None or rows[0].dim() == 2:
+            return list(rows), self.sharing
+        segments = segments.repeat_interleave(rows[0].shape[1:-1].numel())
+        mask = None if mask is None else mask.flatten()
+        return [tensor.flatten(0, -2) for tensor in rows], Sharing(mask, segments, examples)
+
+    def _gram_of_rows(self, rows: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
+        """Of what each position adds to the gradients, ``[N, *shared, units * inputs]``."""
+        inputs = rows.shape[-1] // self.groups
+        (rows,), sharing = self._flat(rows)
+        out = None if self.groups == 1 else out  # which a single group has without its dimension
+        gram = gradient_gram(rows, "reduce", scale, groups=self.groups, sharing=sharing, out=out)
+        return gram.view(self.groups, inputs, inputs)
 
     def batched(self, x: Tensor) -> Tensor:
         """The tensor itself."""
@@ -79,7 +100,7 @@ class NormLayer(Layer):
 
     def weight_from_matrix(self, matrix: Tensor) -> Tensor:
         """In the weight's shape."""
-        return matrix.reshape(self.module.weight.shape)
+        return matrix.reshape(self._weight_of(self.module).shape)
 
     def factor_shapes(self) -> dict[str, tuple[int, ...]]:
         """A factor for weight and bias together."""
@@ -96,19 +117,19 @@ class FeatureNormLayer(NormLayer):
         """``[N, *shared, *features]``."""
         return x if x.dim() > len(self.module.normalized_shape) else x[None]
 
+    def output_rows(self, output: Tensor) -> Tensor:
+        """The features in one dimension."""
+        rows, dims = self.batched(output), len(self.module.normalized_shape)
+        return rows.flatten(-dims) if dims > 1 else rows
+
     def _gram(self, x: Tensor, gradient: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
         """Of inputs that are normalised again."""
-        rows, dims = [self.batched(x), self.batched(gradient)], len(self.module.normalized_shape)
-        if dims > 1:
-            rows = [tensor.flatten(-dims) for tensor in rows]
+        rows, (mask, segments, examples) = self._flat(
+            self.output_rows(x), self.output_rows(gradient)
+        )
         center, eps = isinstance(self.module, nn.LayerNorm), self.module.eps
         if eps is None:
             eps = torch.finfo(result_dtype(self.module.weight.dtype)).eps
-        mask, segments, examples = self.sharing
-        if segments is not None and rows[0].dim() > 2:  # each of the rows' own rows is one
-            segments = segments.repeat_interleave(rows[0].shape[1:-1].numel())
-            rows = [tensor.flatten(0, -2) for tensor in rows]
-            mask = None if mask is None else mask.flatten()
         return ops.feature_norm_gram(
             *rows,
             eps=eps,
@@ -131,6 +152,10 @@ class ChannelNormLayer(NormLayer):
 
     module: ChannelNorm
 
+    def output_rows(self, output: Tensor) -> Tensor:
+        """Channels last."""
+        return output.movedim(1, -1)
+
     def _gram(self, x: Tensor, gradient: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
         """Of inputs that are read again."""
         if self.sharing is not Layer.sharing:
@@ -151,14 +176,7 @@ class ChannelNormLayer(NormLayer):
         """Of normalised inputs that are written out, whose channels come last."""
         z = self._normalized(x.to(result_dtype(x.dtype)))
         v = torch.stack([gradient * z, gradient.to(z)][: 1 + self.has_bias], -1)
-        rows = v.movedim(1, -2).flatten(-2)
-        mask, segments, examples = self.sharing
-        if segments is not None and rows.dim() > 2:  # each of the rows' own rows is one
-            segments = segments.repeat_interleave(rows.shape[1:-1].numel())
-            rows, mask = rows.flatten(0, -2), None if mask is None else mask.flatten()
-        sharing = Sharing(mask, segments, examples)
-        gram = gradient_gram(rows, "reduce", scale, groups=self.groups, sharing=sharing)
-        return gram.reshape(self.factor_shapes()["joint"])
+        return self._gram_of_rows(v.movedim(1, -2).flatten(-2), scale)
 
     def _normalized(self, x: Tensor) -> Tensor:
         """The inputs before scale and shift."""
