@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kfac_fast.buffers import fits, may_be_kept
@@ -26,11 +27,12 @@ Part = RunningAverage | Inverse | Eigenbasis | AdamNorm
 class Block:
     """A layer with its factors and the sums that the current step's batches have added up.
 
-    Layers that are tied, by one weight and one bias for all, are one block; their calls are like
-    several calls of one layer.
+    Layers that are tied, by one weight and at most one bias, are one block; their calls are like
+    several calls of one layer, with a 0 for the bias' 1 in the inputs of those that have none.
 
     Args:
-        layers: The rules of all layers with the same weight and bias, mostly one.
+        layers: The rules of all layers with the same weight, mostly one; in front one with the
+            bias, if there is one.
         form: What the factors are applied as: damped inverses, or eigenbases with the factors' own
             or with corrected eigenvalues.
         dtype: Of the factors; that of the layer's sums if None.
@@ -71,6 +73,7 @@ class Block:
         self.follows_grad = False
         self.counted_pass = 0
         self.spare: Tensor | None = None
+        self._some_lack_bias = any(a.has_bias != self.layer.has_bias for a in self.layers)
         self._sums: tuple[Sum | None, Sum, Tensor | None] | None = None
         self._backward_pass = -1
 
@@ -90,6 +93,8 @@ class Block:
         """
         if self.follows_grad:
             self._backward_pass = backward_pass()
+        if self._some_lack_bias and inputs is not None:
+            inputs = self._with_bias(inputs)
         if self._sums is not None:
             old_inputs, old_gradients, old_squares = self._sums
             inputs = _plus(old_inputs, inputs)
@@ -97,6 +102,12 @@ class Block:
             gradients = old_gradients[0].add_(gradients[0]), old_gradients[1] + gradients[1]
             squares = squares if old_squares is None or squares is None else old_squares + squares
         self._sums = inputs, gradients, squares
+
+    def _with_bias(self, inputs: Sum) -> Sum:
+        """A sum of inputs with zeros where a bias is lacking."""
+        total, count = inputs
+        lacking = self.layer.matrix_shape()[-1] - total.shape[-1]
+        return F.pad(total, (0, lacking, 0, lacking)), count
 
     def memory_for(self, gradient: Tensor) -> Tensor | None:
         """Memory for a sum of these output gradients, if there is some; once."""
@@ -124,6 +135,8 @@ class Block:
             return None
         right = self.bases[0].vectors
         left = self.bases[1].vectors if len(self.bases) > 1 else right.new_ones(len(right), 1, 1)
+        if layer.has_bias != self.layer.has_bias:
+            right = right[..., :-1, :]
         with torch.autocast(x.device.type, enabled=False):
             return layer.squared_gradients(x, gradient, right, left, scale)
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from kfac_fast.blocks import Block, Form
-from kfac_fast.layers import Approximation, Layer, layers_of
+from kfac_fast.layers import Approximation, Layer, RowLayer, layers_of
 from kfac_fast.schema import result_dtype
 
 NamedModules = Sequence[tuple[str, nn.Module]]
@@ -29,7 +29,7 @@ def find_blocks(
 ) -> tuple[list[Block], dict[str, str]]:
     """The blocks of a model's layers, and why each other module that owns parameters has none.
 
-    Layers with the very same parameters are one block.
+    Layers with the very same weight, and the same bias or none, are one block.
 
     Args:
         model: The model.
@@ -90,7 +90,8 @@ def find_blocks(
     for tied in _tied(layers):
         others = _other_holders(tied, modules)
         if others:
-            reason = f"shares a parameter with {', '.join(map(repr, others))}"
+            names = ", ".join(map(repr, others))
+            reason = f"shares a parameter with {names}; untied, it would have a block"
             left_alone |= {layer.name: reason for layer in tied}
         else:
             blocks.append(Block(tied, form, dtype))
@@ -204,12 +205,22 @@ def _added_rows(name: str, module: nn.MultiheadAttention) -> dict[str, str]:
 
 
 def _tied(layers: Sequence[Layer]) -> list[list[Layer]]:
-    """The layers, those of one type that have the very same weight and bias together."""
-    groups: dict[tuple[object, ...], list[Layer]] = defaultdict(list)
+    """The layers, those of one type that have the very same weight and bias, or none, together."""
+    alike: dict[tuple[object, ...], list[Layer]] = defaultdict(list)
     for layer in layers:
-        parameters = tuple(map(id, layer.parameters()))
-        key = type(layer), layer.groups, layer.weight.storage_offset(), parameters
-        groups[key].append(layer)
+        key = type(layer), layer.groups, layer.weight.storage_offset(), id(layer.parameters()[0])
+        alike[key].append(layer)
+    return [tied for own in alike.values() for tied in _of_one_bias(own)]
+
+
+def _of_one_bias(layers: Sequence[Layer]) -> list[list[Layer]]:
+    """Layers of one weight by their biases; one bias' in front of those that have none."""
+    groups: dict[tuple[int, ...], list[Layer]] = defaultdict(list)
+    for layer in layers:
+        groups[tuple(map(id, layer.parameters()[1:]))].append(layer)
+    biased = [bias for bias in groups if bias]
+    if len(groups) == 2 and len(biased) == 1 and isinstance(layers[0], RowLayer):
+        return [groups[biased[0]] + groups[()]]
     return list(groups.values())
 
 

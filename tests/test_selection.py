@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from functools import partial
 from typing import Any
 
 import pytest
@@ -29,6 +30,10 @@ class OwnLinear(nn.Linear):
 def found(model: nn.Module, *skip: str) -> tuple[list[str], dict[str, str]]:
     blocks, left_alone = find_blocks(model, "expand", skip)
     return [block.layer.name for block in blocks], left_alone
+
+
+def tied_with(names: str) -> str:
+    return f"shares a parameter with {names}; untied, it would have a block"
 
 
 def mixed_model() -> nn.Sequential:
@@ -119,7 +124,7 @@ def test_shifts_of_norms_of_any_kind_are_tied_and_need_gradients() -> None:
     model[3].bias = norms[0].bias
     model.append(nn.Linear(4, 4))
     names, left_alone = found(model)
-    assert names == ["4"] and left_alone["3"] == "shares a parameter with '0', '1', '2'"
+    assert names == ["4"] and left_alone["3"] == tied_with("'0', '1', '2'")
 
 
 def test_biases_are_tied_if_their_gradients_have_one_layout() -> None:
@@ -131,7 +136,7 @@ def test_biases_are_tied_if_their_gradients_have_one_layout() -> None:
     model[2].bias = model[0].bias
     model.append(nn.Linear(2, 2))
     names, left_alone = found(model)
-    assert names == ["3"] and left_alone["0"] == "shares a parameter with '2'"
+    assert names == ["3"] and left_alone["0"] == tied_with("'2'")
 
 
 def test_a_frozen_bias_is_left_out_of_its_layer() -> None:
@@ -146,7 +151,7 @@ def test_a_frozen_bias_is_left_out_of_its_layer() -> None:
 def test_layers_that_share_one_of_two_parameters_are_left_alone(name: str) -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
     setattr(model[2], name, getattr(model[0], name))
-    reasons = {"0": "shares a parameter with '2'", "2": "shares a parameter with '0'"}
+    reasons = {"0": tied_with("'2'"), "2": tied_with("'0'")}
     assert found(model) == (["1"], reasons)
 
 
@@ -159,13 +164,44 @@ def test_layers_that_share_all_parameters_are_one_block() -> None:
     assert [[layer.name for layer in block.layers] for block in blocks] == [["0", "1"], ["2"]]
     assert left_alone == {}
     names, left_alone = found(model, "^1$")  # whose gradients are in the other's
-    assert names == ["2"] and left_alone["0"] == "shares a parameter with '1'"
+    assert names == ["2"] and left_alone["0"] == tied_with("'1'")
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, partial(nn.Conv1d, kernel_size=1)])
+def test_layers_of_one_weight_with_one_bias_or_none_are_one_block(kind: Any) -> None:
+    model = nn.Sequential(kind(3, 3, bias=False), *(kind(3, 3) for _ in range(3)))
+    for layer in model:
+        layer.weight = model[0].weight
+    model[1].bias.requires_grad_(False)
+    model[3].bias = model[2].bias
+    (block,) = find_blocks(model, "expand", ())[0]
+    assert [layer.name for layer in block.layers] == ["2", "3", "0", "1"]
+    assert block.layer.parameters() == [model[0].weight, model[2].bias]
+    assert block.layer.matrix_shape() == (3, 4)
+    model[1].bias.requires_grad_(True)
+    model.append(nn.Linear(2, 2))
+    names, left_alone = found(model)
+    assert names == ["4"] and left_alone == {
+        "0": tied_with("'1', '2', '3'"),
+        "1": tied_with("'0', '2', '3'"),
+        "2": tied_with("'0', '1'"),
+        "3": tied_with("'0', '1'"),
+    }
+
+
+def test_norms_of_one_scale_are_one_block_if_both_or_none_have_a_shift() -> None:
+    model = nn.Sequential(nn.LayerNorm(3), nn.LayerNorm(3, bias=False), nn.RMSNorm(3))
+    model[1].weight = model[2].weight
+    assert found(model) == (["0", "1"], {})
+    model[1].weight = model[2].weight = model[0].weight
+    model.append(nn.Linear(3, 2))
+    assert found(model)[0] == ["3"]
 
 
 def test_a_layer_that_shares_its_weight_with_one_of_another_type_is_left_alone() -> None:
     model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 3), nn.Linear(3, 5, bias=False))
     model[2].weight = model[0].weight
-    reasons = {"0": "shares a parameter with '2'", "2": "shares a parameter with '0'"}
+    reasons = {"0": tied_with("'2'"), "2": tied_with("'0'")}
     assert found(model) == (["1"], reasons)
 
 

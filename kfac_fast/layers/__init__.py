@@ -20,6 +20,7 @@ __all__ = [
     "Layer",
     "ProjectionCalls",
     "ProjectionLayer",
+    "RowLayer",
     "Sharing",
     "layers_of",
 ]

@@ -153,7 +153,7 @@ class Layer(ABC):
             x: The module's input.
             gradient: Gradient of the loss with respect to the module's output.
             right: Orthonormal basis :math:`R` of the inputs, ``[(groups,) in (+ 1), in (+ 1)]``, or
-                the diagonal of the identity.
+                the diagonal of the identity; without the last row, if only others have a bias.
             left: Orthonormal basis :math:`L` of the outputs, ``[(groups,) out, out]``.
             scale: Factor of the result.
 
@@ -305,7 +305,7 @@ class RowLayer(Layer):
             Sums, ``[(groups,) out, in (+ 1)]``.
         """
         *groups, outputs, inputs = self.matrix_shape()
-        total = right.new_zeros(*groups, outputs, inputs)
+        total = right.new_zeros(*groups, outputs, right.shape[-1])
         x, gradient = self.batched(x), self.batched(gradient)
         positions = math.prod(gradient.shape[1:]) // (outputs * math.prod(groups))
         rotates_rows = positions * (inputs**2 + outputs**2) <= inputs * outputs * (inputs + outputs)
