@@ -457,7 +457,8 @@ class Capture:
             # A deep copy of the model takes the hooks along.
             if module is not layer.module or not output.requires_grad or in_transform():
                 return None
-            return self._see(index, inputs[0] if inputs else named["input"], output)
+            x = inputs[0] if inputs else named["x" if "x" in named else "input"]  # nn.RMSNorm's
+            return self._see(index, x, output)
 
         return capture
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 import pytest
@@ -88,6 +89,17 @@ def test_squared_gradients_are_those_of_autograd(name: str) -> None:
     right = torch.linalg.qr(torch.randn(layer.factor_shapes()["joint"]).double())[0]
     result = layer.squared_gradients(x, gradient, right, torch.ones(len(right), 1, 1).double(), 0.5)
     assert_same(result, 0.5 * (v @ right).square().sum(0))
+
+
+@norms
+def test_an_input_may_be_given_by_its_name(name: str) -> None:
+    layer, x = norm_and_input(name)
+    (argument,) = inspect.signature(layer.module.forward).parameters
+    kfac = preconditioner(layer.module, loss_reduction="sum")
+    layer.module(**{argument: x}).pow(3).sum().backward()
+    output = layer.module(x).detach()
+    kfac.step()
+    assert_same(kfac._blocks[0].factors[0].mean, layer.gradient_gram(3 * output**2, 1.0, x))
 
 
 @approximations
