@@ -119,18 +119,18 @@ def apply_layer_options(
         own = dict(options)
         approx = own.pop("approx", None)
         found = [
-            (block, layer)
+            block
             for block in blocks
-            for layer in block.layers
-            if re.search(pattern, layer.name)
+            if any(re.search(pattern, layer.name) for layer in block.layers)
         ]
         if not found:
             raise ValueError(
                 f"KFAC: layer_options must match preconditioned layers, got {pattern!r} that "
                 "matches none"
             )
-        for block, layer in found:
-            layer.approx = approx or layer.approx
+        for block in found:
+            for layer in block.layers:
+                layer.approx = approx or layer.approx
             block.options |= own
 
 

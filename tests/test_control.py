@@ -74,6 +74,19 @@ def test_a_layer_may_have_its_own_approximation_and_decay() -> None:
     assert weights == pytest.approx({**dict.fromkeys(LAYER_NAMES, 0.05), "head": 0.5})
 
 
+def test_tied_layers_have_the_approximation_of_one_of_them() -> None:
+    results, x = [], torch.randn(5, 4, 3, dtype=torch.float64)
+    for options in ({"approx": "reduce"}, {"layer_options": {"^1$": {"approx": "reduce"}}}):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)).double()
+        model[1].weight, model[1].bias = model[0].weight, model[0].bias
+        kfac = preconditioner(model, **options)
+        model(x).square().mean().backward()
+        kfac.step()
+        results.append(covariances(kfac))
+    assert_covariances(kfac, results[0])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
