@@ -88,7 +88,7 @@ def find_blocks(
     _warn_of_positions_first(model, [a for a in layers if _needs_examples(a, form)])
     blocks = []
     for tied in _tied(layers):
-        others = _other_holders(tied, modules)
+        others = _other_holders(tied, layers, modules)
         if others:
             names = ", ".join(map(repr, others))
             reason = f"shares a parameter with {names}; untied, it would have a block"
@@ -208,31 +208,35 @@ def _tied(layers: Sequence[Layer]) -> list[list[Layer]]:
     """The layers, those of one type that have the very same weight and bias, or none, together."""
     alike: dict[tuple[object, ...], list[Layer]] = defaultdict(list)
     for layer in layers:
-        key = type(layer), layer.groups, layer.weight.storage_offset(), id(layer.parameters()[0])
-        alike[key].append(layer)
+        alike[type(layer), layer.groups, layer.places()[0]].append(layer)
     return [tied for own in alike.values() for tied in _of_one_bias(own)]
 
 
 def _of_one_bias(layers: Sequence[Layer]) -> list[list[Layer]]:
     """Layers of one weight by their biases; one bias' in front of those that have none."""
-    groups: dict[tuple[int, ...], list[Layer]] = defaultdict(list)
+    groups: dict[tuple[object, ...], list[Layer]] = defaultdict(list)
     for layer in layers:
-        groups[tuple(map(id, layer.parameters()[1:]))].append(layer)
+        groups[tuple(layer.places()[1:])].append(layer)
     biased = [bias for bias in groups if bias]
     if len(groups) == 2 and len(biased) == 1 and isinstance(layers[0], RowLayer):
         return [groups[biased[0]] + groups[()]]
     return list(groups.values())
 
 
-def _other_holders(tied: Sequence[Layer], modules: NamedModules) -> list[str]:
-    """Names of the modules that hold a parameter of these layers, but are none of theirs."""
-    parameters = {id(parameter) for parameter in tied[0].parameters()}
+def _other_holders(
+    tied: Sequence[Layer], layers: Sequence[Layer], modules: NamedModules
+) -> list[str]:
+    """Names of those that hold a parameter of these layers: modules, or others of their own."""
+    places = set(tied[0].places())
+    parameters = {parameter for parameter, _ in places}
     own = {id(module) for layer in tied for module in layer.module.modules()}
-    return [
+    found = [
         name
         for name, module in modules
         if id(module) not in own and any(id(p) in parameters for p in module.parameters(False))
     ]
+    beside = [a for a in layers if id(a.module) in own and a not in tied]
+    return found + [layer.name for layer in beside if not places.isdisjoint(layer.places())]
 
 
 def _compiled(skip: Sequence[str]) -> list[re.Pattern[str]]:

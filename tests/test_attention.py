@@ -151,3 +151,24 @@ def test_evaluation_is_not_looked_into() -> None:
     with torch.no_grad():
         module(*[torch.randn(3, 5, EMBED)] * 3)
     assert not kfac._capture.calls and not any(block.pending for block in kfac._blocks)
+
+
+@pytest.mark.parametrize("approx", ["expand", "reduce"])
+def test_queries_and_keys_of_one_weight_are_tied(approx: str) -> None:
+    module = nn.MultiheadAttention(EMBED, HEADS, bias=False, vdim=5, batch_first=True).double()
+    module.k_proj_weight = module.q_proj_weight
+    written = WrittenOut(module)
+    written.k.weight = written.q.weight
+    query, value = (torch.randn(3, 6, width, dtype=torch.float64) for width in (EMBED, 5))
+    results = []
+    for model in (module, written):
+        kfac = preconditioner(model, approx=approx)
+        output = model(query, query, value)
+        (output[0] if isinstance(output, tuple) else output).pow(3).mean().backward()
+        kfac.step()
+        results.append(covariances(kfac))
+    assert list(results[0]) == ["q_proj", "v_proj", "out_proj"]
+    for one, two in zip(*(result.values() for result in results), strict=True):
+        for factor, expected in zip(one, two, strict=True):
+            assert_solved(factor, expected)
+    assert_solved(module.q_proj_weight.grad, written.q.weight.grad)

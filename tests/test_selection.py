@@ -292,6 +292,19 @@ def test_attention_alone_may_have_positions_in_front() -> None:
     KFAC(nn.Sequential(nn.MultiheadAttention(4, 2), nn.LayerNorm(4)), approx="reduce")
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_queries_and_keys_may_have_one_weight_but_not_two_biases(bias: bool) -> None:
+    module = nn.MultiheadAttention(4, 2, vdim=5, bias=bias)
+    module.k_proj_weight = module.q_proj_weight
+    blocks, left_alone = find_blocks(module, "expand", ())
+    names = [[layer.name for layer in block.layers] for block in blocks]
+    if bias:
+        assert names == [["v_proj"], ["out_proj"]]
+        assert left_alone == {"q_proj": tied_with("'k_proj'"), "k_proj": tied_with("'q_proj'")}
+    else:
+        assert names == [["q_proj", "k_proj"], ["v_proj"], ["out_proj"]] and not left_alone
+
+
 def test_an_added_key_and_value_are_said_to_be_left_alone() -> None:
     module = nn.MultiheadAttention(4, 2, add_bias_kv=True)
     reason = "it joins keys or values, and is no weight of a layer"

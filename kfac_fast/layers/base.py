@@ -79,7 +79,7 @@ class Layer(ABC):
         self.name = name
         self.module = module
         self.approx = approx
-        bias = dict(module.named_parameters()).get(self.bias_name)
+        bias = dict(module.named_parameters(remove_duplicate=False)).get(self.bias_name)
         self.has_bias = bias is not None and bias.requires_grad
         # Small things, but for the caches: they are asked for in every hook.
         self._weight_of = attrgetter(self.weight_name)
@@ -177,7 +177,7 @@ class Layer(ABC):
 
     def reason_against(self) -> str | None:
         """Why the module cannot be preconditioned, or None if it can."""
-        parameters = dict(self.module.named_parameters())
+        parameters = dict(self.module.named_parameters(remove_duplicate=False))
         weight, bias = (parameters.get(name) for name in (self.weight_name, self.bias_name))
         if weight is None:
             return f"its {self.role} is computed from other parameters"
@@ -191,6 +191,10 @@ class Layer(ABC):
     def parameters(self) -> list[nn.Parameter]:
         """The module's parameters that hold the layer's weight and, if there is one, its bias."""
         return [tensor_of(self.module) for tensor_of in self._tensors_of]
+
+    def places(self) -> list[tuple[int, int]]:
+        """Which part of which parameter each of :meth:`parameters` is."""
+        return [(id(p), int(self.own(p.detach()).storage_offset())) for p in self.parameters()]
 
     def trained(self) -> Tensor | None:
         """The module's parameter that holds the weight; None if it is frozen by now."""
