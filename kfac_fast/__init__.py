@@ -21,12 +21,14 @@ from kfac_fast.ops import (
     update_averages,
 )
 from kfac_fast.preconditioner import KFAC
+from kfac_fast.quadratic import QuadraticModel
 from kfac_fast.steps import StepReport
 
 __all__ = [
     "Decomposition",
     "KFAC",
     "LevenbergMarquardt",
+    "QuadraticModel",
     "StepReport",
     "channel_norm_gram",
     "cholesky_precondition",

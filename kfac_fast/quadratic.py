@@ -1,0 +1,251 @@
+"""Learning rate and momentum of each step, from the exact quadratic model of the loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kfac_fast.gauss_newton import root_product
+from kfac_fast.losses import Loss, find_loss
+from kfac_fast.preconditioner import KFAC
+
+Direction = Mapping[str, Tensor]
+"""A change of the parameters, by their names."""
+
+
+class QuadraticModel:
+    r"""Chooses each step's learning rate and momentum by the exact quadratic model of the loss.
+
+    .. math:: (\alpha, \mu) = \operatorname{argmin} M(-\alpha P + \mu \delta_0), \qquad
+        M(\delta) - M(0) = \langle \nabla h, \delta \rangle + \tfrac12
+        \langle \delta, (F + (\lambda + \eta) I) \, \delta \rangle
+
+    with the preconditioned gradient :math:`P`, the step before :math:`\delta_0`, the damping
+    :math:`\lambda` of the preconditioner, without that of single layers, and the generalised
+    Gauss-Newton matrix :math:`F` of the batch itself in place of its Kronecker factors. It takes
+    two forward passes in forward mode. The optimizer is to subtract ``.grad`` and nothing else: SGD
+    with a learning rate of 1, without momentum or decay of its own::
+
+        quadratic = kfac_fast.QuadraticModel(kfac, loss="cross_entropy")
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        for inputs, targets in data:
+            optimizer.zero_grad()
+            loss_function(model(inputs), targets).backward()
+            with quadratic.step(lambda: model(inputs), targets=targets):
+                kfac.step()
+            optimizer.step()
+
+    All parameters of the model that have a ``.grad`` take part; the direction of one that is not
+    preconditioned is its gradient. The host never waits for the device. The passes are not captured
+    and leave buffers as they are; a compiled model runs uncompiled in them, and dropout has other
+    masks. Whatever the model does needs a derivative in forward mode: PyTorch has none for
+    attention in evaluation mode, and loses it under ``checkpoint(use_reentrant=True)``.
+
+    Args:
+        kfac: The preconditioner, not attached to an optimizer.
+        loss: The training loss, as in :meth:`kfac_fast.KFAC.update_curvature`.
+        l2_penalty: :math:`\eta`, where the training loss has half of it times the squared length of
+            these parameters in it.
+        momentum: Whether the step before is a second direction; if not, a step takes one pass.
+
+    Attributes:
+        learning_rate: Latest :math:`\alpha`, a scalar tensor; None before the first step.
+        momentum: Latest :math:`\mu`, likewise.
+        predicted_change: Latest :math:`M(\delta) - M(0)`, likewise.
+
+    Raises:
+        ValueError: If the loss is unknown, or the penalty is not a number from 0.
+
+    Source: Martens & Grosse (2015), sections 6.4 and 7.
+    """
+
+    def __init__(
+        self,
+        kfac: KFAC,
+        *,
+        loss: str | nn.Module | Loss[Any],
+        l2_penalty: float = 0.0,
+        momentum: bool = True,
+    ) -> None:
+        if not 0 <= l2_penalty < math.inf:
+            raise ValueError(
+                f"QuadraticModel: l2_penalty must be a number from 0, got {l2_penalty}"
+            )
+        self.learning_rate: Tensor | None = None
+        self.momentum: Tensor | None = None
+        self.predicted_change: Tensor | None = None
+        self._kfac = kfac
+        self._loss: Loss[Any] = find_loss(loss, kfac.loss_reduction)
+        self._l2_penalty = l2_penalty
+        self._has_momentum = momentum
+        self._previous: Direction = {}  # as in .grad, to be subtracted
+
+    @contextmanager
+    def step(self, outputs_of: Callable[[], Any], targets: Tensor | None = None) -> Iterator[None]:
+        """Put around ``kfac.step()``; from its end on ``.grad`` is what the optimizer subtracts.
+
+        Args:
+            outputs_of: Evaluates the model's outputs, as the loss takes them, on the batch that the
+                gradients are of; for a mean loss, on a part of it if that is to be cheaper.
+            targets: Training labels of these outputs. The curvature depends on them only where the
+                loss ignores or weighs some.
+
+        Yields:
+            Nothing.
+
+        Raises:
+            RuntimeError: If the preconditioner is attached to an optimizer, the parameters change
+                in the block, or the outputs do not depend on them.
+        """
+        if self._kfac._optimizer_hook is not None:
+            raise RuntimeError(
+                "QuadraticModel.step: kfac must be stepped in the block, got one that is attached "
+                "to an optimizer"
+            )
+        shift = self._kfac._now("damping") + self._l2_penalty
+        named = self._kfac.model.named_parameters()
+        trained = {name: p for name, p in named if p.grad is not None}
+        gradients = {name: gradient.clone() for name, gradient in _gradients(trained).items()}
+        versions = [p._version for p in trained.values()]
+        yield
+        if versions != [p._version for p in trained.values()]:
+            raise RuntimeError(
+                "QuadraticModel.step: parameters must not change in the block, got changed ones; "
+                "call optimizer.step() after it"
+            )
+
+        def moved(direction: Direction) -> Tensor:
+            return root_product(
+                self._kfac.model,
+                outputs_of,
+                direction,
+                loss=self._loss,
+                reduction=self._kfac.loss_reduction,
+                targets=None if targets is None else targets.detach(),
+            )
+
+        self._minimise(_gradients(trained), gradients, moved, shift)
+
+    @torch.no_grad()
+    def _minimise(
+        self,
+        step: Direction,
+        gradients: Direction,
+        moved: Callable[[Direction], Tensor],
+        shift: float,
+    ) -> None:
+        """Write the step over the preconditioned gradients.
+
+        Args:
+            step: The preconditioned gradients.
+            gradients: Those of the loss.
+            moved: A square root of the curvature times a direction.
+            shift: What is added to the curvature's diagonal.
+        """
+        directions = [step]
+        if self._previous:
+            directions.append({name: self._past(name, own) for name, own in step.items()})
+        moves = [moved(direction) for direction in directions]
+        slopes = [_inner(direction, gradients) for direction in directions]
+        pairs = [(0, 0), (0, 1), (1, 1)] if self._previous else [(0, 0)]
+        curvatures = [
+            (moves[i] * moves[j]).sum() + shift * _inner(directions[i], directions[j])
+            for i, j in pairs
+        ]
+        rates = _minimum(slopes, curvatures)
+        self.learning_rate, self.momentum = rates
+        gains = [rate * slope for rate, slope in zip(rates, slopes, strict=False)]
+        self.predicted_change = -torch.stack(gains).sum() / 2
+        for name, own in step.items():
+            own.mul_(rates[0])
+            if self._previous:
+                own.add_(directions[1][name] * rates[1])
+        if self._has_momentum:  # but for a step that is not finite, which a scaler will skip
+            finite = self.predicted_change.isfinite()
+            self._previous = {name: torch.where(finite, own, 0) for name, own in step.items()}
+
+    def _past(self, name: str, like: Tensor) -> Tensor:
+        """What was subtracted from a parameter in the step before."""
+        return self._previous[name] if name in self._previous else torch.zeros_like(like)
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """A snapshot of the step before, by which a resumed run continues bit for bit.
+
+        Returns:
+            A nested dictionary that ``torch.load(weights_only=True)`` accepts.
+        """
+        return {"previous": {name: own.clone() for name, own in self._previous.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Continue from a saved state.
+
+        Args:
+            state: Result of :meth:`state_dict` of a run with the same model.
+
+        Raises:
+            ValueError: If it is none, or a tensor in it fits no parameter.
+        """
+        if set(state) != {"previous"}:
+            raise ValueError(f"load_state_dict: state must hold previous, got {sorted(state)}")
+        previous = state["previous"]
+        named = dict(self._kfac.model.named_parameters())
+        misfits = [
+            name
+            for name in previous
+            if name not in named or previous[name].shape != named[name].shape
+        ]
+        if misfits:
+            raise ValueError(
+                f"load_state_dict: previous must fit the model's parameters, got others {misfits}"
+            )
+        self._previous = {
+            name: torch.empty_like(named[name], requires_grad=False).copy_(own)
+            for name, own in previous.items()
+        }
+
+
+def _gradients(trained: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in trained.items() if p.grad is not None}
+
+
+def _inner(one: Direction, other: Direction) -> Tensor:
+    """Inner product of two directions, at least in float32."""
+    products = [
+        (own.to(torch.promote_types(own.dtype, torch.float32)) * other[name]).sum()
+        for name, own in one.items()
+    ]
+    return torch.stack(products).sum()
+
+
+def _minimum(slopes: Sequence[Tensor], curvatures: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    r"""Where a quadratic function of one or two coefficients has its minimum.
+
+    .. math:: \begin{pmatrix} a & c \\ c & b \end{pmatrix}
+        \begin{pmatrix} \alpha \\ \mu \end{pmatrix} = \begin{pmatrix} s \\ t \end{pmatrix}
+
+    Args:
+        slopes: :math:`s`, and :math:`t` if there are two.
+        curvatures: :math:`a`, and :math:`c` and :math:`b` if there are two.
+
+    Returns:
+        Both coefficients. The second is zero where its direction is zero, or up to rounding the
+        first one again; the first is zero where it has no curvature.
+    """
+    first = curvatures[0]
+    if len(slopes) == 1:
+        return _quotient(slopes[0], first), torch.zeros_like(first)
+    cross, second = curvatures[1:]
+    shared = _quotient(cross, first)
+    rest = second - shared * cross
+    rounding = 16 * torch.finfo(second.dtype).eps * second
+    mu = torch.where(rest > rounding, (slopes[1] - shared * slopes[0]) / rest, 0)
+    return _quotient(slopes[0] - mu * cross, first), mu
+
+
+def _quotient(x: Tensor, y: Tensor) -> Tensor:
+    return torch.where(y != 0, x / y, 0)

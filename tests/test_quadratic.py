@@ -1,0 +1,411 @@
+"""Rates of the exact quadratic model, against the dense Gauss-Newton matrix."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from host import never_waits
+from nets import Net, classes, images, preconditioner
+from oracle import assert_same
+from plain_kfac import assert_solved
+from torch import Tensor, nn
+from torch.func import hessian
+
+from kfac_fast import KFAC, QuadraticModel
+from kfac_fast.gauss_newton import root_product
+from kfac_fast.losses import LOSSES
+from kfac_fast.quadratic import _minimum
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    # What PyTorch's own compiler does, and hides outside of tests.
+    pytest.mark.filterwarnings("default:.*should not be instantiated:DeprecationWarning"),
+]
+DAMPING = 0.05
+LOSS_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    "cross_entropy": F.cross_entropy,
+    "mse": F.mse_loss,
+    "bce_with_logits": F.binary_cross_entropy_with_logits,
+}
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def flat(tensors: dict[str, Tensor]) -> Tensor:
+    return torch.cat([tensor.detach().flatten() for tensor in tensors.values()])
+
+
+def gradients(model: nn.Module) -> Tensor:
+    return flat({name: p.grad for name, p in trained(model).items()})
+
+
+def gauss_newton(model: nn.Module, x: Tensor, loss_of: Callable[[Tensor], Tensor]) -> Tensor:
+    """The dense generalised Gauss-Newton matrix, from Jacobians and the Hessian of the loss."""
+    model = copy.deepcopy(model)  # with running statistics of its own
+    parameters = list(trained(model).values())
+    outputs = model(x)
+    rows = [
+        torch.autograd.grad(entry, parameters, retain_graph=True, materialize_grads=True)
+        for entry in outputs.flatten()
+    ]
+    jacobian = torch.stack([torch.cat([part.flatten() for part in row]) for row in rows])
+    inner = hessian(lambda f: loss_of(f.reshape(outputs.shape)))(outputs.detach().flatten())
+    return jacobian.T @ inner @ jacobian
+
+
+def random_direction(model: nn.Module) -> dict[str, Tensor]:
+    return {name: torch.randn_like(p) for name, p in trained(model).items()}
+
+
+def normalised() -> nn.Module:
+    """A float64 network with a batch normalisation, whose scale it trains."""
+    layers = [nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Tanh(), nn.Flatten(), nn.Linear(48, 3)]
+    return nn.Sequential(*layers).double()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("name", LOSS_FUNCTIONS)
+def test_a_product_has_the_length_that_the_dense_matrix_gives(name: str, reduction: str) -> None:
+    model, x = Net(tokens=name == "cross_entropy"), images()
+    outputs = model(x).detach()
+    y = classes(outputs) if name == "cross_entropy" else torch.rand_like(outputs)
+    dense = gauss_newton(model, x, lambda f: LOSS_FUNCTIONS[name](f, y, reduction=reduction))
+    v, w = random_direction(model), random_direction(model)
+    of = {"loss": LOSSES[name](), "reduction": reduction, "targets": y}
+    moved, other = (root_product(model, lambda: model(x), u, **of) for u in (v, w))
+    assert_solved((moved * other).sum()[None], (flat(v) @ dense @ flat(w))[None], 10)
+
+
+def test_ignored_labels_count_neither_in_the_product_nor_in_the_mean() -> None:
+    model, x, y = Net(tokens=True), images(), torch.randint(3, (5, 6))
+    y[:2] = -100
+    of = {"loss": LOSSES["cross_entropy"](), "reduction": "mean"}
+    v = random_direction(model)
+    out = root_product(model, lambda: model(x), v, targets=y, **of).square().sum()
+    expected = root_product(model, lambda: model(x[2:]), v, targets=None, **of).square().sum()
+    assert_same(out, expected)
+
+
+def test_a_trained_variance_is_part_of_the_curvature() -> None:
+    class Gaussian(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mean, self.spread = (nn.Linear(3, 2, dtype=torch.float64) for _ in range(2))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.mean(x), self.spread(x).exp()
+
+    model, x = Gaussian(), torch.randn(4, 3, dtype=torch.float64)
+    v = random_direction(model)
+    product = root_product(
+        model,
+        lambda: model(x),
+        v,
+        loss=LOSSES["gaussian_nll"](),
+        reduction="sum",
+        targets=None,
+    )
+    variance = model(x)[1].detach()
+    mean = x @ v["mean.weight"].T + v["mean.bias"]
+    logarithm = x @ v["spread.weight"].T + v["spread.bias"]
+    expected = (mean.square() / variance + logarithm.square() / 2).sum()
+    assert_solved(product.square().sum()[None], expected.detach()[None], 10)
+
+
+class Attention(nn.Module):
+    """A transformer's layer with embedded tokens in front, whose weight the head shares."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 8)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)
+        self.head = nn.Linear(8, 7, bias=False)
+        self.head.weight = self.embedding.weight
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(self.embedding(x)).mean(1))
+
+
+ARCHITECTURES = {
+    "attention": (Attention, lambda: torch.randint(7, (4, 5))),
+    "batch norm": (normalised, lambda: torch.randn(6, 2, 6, 6, dtype=torch.float64)),
+    "transposed": (
+        lambda: nn.Sequential(
+            nn.ConvTranspose1d(2, 3, 3), nn.GroupNorm(1, 3), nn.Flatten(), nn.RMSNorm(18)
+        ).double(),
+        lambda: torch.randn(3, 2, 4, dtype=torch.float64),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_all_kinds_of_layers_have_derivatives_in_forward_mode(name: str) -> None:
+    make, inputs = ARCHITECTURES[name]
+    model, x = make(), inputs()
+    y = classes(model(x).detach())
+    kept = [buffer.clone() for buffer in model.buffers()]
+    v = random_direction(model)
+    product = root_product(
+        model,
+        lambda: model(x),
+        v,
+        loss=LOSSES["cross_entropy"](),
+        reduction="mean",
+        targets=None,
+    )
+    assert all(map(torch.equal, model.buffers(), kept))
+    dense = gauss_newton(model, x, lambda f: F.cross_entropy(f, y))
+    assert_solved(product.square().sum()[None], (flat(v) @ dense @ flat(v))[None], 100)
+
+
+def step(
+    model: nn.Module,
+    kfac: KFAC,
+    quadratic: QuadraticModel | None,
+    x: Tensor,
+    y: Tensor,
+    loss_function: Callable[..., Tensor] = F.cross_entropy,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A step of SGD; the gradient, the preconditioned one, and the change of the parameters."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    optimizer.zero_grad()
+    loss_function(model(x), y).backward()
+    raw, before = gradients(model), flat(trained(model))
+    if quadratic is None:
+        kfac.step()
+        return raw, gradients(model), torch.zeros_like(before)
+    with quadratic.step(lambda: model(x), targets=y):
+        kfac.step()
+        direction = gradients(model)
+    optimizer.step()
+    return raw, direction, flat(trained(model)) - before
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.3])
+def test_both_rates_are_those_of_the_dense_model(penalty: float) -> None:
+    model, x, y = Net(), images(), torch.randint(3, (5,))
+    kfac = preconditioner(model, skip=["head"])
+    quadratic = QuadraticModel(kfac, loss="cross_entropy", l2_penalty=penalty)
+
+    def loss_of(outputs: Tensor, y: Tensor) -> Tensor:
+        length = sum(p.square().sum() for p in model.parameters())
+        return F.cross_entropy(outputs, y) + penalty / 2 * length
+
+    past = None
+    for _ in range(3):
+        dense = gauss_newton(model, x, lambda f: F.cross_entropy(f, y))
+        dense += (DAMPING + penalty) * torch.eye(len(dense)).double()
+        raw, direction, change = step(model, kfac, quadratic, x, y, loss_of)
+        span = torch.stack([-direction] if past is None else [-direction, past], 1)
+        rates = -torch.linalg.solve(span.T @ dense @ span, span.T @ raw)
+        assert_solved(change, span @ rates)
+        assert_solved(quadratic.learning_rate[None], rates[:1])
+        expected = torch.zeros(1).double() if past is None else rates[1:]
+        assert_solved(quadratic.momentum[None], expected)
+        model_change = raw @ change + change @ dense @ change / 2
+        assert_solved(quadratic.predicted_change[None], model_change[None])
+        past = change
+
+
+def regression() -> tuple[nn.Module, Tensor, Tensor]:
+    """Least squares, of which empirical K-FAC is no exact model, but the quadratic one is."""
+    scales = torch.tensor([1.0, 3.0, 10.0], dtype=torch.float64)
+    x = torch.randn(64, 3, dtype=torch.float64) * scales
+    return nn.Linear(3, 2, dtype=torch.float64), x, torch.randn(64, 2, dtype=torch.float64)
+
+
+def test_least_squares_without_damping_goes_to_the_minimum_of_the_span() -> None:
+    model, x, y = regression()
+    kfac = preconditioner(model, damping=0)
+    quadratic = QuadraticModel(kfac, loss="mse")
+    past = None
+    for _ in range(3):
+        before = F.mse_loss(model(x), y).detach()
+        _, direction, change = step(model, kfac, quadratic, x, y, F.mse_loss)
+        model.zero_grad()
+        loss = F.mse_loss(model(x), y)
+        loss.backward()
+        assert_solved(quadratic.predicted_change[None], (loss.detach() - before)[None])
+        for along in [direction] if past is None else [direction, past]:
+            slope = along @ gradients(model)
+            assert abs(slope) < 1e-12 * along.norm()
+        past = change
+
+
+def test_momentum_goes_further_in_as_many_steps() -> None:
+    losses = []
+    for momentum in (False, True):
+        torch.manual_seed(0)
+        model, x, y = regression()
+        kfac = preconditioner(model, damping=1e-3, damping_mode="exact")
+        quadratic = QuadraticModel(kfac, loss="mse", momentum=momentum)
+        for _ in range(5):
+            step(model, kfac, quadratic, x, y, F.mse_loss)
+        assert (quadratic.momentum != 0) == momentum
+        losses.append(F.mse_loss(model(x), y).detach() - least_squares(x, y))
+    assert losses[1] < losses[0] / 10
+
+
+def least_squares(x: Tensor, y: Tensor) -> Tensor:
+    rows = torch.cat([x, torch.ones_like(x[:, :1])], 1)
+    return F.mse_loss(rows @ torch.linalg.lstsq(rows, y).solution, y)
+
+
+def test_without_a_gradient_there_is_no_step() -> None:
+    model, x = nn.Linear(3, 2, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    kfac = preconditioner(model, fisher="forward-only")
+    quadratic = QuadraticModel(kfac, loss="mse")
+    for _ in range(2):
+        _, _, change = step(model, kfac, quadratic, x, model(x).detach(), F.mse_loss)
+        assert torch.equal(change, torch.zeros(8).double())
+        assert quadratic.learning_rate == quadratic.momentum == quadratic.predicted_change == 0
+
+
+@pytest.mark.parametrize("multiple", [-3.0, 0.0, 0.7])
+def test_a_second_direction_that_is_the_first_again_leaves_its_minimum(multiple: float) -> None:
+    curvature, slope = torch.tensor(0.3), torch.tensor(1.7)
+    alpha, mu = _minimum(
+        [slope, multiple * slope], [curvature, multiple * curvature, multiple**2 * curvature]
+    )
+    assert alpha == slope / curvature and mu == 0
+
+
+def test_a_step_that_is_not_finite_is_no_step_before() -> None:
+    model, x, y = Net(), images(), torch.randint(3, (5,))
+    kfac = preconditioner(model)
+    quadratic = QuadraticModel(kfac, loss="cross_entropy")
+    F.cross_entropy(model(x), y).backward()
+    model.head.weight.grad[0, 0] = math.inf  # a scaler skips the step
+    with quadratic.step(lambda: model(x)):
+        kfac.step()
+    assert not all(p.grad.isfinite().all() for p in model.parameters())
+    step(model, kfac, quadratic, x, y)
+    assert quadratic.learning_rate > 0 and quadratic.momentum == 0
+    assert quadratic.predicted_change < 0
+
+
+@pytest.mark.parametrize("options", [{}, {"fisher": "forward-only"}], ids=str)
+def test_its_passes_leave_no_trace(options: dict[str, Any]) -> None:
+    x, y = torch.randn(6, 2, 6, 6, dtype=torch.float64), torch.randint(3, (6,))
+    model = normalised()
+    plain = copy.deepcopy(model)
+    kfacs = [preconditioner(net, **options) for net in (model, plain)]
+    quadratic = QuadraticModel(kfacs[0], loss="cross_entropy")
+    for _ in range(2):
+        step(model, kfacs[0], quadratic, x, y)
+        step(plain, kfacs[1], None, x, y)
+        assert all(map(torch.equal, model.buffers(), plain.buffers()))
+        states = [kfac.state_dict()["layers"] for kfac in kfacs]
+        for name, parts in states[0].items():
+            for part, fields in parts.items():
+                assert all(torch.equal(v, states[1][name][part][k]) for k, v in fields.items())
+        plain.load_state_dict(model.state_dict())
+
+
+def test_a_compiled_model_has_derivatives_too() -> None:
+    model, x, y = Net(), images(), torch.randint(3, (5,))
+    kfac = preconditioner(model)
+    compiled = torch.compile(model, backend="aot_eager")
+    compiled(x)
+    v = random_direction(model)
+    of = {"loss": LOSSES["cross_entropy"](), "reduction": "mean", "targets": y}
+    products = [root_product(model, lambda net=net: net(x), v, **of) for net in (model, compiled)]
+    assert torch.equal(*products)
+    kfac.detach()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lower_precisions_are_as_good_as_their_forward_passes(dtype: torch.dtype) -> None:
+    x, y = images(), torch.randint(3, (5,))
+    model = Net()
+    lower = copy.deepcopy(model).to(dtype)
+    rates = []
+    for net, inputs in ((model, x), (lower, x.to(dtype))):
+        kfac = preconditioner(net)
+        quadratic = QuadraticModel(kfac, loss="cross_entropy")
+        step(net, kfac, quadratic, inputs, y)
+        rates.append(quadratic.learning_rate.double())
+    assert abs(rates[1] / rates[0] - 1) < 50 * torch.finfo(dtype).eps
+
+
+def test_the_host_does_not_wait() -> None:
+    model, x, y = normalised(), torch.randn(6, 2, 6, 6, dtype=torch.float64), torch.arange(6) % 3
+    kfac = preconditioner(model)
+    quadratic = QuadraticModel(kfac, loss="cross_entropy")
+    for _ in range(2):
+        model.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        with never_waits(), quadratic.step(lambda: model(x), targets=y):
+            kfac.step()
+
+
+def test_a_run_is_resumed_bit_for_bit() -> None:
+    model, x, y = Net(), images(), torch.randint(3, (5,))
+    kfac = preconditioner(model)
+    quadratic = QuadraticModel(kfac, loss="cross_entropy")
+    for _ in range(2):
+        step(model, kfac, quadratic, x, y)
+    file = io.BytesIO()
+    torch.save([part.state_dict() for part in (model, kfac, quadratic)], file)
+    _, _, expected = step(model, kfac, quadratic, x, y)
+    file.seek(0)
+    states = torch.load(file, weights_only=True)
+    other = Net()
+    kfac = preconditioner(other)
+    resumed = QuadraticModel(kfac, loss="cross_entropy")
+    for part, state in zip((other, kfac, resumed), states, strict=True):
+        part.load_state_dict(state)
+    _, _, change = step(other, kfac, resumed, x, y)
+    assert torch.equal(change, expected) and resumed.momentum == quadratic.momentum != 0
+
+
+def test_a_state_that_does_not_fit_is_refused() -> None:
+    quadratic = QuadraticModel(preconditioner(Net()), loss="cross_entropy")
+    for state, message in (
+        ({}, "state must hold previous, got "),
+        ({"previous": {"tail.bias": torch.zeros(3)}}, r"got others \['tail.bias'\]"),
+        ({"previous": {"head.bias": torch.zeros(2)}}, r"got others \['head.bias'\]"),
+    ):
+        with pytest.raises(ValueError, match=f"load_state_dict: .*{message}"):
+            quadratic.load_state_dict(state)
+    assert quadratic.state_dict() == {"previous": {}}
+
+
+def test_what_cannot_be_right_is_refused() -> None:
+    model, x, y = Net(), images(), torch.randint(3, (5,))
+    kfac = preconditioner(model)
+    with pytest.raises(ValueError, match="l2_penalty must be a number from 0, got -1"):
+        QuadraticModel(kfac, loss="mse", l2_penalty=-1)
+    with pytest.raises(ValueError, match="must have the loss_reduction 'mean'"):
+        QuadraticModel(kfac, loss=nn.MSELoss(reduction="sum"))
+    quadratic = QuadraticModel(kfac, loss="cross_entropy")
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    F.cross_entropy(model(x), y).backward()
+    with pytest.raises(RuntimeError, match="parameters must not change in the block"):
+        with quadratic.step(lambda: model(x)):
+            kfac.step()
+            optimizer.step()
+    outputs = model(x).detach()
+    F.cross_entropy(model(x), y).backward()
+    with pytest.raises(RuntimeError, match="outputs_of must return outputs that depend on"):
+        with quadratic.step(lambda: outputs):
+            kfac.step()
+    kfac.attach(optimizer)
+    with pytest.raises(RuntimeError, match="got one that is attached to an optimizer"):
+        with quadratic.step(lambda: model(x)):
+            pass
