@@ -2,33 +2,93 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from kfac_fast.preconditioner import KFAC
+from kfac_fast.quadratic import QuadraticModel
+
+
+class Stateful(Protocol):
+    """What a step changes beside parameters: an optimizer, its schedule, a quadratic model."""
+
+    def state_dict(self) -> Any:
+        """All that it changes."""
+
+    def load_state_dict(self, state: Any, /) -> Any:
+        """Go back to a state."""
+
+
+class _Snapshot:
+    """Parameters and states as they were before a step."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], parts: Iterable[Stateful]) -> None:
+        self._parameters = {p: p.detach().clone() for p in parameters}
+        self._states = [(part, copy.deepcopy(part.state_dict())) for part in parts]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Have all be as before."""
+        for parameter, old in self._parameters.items():
+            parameter.copy_(old)
+        for part, state in self._states:
+            part.load_state_dict(copy.deepcopy(state))  # an optimizer would go on in its tensors
+
+
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def _evaluated(model: nn.Module, loss_of: Callable[[], Tensor]) -> Tensor:
+    """A loss without gradients, which leaves the model's buffers as they are."""
+    with torch.no_grad(), _buffers_kept(model):
+        return loss_of()
 
 
 @contextmanager
 def _buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Evaluate without gradients, and leave running statistics of normalisations as they are."""
+    """Leave running statistics of normalisations as they are."""
     kept = [
         (module, name, buffer, buffer.clone())
         for module in model.modules()
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
-    with torch.no_grad():
-        try:
-            yield
-        finally:
-            for module, name, buffer, old in kept:
-                module._buffers[name] = buffer
-                if not torch.equal(buffer, old):  # for some cannot be written to
-                    buffer.copy_(old)
+    try:
+        yield
+    finally:
+        for module, name, buffer, old in kept:
+            module._buffers[name] = buffer
+            if not torch.equal(buffer, old):  # for some cannot be written to
+                buffer.copy_(old)
+
+
+def _kronecker_model(kfac: KFAC) -> Callable[[], Tensor]:
+    """What the preconditioner predicts of the step that is taken next."""
+    before = {p: p.detach().clone() for p in kfac.parameters()}
+    gradients = {p: torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in before}
+    return lambda: kfac.predicted_change(
+        gradients, {p: p.detach() - old for p, old in before.items()}
+    )
+
+
+def _exact_model(quadratic: QuadraticModel) -> Callable[[], Tensor]:
+    """What the exact model predicts of the step that is taken next."""
+    earlier = quadratic.predicted_change
+
+    def predicted() -> Tensor:
+        latest = quadratic.predicted_change
+        if latest is None or latest is earlier:
+            raise RuntimeError("adapt: quadratic must take its step in the block, got none of it")
+        return latest
+
+    return predicted
 
 
 class LevenbergMarquardt:
@@ -53,7 +113,8 @@ class LevenbergMarquardt:
                 optimizer.step()
 
     A loss that is random, by dropout for example, disturbs the ratio. Parameters that are not
-    preconditioned should hardly move: the model does not know them.
+    preconditioned should hardly move, unless the model is a :class:`kfac_fast.QuadraticModel`: that
+    of the preconditioner does not know them.
 
     Args:
         damping: First damping :math:`\lambda`.
@@ -65,6 +126,7 @@ class LevenbergMarquardt:
     Attributes:
         damping: Present damping.
         ratio: Latest :math:`\rho`; None before the first adaptation.
+        rejected: Whether the step that it is of was undone.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -93,39 +155,105 @@ class LevenbergMarquardt:
         self.decay = decay
         self.bounds = bounds
         self.ratio: float | None = None
+        self.rejected = False
 
     def __call__(self, step: int) -> float:
         """The present damping, whatever the step."""
         return self.damping
 
     @contextmanager
-    def adapt(self, kfac: KFAC, loss_of: Callable[[], Tensor]) -> Iterator[None]:
+    def adapt(
+        self,
+        kfac: KFAC,
+        loss_of: Callable[[], Tensor],
+        *,
+        quadratic: QuadraticModel | None = None,
+        undo: Sequence[Stateful] = (),
+    ) -> Iterator[None]:
         """Put around ``kfac.step()`` and ``optimizer.step()``; adapts the damping when it is due.
 
         Args:
             kfac: The preconditioner.
             loss_of: Evaluates the training loss on the batch that the gradients are of.
+            quadratic: The model :math:`M`, whose ``step`` is in the block, where it is to be the
+                exact one.
+            undo: Optimizers. If the loss has risen or is not finite when a step is looked at, it is
+                rejected: they, the quadratic model and all of the model's trained parameters are as
+                before it. The preconditioner keeps the batch's factors and counts the step. The
+                risen damping acts from the next refresh on.
 
         Yields:
             Nothing.
+
+        Raises:
+            RuntimeError: If the quadratic model is given, but has no step in the block.
         """
         if kfac.steps % self.interval:
             yield
             return
-        parameters = list(kfac.parameters())
-        before = {p: p.detach().clone() for p in parameters}
-        gradients = {
-            p: torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters
-        }
-        with _buffers_kept(kfac.model):
-            loss = loss_of()
+        predicted_of = _kronecker_model(kfac) if quadratic is None else _exact_model(quadratic)
+        parts = undo if quadratic is None else [*undo, quadratic]
+        before = _Snapshot(_trained(kfac.model), parts) if undo else None
+        loss = _evaluated(kfac.model, loss_of)
         yield
-        with _buffers_kept(kfac.model):
-            actual = loss_of() - loss
-        steps = {p: p.detach() - old for p, old in before.items()}
-        predicted = kfac.predicted_change(gradients, steps)
+        actual = float(_evaluated(kfac.model, loss_of) - loss)
+        predicted = float(predicted_of())
         # A step that the model itself expects to raise the loss is too long, whatever came of it.
-        self.update(float(actual) / float(predicted) if predicted < 0 else math.nan)
+        self.update(actual / predicted if predicted < 0 else math.nan)
+        self.rejected = before is not None and not actual <= 0
+        if before is not None and self.rejected:
+            before.restore()
+
+    def calibrate(
+        self,
+        kfac: KFAC,
+        take_step: Callable[[], None],
+        loss_of: Callable[[], Tensor],
+        candidates: Sequence[float],
+        *,
+        undo: Sequence[Stateful],
+    ) -> None:
+        """Take the damping whose step leaves the loss of a batch the lowest.
+
+        Every candidate's step is undone, with what it draws from PyTorch's random numbers, so that
+        training starts as if there had been none. Call it before the first step::
+
+            def take_step():
+                optimizer.zero_grad()
+                loss_of().backward()
+                kfac.step()
+                optimizer.step()
+
+            damping.calibrate(kfac, take_step, loss_of, [1e-3, 1e-2, 1e-1], undo=[optimizer])
+
+        Args:
+            kfac: The preconditioner, with this as its damping.
+            take_step: Takes a step of training, without :meth:`adapt`.
+            loss_of: Evaluates the training loss on the batch of this step.
+            candidates: Dampings in bounds.
+            undo: All optimizers, and the quadratic model if there is one.
+
+        Raises:
+            ValueError: If a candidate is out of bounds, or none leaves the loss finite.
+        """
+        if not all(self.bounds[0] <= damping <= self.bounds[1] for damping in candidates):
+            raise ValueError(f"calibrate: candidates must be in {self.bounds}, got {candidates}")
+        before, first = _Snapshot(_trained(kfac.model), [kfac, *undo]), self.damping
+        devices = [kfac.device] if kfac.device.type == "cuda" else []
+        losses = {}
+        for damping in candidates:
+            self.damping = damping
+            with _buffers_kept(kfac.model), torch.random.fork_rng(devices):
+                take_step()
+                losses[damping] = float(_evaluated(kfac.model, loss_of))
+            before.restore()
+        self.damping = first
+        finite = [damping for damping in candidates if math.isfinite(losses[damping])]
+        if not finite:
+            raise ValueError(
+                f"calibrate: candidates must hold one that leaves the loss finite, got {losses}"
+            )
+        self.damping = min(finite, key=losses.__getitem__)
 
     def update(self, ratio: float) -> None:
         r"""Adapt the damping to a reduction ratio.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -13,7 +14,7 @@ from oracle import assert_same
 from plain_kfac import covariances
 from torch import Tensor, nn
 
-from kfac_fast import KFAC, LevenbergMarquardt
+from kfac_fast import KFAC, LevenbergMarquardt, QuadraticModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -103,6 +104,112 @@ def test_the_ratio_is_that_of_the_losses_and_the_model() -> None:
     assert damping.ratio == pytest.approx(expected, rel=1e-12)
 
 
+def test_with_the_exact_model_least_squares_keep_the_promise_to_rounding() -> None:
+    model, x, y = regression()
+    damping = LevenbergMarquardt(1e-8, interval=1)
+    kfac = preconditioner(model, damping=damping)
+    quadratic = QuadraticModel(kfac, loss="mse")
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    for _ in range(3):
+        model.zero_grad()
+        F.mse_loss(model(x), y).backward()
+        with damping.adapt(kfac, lambda: F.mse_loss(model(x), y), quadratic=quadratic):
+            with quadratic.step(lambda: model(x)):
+                kfac.step()
+            optimizer.step()
+        assert damping.ratio == pytest.approx(1, rel=1e-6)
+
+
+def test_a_model_without_a_step_in_the_block_is_refused() -> None:
+    model, x, y = regression()
+    damping = LevenbergMarquardt(0.1, interval=1)
+    kfac = preconditioner(model, damping=damping)
+    quadratic = QuadraticModel(kfac, loss="mse")
+    F.mse_loss(model(x), y).backward()
+    with quadratic.step(lambda: model(x)):
+        kfac.step()
+    with pytest.raises(RuntimeError, match="adapt: quadratic must take its step in the block"):
+        with damping.adapt(kfac, lambda: F.mse_loss(model(x), y), quadratic=quadratic):
+            pass
+
+
+def snapshot(*parts: Any) -> list[Any]:
+    return [copy.deepcopy(part.state_dict()) for part in parts]
+
+
+@pytest.mark.parametrize("rates", [(0.01, 9.0), (0.01, math.inf)], ids=str)
+def test_a_step_that_raises_the_loss_is_undone(rates: tuple[float, float]) -> None:
+    model, x, y = Net(), images(), torch.randint(3, (5,))
+    damping = LevenbergMarquardt(0.1, interval=1)
+    kfac = preconditioner(model, damping=damping, skip=["head"])
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9)
+
+    def take_step() -> None:
+        optimizer.zero_grad()
+        loss_of().backward()
+        with damping.adapt(kfac, loss_of, undo=[optimizer]):
+            kfac.step()
+            optimizer.step()
+
+    def loss_of() -> Tensor:
+        return F.cross_entropy(model(x), y)
+
+    optimizer.param_groups[0]["lr"] = rates[0]
+    take_step()
+    assert not damping.rejected
+    optimizer.param_groups[0]["lr"] = rates[1]
+    before, raised = snapshot(model, optimizer), damping.damping
+    take_step()
+    assert damping.rejected and kfac.steps == 2 and damping.damping > raised
+    for old, new in zip(before, snapshot(model, optimizer), strict=True):
+        torch.testing.assert_close(new, old, rtol=0, atol=0)
+    optimizer.param_groups[0]["lr"] = rates[0]
+    expected = copy.deepcopy(model)
+    take_step()
+    assert not damping.rejected
+    assert not torch.equal(model.head.weight, expected.head.weight)
+
+
+def test_a_first_step_that_is_undone_leaves_the_optimizer_without_a_state() -> None:
+    model, x, y = regression()
+    optimizer = torch.optim.SGD(model.parameters(), lr=40.0, momentum=0.9)
+    damping = LevenbergMarquardt(0.1, interval=1)
+    kfac = preconditioner(model, damping=damping)
+    F.mse_loss(model(x), y).backward()
+    with damping.adapt(kfac, lambda: F.mse_loss(model(x), y), undo=[optimizer]):
+        kfac.step()
+        optimizer.step()
+    assert damping.rejected and optimizer.state_dict()["state"] == {}
+
+
+def test_a_step_that_is_undone_is_no_step_before_to_the_exact_model() -> None:
+    model, x, y = regression()
+    damping = LevenbergMarquardt(0.1, interval=1)
+    kfac = preconditioner(model, damping=damping)
+    quadratic = QuadraticModel(kfac, loss="mse")
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+
+    def loss_of() -> Tensor:
+        return F.mse_loss(model(x), y)
+
+    for rate, rejected in ((1.0, False), (9.0, True)):
+        optimizer.param_groups[0]["lr"] = rate
+        model.zero_grad()
+        loss_of().backward()
+        before = quadratic.state_dict()
+        with damping.adapt(kfac, loss_of, quadratic=quadratic, undo=[optimizer]):
+            with quadratic.step(lambda: model(x)):
+                kfac.step()
+            optimizer.step()
+        assert damping.rejected == rejected
+    torch.testing.assert_close(quadratic.state_dict(), before, rtol=0, atol=0)
+
+
+def test_steps_stay_where_nothing_is_to_be_undone() -> None:
+    damping, losses = run(4.0, 2, interval=1)
+    assert losses[1] > losses[0] and not damping.rejected
+
+
 @pytest.mark.parametrize(
     ("ratio", "factor"),
     [(0.76, 0.5**3), (0.75, 1), (0.25, 1), (0.24, 2**3), (-1.0, 2**3), (float("nan"), 2**3)],
@@ -190,3 +297,73 @@ def test_adapting_takes_buffers_of_every_kind() -> None:
     with damping.adapt(kfac, lambda: model(x).square().mean()):
         kfac.step()
     assert torch.equal(model.mean, expected)
+
+
+class Dropping(nn.Module):
+    """Dropout between a batch normalisation and a layer that is not preconditioned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Dropout(0.2))
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.net(x))
+
+
+def calibrated(
+    candidates: list[float], first: float = 1.0
+) -> tuple[LevenbergMarquardt, nn.Module, list[float]]:
+    """Three steps after a calibration; the damping, the model and each candidate's loss."""
+    torch.manual_seed(0)
+    model, x, y = Dropping(), torch.randn(32, 3), torch.randint(2, (32,))
+    damping, losses = LevenbergMarquardt(first), []
+    options = {"factor_update_steps": 1, "inverse_update_steps": 2, "skip": ["head"]}
+    kfac = KFAC(model, damping=damping, fisher="mc", **options)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.3)
+
+    def loss_of() -> Tensor:
+        losses.append(F.cross_entropy(model(x), y))
+        return losses[-1]
+
+    def take_step() -> None:
+        optimizer.zero_grad()
+        outputs = model(x)
+        kfac.update_curvature(outputs, loss="cross_entropy")
+        F.cross_entropy(outputs, y).backward()
+        kfac.step()
+        optimizer.step()
+
+    if candidates:
+        damping.calibrate(kfac, take_step, loss_of, candidates, undo=[optimizer])
+    assert kfac.steps == 0
+    for _ in range(3):
+        take_step()
+    return damping, model, [float(loss) for loss in losses]
+
+
+def test_the_first_damping_is_the_candidate_with_the_lowest_loss() -> None:
+    candidates = [10.0, 1e-3, 0.1, 1e-8]
+    damping, _, losses = calibrated(candidates)
+    assert len(set(losses)) == 4
+    assert damping.damping == candidates[losses.index(min(losses))]
+    assert calibrated(candidates[::-1])[2] == losses[::-1]  # none sees those before it
+
+
+def test_a_calibration_leaves_no_trace_but_the_damping() -> None:
+    damping, model, _ = calibrated([10.0, 1e-3, 0.1])
+    _, expected, _ = calibrated([], first=damping.damping)
+    torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=0, atol=0)
+
+
+def test_candidates_that_cannot_serve_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"candidates must be in \(1e-08, 10000.0\), got \[0\]"):
+        calibrated([0])
+    model, x, y = regression()
+    damping = LevenbergMarquardt(0.1)
+    kfac = preconditioner(model, damping=damping)
+    with pytest.raises(ValueError, match="candidates must hold one that leaves the loss finite"):
+        damping.calibrate(
+            kfac, lambda: None, lambda: F.mse_loss(model(x), y) * math.nan, [1.0, 2.0], undo=[]
+        )
+    assert damping.damping == 0.1
