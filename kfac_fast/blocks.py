@@ -294,6 +294,23 @@ def left_out(blocks: Sequence[Block]) -> tuple[Tensor, Tensor]:
     return torch.stack(skipped).sum(), torch.stack(failed).sum()
 
 
+def bytes_of_parts(blocks: Sequence[Block]) -> dict[str, int]:
+    """See :meth:`kfac_fast.KFAC.memory`.
+
+    Args:
+        blocks: The blocks.
+
+    Returns:
+        By kind of the parts; each is there.
+    """
+    kinds = {"factors": 0, "inverses": 0, "norms": 0}
+    for block in blocks:
+        for part in block.parts().values():
+            tensors = [getattr(part, field) for field in part.STATE]
+            kinds[part.KIND] += sum(tensor.nbytes for tensor in tensors)
+    return kinds
+
+
 def _restore(part: Part, saved: dict[str, Tensor], where: str) -> None:
     """Fill a part with saved tensors of the same shapes, on its own device and in its dtype."""
     if sorted(saved) != sorted(part.STATE):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from kfac_fast.blocks import Block, Form, left_out, update_blocks
+from kfac_fast.blocks import Block, Form, bytes_of_parts, left_out, update_blocks
 from kfac_fast.capture import Capture
 from kfac_fast.curvature import Fisher, backpropagated
 from kfac_fast.inverses import refine_inverses
@@ -548,12 +548,7 @@ class KFAC:
             By kind: running averages, inverses or eigenbases, Adam's second moments, and memory
             that waits for the next batch's sums.
         """
-        kinds = {"factors": 0, "inverses": 0, "norms": 0, "sums": self._capture.nbytes}
-        for block in self._blocks:
-            for part in block.parts().values():
-                tensors = [getattr(part, field) for field in part.STATE]
-                kinds[part.KIND] += sum(tensor.nbytes for tensor in tensors)
-        return kinds
+        return {**bytes_of_parts(self._blocks), "sums": self._capture.nbytes}
 
     def condition_numbers(self) -> dict[str, list[Tensor]]:
         """Spectral condition numbers of the factors as of the last refresh, by layer.
