@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kfac_fast.losses import Loss, Outputs
+from kfac_fast.losses import Loss, Outputs, Targets
 
 Fisher = Literal["empirical", "mc", "exact", "forward-only"]
 
@@ -24,7 +24,7 @@ def backpropagated(
     fisher: Fisher,
     loss: Loss[Outputs],
     outputs: Outputs,
-    targets: Tensor | None,
+    targets: Targets,
     samples: int,
     generator: torch.Generator | None,
 ) -> Iterator[Tensor]:
@@ -51,7 +51,7 @@ def backpropagated(
 
     Source: Martens & Grosse (2015), section 5; Eschenhagen et al. (2023), section 2.
     """
-    targets = None if targets is None else targets.detach()  # constants, even if learned
+    targets = _constant(targets)
     if fisher == "mc":
         for _ in range(samples):
             yield _in_graph(loss.sample(outputs, targets, generator)) / samples**0.5
@@ -59,6 +59,13 @@ def backpropagated(
         columns = _in_graph(loss.root(outputs, targets)).sum(0)
         for index in range(len(columns)):
             yield columns[index]
+
+
+def _constant(targets: Targets) -> Targets:
+    """Labels may be learned."""
+    if isinstance(targets, tuple):
+        return tuple(_constant(each) for each in targets)
+    return None if targets is None else targets.detach()
 
 
 def _in_graph(result: Tensor) -> Tensor:

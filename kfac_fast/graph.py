@@ -89,7 +89,7 @@ def _metadata(node: Node) -> dict[object, str]:
 def _refuse_again(name: str) -> NoReturn:
     raise RuntimeError(
         "update_curvature: outputs that share layers must come in one call, got another one that "
-        f"reaches {name!r}; a loss of your own adds several up (docs/recipes.md, 'Two heads')"
+        f"reaches {name!r}; kfac_fast.losses.WeightedSum adds several losses up"
     )
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from numbers import Real
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -12,6 +15,8 @@ from torch import Tensor, nn
 from kfac_fast.layers import Count
 
 Outputs = TypeVar("Outputs", contravariant=True)
+Targets = Tensor | tuple["Targets", ...] | None
+"""Training labels as a loss takes them."""
 
 
 @runtime_checkable
@@ -22,7 +27,7 @@ class Loss(Protocol[Outputs]):
     targets are the training labels, or None. No method may need a tensor's value on the host.
     """
 
-    def terms(self, outputs: Outputs, targets: Tensor | None) -> Count:
+    def terms(self, outputs: Outputs, targets: Any) -> Count:
         """Number that the loss's mean divides the sum by.
 
         Args:
@@ -34,9 +39,7 @@ class Loss(Protocol[Outputs]):
         """
         ...
 
-    def sample(
-        self, outputs: Outputs, targets: Tensor | None, generator: torch.Generator | None
-    ) -> Tensor:
+    def sample(self, outputs: Outputs, targets: Any, generator: torch.Generator | None) -> Tensor:
         r"""The sum of the terms on labels drawn from the model's predictive distribution.
 
         .. math:: \sum_m \sqrt{w_m}\, \ell(f_m, y_m), \qquad y_m \sim p(y \mid f_m)
@@ -54,7 +57,7 @@ class Loss(Protocol[Outputs]):
         """
         ...
 
-    def root(self, outputs: Outputs, targets: Tensor | None) -> Tensor:
+    def root(self, outputs: Outputs, targets: Any) -> Tensor:
         r"""The outputs times a square root of the loss's Hessian.
 
         .. math:: R_n^\top f_n, \qquad R_n R_n^\top = \nabla_{f_n}^2 \textstyle\sum_m \ell_m
@@ -343,6 +346,111 @@ class GaussianNLL:
         return _precise(mean), bounded
 
 
+@dataclass(frozen=True, eq=False)
+class WeightedSum:
+    r"""Several losses of one forward pass, such as those of a model with two heads.
+
+    .. math:: L = \sum_i w_i L_i(f_i, y_i)
+
+    The outputs and the targets are tuples with an entry for each loss. All are of the same
+    examples, and one tensor may be there several times. With means over :math:`M_i` terms, it is a
+    mean over :math:`M = \max_i M_i` of terms whose Hessians add up to :math:`\sum_i w_i M / M_i \,
+    \nabla^2 \sum_m \ell_{i,m}`. A mean without terms, where all labels are ignored, weighs nothing.
+    Micro-batches weigh as much as they have terms :math:`M`. Under ``fisher="empirical"``, where
+    terms are only counted, the training loss is taken for a mean of :math:`M`.
+
+    Args:
+        losses: Names, loss modules or losses, as :meth:`kfac_fast.KFAC.update_curvature` takes one.
+        weights: :math:`w_i`, from 0; all 1 if None.
+        reduction: ``"mean"`` or ``"sum"``, of each loss; KFAC puts its own ``loss_reduction`` here.
+
+    Raises:
+        ValueError: If there is no loss, or not a finite weight from 0 for each.
+    """
+
+    losses: Sequence[str | nn.Module | Loss[Any]]
+    weights: Sequence[float] | None = None
+    reduction: str = "mean"
+
+    def __post_init__(self) -> None:
+        """Check the weights."""
+        if not self.losses:
+            raise ValueError("WeightedSum: losses must be one or more, got none")
+        good = [isinstance(w, Real) and 0 <= w < math.inf for w in self._weights()]
+        if not all(good) or len(good) != len(self.losses):
+            raise ValueError(
+                f"WeightedSum: weights must be finite numbers from 0 for {len(self.losses)} "
+                f"losses, got {self.weights!r}"
+            )
+
+    def terms(self, outputs: tuple[Any, ...], targets: Targets) -> Count:
+        """The most terms that one of the losses has."""
+        return _most(self._counts(outputs, targets))
+
+    def sample(
+        self, outputs: tuple[Any, ...], targets: Targets, generator: torch.Generator | None
+    ) -> Tensor:
+        """The losses with labels drawn for one loss after the other."""
+        parts = self._parts(outputs, targets)
+        draws = [loss.sample(f, y, generator) for loss, f, y in parts]
+        scales = self._scales(outputs, targets)
+        return torch.stack([s * draw for s, draw in zip(scales, draws, strict=True)]).sum()
+
+    def root(self, outputs: tuple[Any, ...], targets: Targets) -> Tensor:
+        r"""Columns of all losses, times :math:`\sqrt{w_i M / M_i}`; of sums, :math:`\sqrt{w_i}`."""
+        roots = [loss.root(f, y) for loss, f, y in self._parts(outputs, targets)]
+        examples = [len(root) for root in roots]
+        if len(set(examples)) > 1:
+            raise ValueError(
+                f"update_curvature: outputs must all be of the same examples, got {examples}"
+            )
+        scales = self._scales(outputs, targets)
+        return torch.cat([s * root for s, root in zip(scales, roots, strict=True)], 1)
+
+    def _parts(
+        self, outputs: tuple[Any, ...], targets: Targets
+    ) -> Iterator[tuple[Loss[Any], Any, Any]]:
+        """Each loss with its outputs and targets."""
+        count = len(self.losses)
+        labels = (None,) * count if targets is None else targets
+        for name, given in (("outputs", outputs), ("targets", labels)):
+            if not isinstance(given, tuple) or len(given) != count:
+                got = len(given) if isinstance(given, tuple) else type(given).__name__
+                raise TypeError(f"update_curvature: {name} must be a tuple of {count}, got {got}")
+        losses = [find_loss(loss, self.reduction) for loss in self.losses]
+        return zip(losses, outputs, labels, strict=True)
+
+    def _counts(self, outputs: tuple[Any, ...], targets: Targets) -> list[Count]:
+        return [loss.terms(f, y) for loss, f, y in self._parts(outputs, targets)]
+
+    def _weights(self) -> Sequence[float]:
+        return [1.0] * len(self.losses) if self.weights is None else self.weights
+
+    def _scales(self, outputs: tuple[Any, ...], targets: Targets) -> list[float | Tensor]:
+        """What the gradients of each loss are times in those of the sum."""
+        weights = [float(weight) for weight in self._weights()]
+        if self.reduction == "sum":
+            return [weight**0.5 for weight in weights]
+        counts = self._counts(outputs, targets)
+        shares = [_share(_most(counts), count) for count in counts]
+        return [(weight * share) ** 0.5 for weight, share in zip(weights, shares, strict=True)]
+
+
+def _most(counts: Sequence[Count]) -> Count:
+    most: Count = max((count for count in counts if not isinstance(count, Tensor)), default=0)
+    for count in counts:
+        if isinstance(count, Tensor):
+            most = torch.maximum(count, most) if isinstance(most, Tensor) else count.clamp(min=most)
+    return most
+
+
+def _share(most: Count, count: Count) -> float | Tensor:
+    """Their ratio; 0 without terms."""
+    if isinstance(count, Tensor):
+        return torch.where(count > 0, most / count, 0.0)
+    return most / count if count else 0.0
+
+
 LOSSES: dict[str, type[Any]] = {
     "cross_entropy": CrossEntropy,
     "mse": MSE,
@@ -365,7 +473,8 @@ def find_loss(loss: str | nn.Module | Loss[Outputs], reduction: str) -> Loss[Out
         reduction: The training loss's; a module must have the same.
 
     Returns:
-        The loss. A name stands for the defaults of PyTorch's loss.
+        The loss. A name stands for the defaults of PyTorch's loss; a :class:`WeightedSum` has its
+        parts found.
 
     Raises:
         ValueError: If the name or the kind of module is unknown, or the reduction is another.
@@ -373,6 +482,10 @@ def find_loss(loss: str | nn.Module | Loss[Outputs], reduction: str) -> Loss[Out
     if isinstance(loss, str) and loss in LOSSES:
         named: Loss[Outputs] = LOSSES[loss]()
         return named
+    if isinstance(loss, WeightedSum):
+        parts = [find_loss(part, reduction) for part in loss.losses]
+        resolved: Loss[Any] = replace(loss, losses=parts, reduction=reduction)
+        return resolved
     if isinstance(loss, Loss) and not isinstance(loss, type):
         return loss
     if not isinstance(loss, nn.Module) or type(loss) not in MODULES:

@@ -15,7 +15,7 @@ from kfac_fast.capture import Capture
 from kfac_fast.curvature import Fisher, backpropagated
 from kfac_fast.inverses import refine_inverses
 from kfac_fast.layers import Approximation, Sharing
-from kfac_fast.losses import Loss, Outputs, find_loss
+from kfac_fast.losses import Loss, Outputs, Targets, find_loss
 from kfac_fast.options import (
     BOUNDS,
     DampingMode,
@@ -250,7 +250,7 @@ class KFAC:
         outputs: Outputs,
         *,
         loss: str | nn.Module | Loss[Outputs],
-        targets: Tensor | None = None,
+        targets: Targets = None,
         generator: torch.Generator | None = None,
     ) -> None:
         r"""Form the gradient covariances from the loss's curvature in the model's outputs.
@@ -267,17 +267,19 @@ class KFAC:
 
         Call it after the forward pass and before ``backward()``. It keeps the graph and touches no
         ``.grad``; on steps whose factors are not updated it does nothing. One call serves one
-        forward pass: a model with several outputs takes them in a single loss.
+        forward pass, with all of its losses.
 
         Args:
             outputs: The model's outputs, as the loss takes them; for ``"gaussian_nll"`` a tuple
-                ``(mean, variance)``. The first dimension is the examples: under ``"exact"``, tokens
-                of one example must not be flattened into it.
+                ``(mean, variance)``, for several losses a tuple of what each takes. The first
+                dimension is the examples: under ``"exact"``, tokens of one example must not be
+                flattened into it.
             loss: ``"cross_entropy"``, ``"mse"``, ``"bce_with_logits"`` or ``"gaussian_nll"``; or
                 ``nn.CrossEntropyLoss(...)``, ``nn.MSELoss()``, ``nn.BCEWithLogitsLoss(...)`` or
-                ``nn.GaussianNLLLoss()``; or your own, a :class:`kfac_fast.losses.Loss`.
-            targets: Training labels. The curvature depends on them only where the loss ignores or
-                weighs some.
+                ``nn.GaussianNLLLoss()``; a :class:`kfac_fast.losses.WeightedSum` of several; or
+                your own, a :class:`kfac_fast.losses.Loss`.
+            targets: Training labels, for several losses a tuple. The curvature depends on them only
+                where the loss ignores or weighs some.
             generator: Source of randomness; PyTorch's default if None.
 
         Raises:
