@@ -3,7 +3,8 @@
 The empirical Fisher takes the gradients of the training loss, as they pass. The Monte-Carlo Fisher
 takes those of the loss on labels drawn from the model's own predictive distribution; its
 expectation is the Fisher, which for most losses is the generalised Gauss-Newton matrix. The exact
-one backpropagates the columns of a square root of the loss's Hessian in place of labels. The
+one backpropagates the columns of a square root of the loss's Hessian in place of labels, and
+curvature propagation their sums with random signs, which have the same expectation. The
 forward-only one takes the identity for the gradient covariance.
 """
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from kfac_fast.losses import Loss, Outputs, Targets
 
-Fisher = Literal["empirical", "mc", "exact", "forward-only"]
+Fisher = Literal["empirical", "mc", "exact", "curvature-propagation", "forward-only"]
 
 
 def backpropagated(
@@ -33,14 +34,15 @@ def backpropagated(
     .. math:: \sum_k \frac{\partial s_k}{\partial f_n}
         \left(\frac{\partial s_k}{\partial f_n}\right)^\top = \nabla_{f_n}^2 \sum_m \ell_m
 
-    for the outputs :math:`f_n` of each example, in expectation under ``"mc"``.
+    for the outputs :math:`f_n` of each example; in expectation, unless ``"exact"``.
 
     Args:
-        fisher: ``"mc"`` draws labels, ``"exact"`` takes each column of the Hessian's root.
+        fisher: ``"mc"`` draws labels, ``"exact"`` takes each column of the Hessian's root,
+            ``"curvature-propagation"`` adds them up with random signs.
         loss: The loss.
         outputs: The model's outputs.
         targets: Training labels.
-        samples: Draws of labels.
+        samples: Draws of labels or signs.
         generator: Source of randomness; PyTorch's default if None.
 
     Yields:
@@ -49,12 +51,18 @@ def backpropagated(
     Raises:
         RuntimeError: If the outputs are in no graph.
 
-    Source: Martens & Grosse (2015), section 5; Eschenhagen et al. (2023), section 2.
+    Source: Martens & Grosse (2015), section 5; Eschenhagen et al. (2023), section 2; Martens,
+    Sutskever & Swersky (2012).
     """
     targets = _constant(targets)
     if fisher == "mc":
         for _ in range(samples):
             yield _in_graph(loss.sample(outputs, targets, generator)) / samples**0.5
+    elif fisher == "curvature-propagation":
+        root = _in_graph(loss.root(outputs, targets))
+        for _ in range(samples):
+            coins = torch.empty_like(root).bernoulli_(generator=generator)
+            yield (root * (2 * coins - 1)).sum() / samples**0.5
     else:
         columns = _in_graph(loss.root(outputs, targets)).sum(0)
         for index in range(len(columns)):

@@ -14,7 +14,7 @@ Schedule = float | Callable[[int], float]
 
 CHOICES = {
     "approx": ("expand", "reduce"),
-    "fisher": ("empirical", "mc", "exact", "forward-only"),
+    "fisher": ("empirical", "mc", "exact", "curvature-propagation", "forward-only"),
     "loss_reduction": ("mean", "sum"),
     "damping_mode": ("factored", "plain", "exact"),
     "factor_dtype": (None, torch.float32, torch.float64),

@@ -66,8 +66,8 @@ class KFAC:
     number, or a function of the number of steps taken. A batch whose inputs or gradients hold NaN
     or infinity leaves the factors as they were, and is counted in :meth:`summary`.
 
-    The Fisher types ``"mc"`` and ``"exact"`` run backward passes of their own between those of the
-    training loop, which a loss scale does not touch::
+    Fisher types other than ``"empirical"`` and ``"forward-only"`` run backward passes of their own
+    between those of the training loop, which a loss scale does not touch::
 
         outputs = model(inputs)
         kfac.update_curvature(outputs, loss="cross_entropy")
@@ -85,9 +85,10 @@ class KFAC:
             pass. ``"mc"``: those of the loss on labels drawn from the model, in
             :meth:`update_curvature`. ``"exact"``: the same in expectation over all labels (the
             type-2 generalised Gauss-Newton matrix), at the cost of a backward pass for each entry
-            of an example's outputs. ``"forward-only"``: none, :math:`G` is the identity, whatever
-            the loss and its reduction; every forward pass with gradients enabled counts, and
-            normalisations, whose only factor needs gradients, are left alone.
+            of an example's outputs. ``"curvature-propagation"``: the same in expectation, all
+            entries in one pass with random signs. ``"forward-only"``: none, :math:`G` is the
+            identity, whatever the loss and its reduction; every forward pass with gradients enabled
+            counts, and normalisations, whose only factor needs gradients, are left alone.
         loss_reduction: ``"mean"`` or ``"sum"``, as of the training loss.
         loss_terms_per_example: Terms of each example that a mean loss is divided by: 1 for one
             label an example, the sequence length for one label a token. It serves the empirical
@@ -98,7 +99,7 @@ class KFAC:
             (*schedule*), for the empirical Fisher; with a ``torch.amp.GradScaler``,
             ``lambda step: scaler.get_scale()``. Call :meth:`step` between ``scaler.unscale_`` and
             ``scaler.step`` even after an overflow, or see :meth:`attach`.
-        mc_samples: Draws of labels in each :meth:`update_curvature`.
+        mc_samples: Draws of labels or signs in each :meth:`update_curvature`.
         damping: Tikhonov damping :math:`\lambda` (*schedule*).
         damping_mode: ``"factored"`` as above; ``"plain"``: :math:`\lambda` on each factor;
             ``"exact"``: :math:`\lambda` on the Kronecker product, in its eigenbasis. Under it the
@@ -260,10 +261,11 @@ class KFAC:
             \sum_k r_{k,n} r_{k,n}^\top = \nabla_{f_n}^2 \sum_m \ell_m
 
         with :math:`c = 1/M` for a mean of M terms, 1 for a sum. The vectors :math:`r` are the
-        columns of a root of the Hessian under ``fisher="exact"``, and gradients of the loss on
-        drawn labels under ``"mc"``, where the last equation holds in expectation. Under
-        ``"empirical"`` only the terms of the loss are counted, for losses that ignore some labels;
-        under ``"forward-only"`` there is nothing to do.
+        columns of a root of the Hessian under ``fisher="exact"``, their sums with random signs
+        under ``"curvature-propagation"``, and gradients of the loss on drawn labels under ``"mc"``;
+        for both, the last equation holds in expectation. Under ``"empirical"`` only the terms
+        of the loss are counted, for losses that ignore some labels; under ``"forward-only"`` there
+        is nothing to do.
 
         Call it after the forward pass and before ``backward()``. It keeps the graph and touches no
         ``.grad``; on steps whose factors are not updated it does nothing. One call serves one

@@ -144,14 +144,14 @@ def reused(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def batch(model: nn.Module, kfac: KFAC, retain_graph: bool = False) -> Tensor:
     outputs = model(INPUTS[type(model)]())
-    if kfac.fisher in ("mc", "exact"):
+    if kfac.fisher not in ("empirical", "forward-only"):
         kfac.update_curvature(outputs, loss="cross_entropy")
     loss = cross_entropy(outputs, classes(outputs))
     loss.backward(retain_graph=retain_graph)
     return loss
 
 
-@pytest.mark.parametrize("fisher", ["empirical", "mc", "forward-only"])
+@pytest.mark.parametrize("fisher", ["empirical", "mc", "curvature-propagation", "forward-only"])
 @pytest.mark.parametrize("approx", ["expand", "reduce"])
 def test_steps_form_their_sums_where_the_last_ones_were(
     reused: list[int], approx: str, fisher: str

@@ -38,7 +38,7 @@ def train(model: nn.Module, kfac: KFAC, run: Any, steps: int = 3) -> list[Tensor
         x, y = images(), torch.randint(3, (5,))
         model.zero_grad()
         outputs = run(x)
-        if kfac.fisher in ("mc", "exact"):
+        if kfac.fisher not in ("empirical", "forward-only"):
             generator = torch.Generator().manual_seed(2)
             kfac.update_curvature(outputs, loss="cross_entropy", generator=generator)
         F.cross_entropy(outputs, y).backward()
@@ -73,7 +73,12 @@ def test_a_compiled_model_has_the_factors_of_the_eager_one(backend: str, approx:
 
 @pytest.mark.parametrize(
     ("backend", "fisher"),
-    [("aot_eager", "mc"), ("inductor", "exact"), ("aot_eager", "forward-only")],
+    [
+        ("aot_eager", "mc"),
+        ("inductor", "exact"),
+        ("aot_eager", "curvature-propagation"),
+        ("aot_eager", "forward-only"),
+    ],
 )
 def test_every_fisher_is_that_of_the_eager_model(backend: str, fisher: str) -> None:
     with torch._functorch.config.patch(donated_buffer=False):

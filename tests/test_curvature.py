@@ -20,8 +20,13 @@ from kfac_fast.losses import LOSSES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 cases = pytest.mark.parametrize("case", LOSS_CASES.values(), ids=LOSS_CASES)
-names = pytest.mark.parametrize("name", LOSSES)
 approximations = pytest.mark.parametrize("approx", ["expand", "reduce"])
+drawn = pytest.mark.parametrize(
+    ("fisher", "name"),
+    [*(("mc", name) for name in LOSSES), ("curvature-propagation", "cross_entropy")],
+)
+FISHERS = ["mc", "exact", "curvature-propagation"]
+backpropagating = pytest.mark.parametrize("fisher", FISHERS)
 reductions = pytest.mark.parametrize("reduction", ["mean", "sum"])
 
 
@@ -106,9 +111,9 @@ def test_the_exact_covariance_is_the_gauss_newton_matrix(
         assert_same(g, expected[name])
 
 
-@names
+@drawn
 def test_the_sampled_covariance_converges_to_the_exact_one_at_the_monte_carlo_rate(
-    name: str,
+    fisher: str, name: str
 ) -> None:
     """16 times the draws make a quarter of the error.
 
@@ -122,7 +127,7 @@ def test_the_sampled_covariance_converges_to_the_exact_one_at_the_monte_carlo_ra
         exact = curvature_step(model, kfac, case, x, targets)
     errors = []
     for samples in (2, 32):
-        options = {"fisher": "mc", "mc_samples": samples, "factor_decay": 0}
+        options = {"fisher": fisher, "mc_samples": samples, "factor_decay": 0}
         kfac = preconditioner(model, **options)
         draws = [curvature_step(model, kfac, case, x, targets)["last"] for _ in range(40)]
         kfac.detach()
@@ -131,10 +136,10 @@ def test_the_sampled_covariance_converges_to_the_exact_one_at_the_monte_carlo_ra
     assert errors[0] < exact["last"].norm() and 2.7 < errors[0] / errors[1] < 6
 
 
-@names
+@drawn
 @pytest.mark.parametrize("mc_samples", [1, 4])
 def test_the_sampled_covariance_is_unbiased_in_the_number_of_samples(
-    name: str, mc_samples: int
+    fisher: str, name: str, mc_samples: int
 ) -> None:
     """Many updates; within five standard errors."""
     case = next(case for case in LOSS_CASES.values() if case.name == name)
@@ -142,12 +147,41 @@ def test_the_sampled_covariance_is_unbiased_in_the_number_of_samples(
     targets = case.targets(model(x).detach())
     with preconditioner(model, fisher="exact") as kfac:
         exact = curvature_step(model, kfac, case, x, targets)
-    kfac = preconditioner(model, fisher="mc", mc_samples=mc_samples, factor_decay=0)
+    kfac = preconditioner(model, fisher=fisher, mc_samples=mc_samples, factor_decay=0)
     draws = torch.stack(
         [curvature_step(model, kfac, case, x, targets)["first"] for _ in range(300)]
     )
     deviation = (draws.mean(0) - exact["first"]).abs()
     assert (deviation <= 5 * draws.std(0) / len(draws) ** 0.5 + 1e-12).all()
+
+
+@pytest.mark.parametrize("name", ["mse", "bce_with_logits"])
+def test_random_signs_of_a_single_column_give_the_exact_covariance(name: str) -> None:
+    """Of every example, bit for bit."""
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double(), tokens()[:, 0]
+    results = []
+    for fisher in ("exact", "curvature-propagation"):
+        kfac = preconditioner(model, fisher=fisher, mc_samples=1)
+        kfac.update_curvature(model(x), loss=name)
+        kfac.step()
+        kfac.detach()
+        results.append(gradient_covariances(kfac))
+    for layer, g in results[0].items():
+        assert torch.equal(g, results[1][layer])
+
+
+@pytest.mark.parametrize("fisher", ["mc", "curvature-propagation"])
+def test_a_generator_alone_decides_what_is_drawn(fisher: str) -> None:
+    model, x, results = Mixer(), tokens(), []
+    state = torch.get_rng_state()
+    for seed in (3, 3, 4):
+        with preconditioner(model, fisher=fisher, mc_samples=2) as kfac:
+            generator = torch.Generator().manual_seed(seed)
+            kfac.update_curvature(model(x), loss="cross_entropy", generator=generator)
+            kfac.step()
+            results.append(gradient_covariances(kfac)["first"])
+    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 # Sums and means
@@ -268,7 +302,7 @@ def test_corrected_eigenvalues_are_those_without_the_ignored_examples(reduction:
         assert_same(*pair)
 
 
-@pytest.mark.parametrize("fisher", ["empirical", "mc", "exact"])
+@pytest.mark.parametrize("fisher", ["empirical", *FISHERS])
 def test_a_batch_whose_labels_are_all_ignored_is_skipped(fisher: str) -> None:
     model = Mixer()
     kfac = preconditioner(model, fisher=fisher)
@@ -471,7 +505,7 @@ class Unasked:
         raise AssertionError
 
 
-@pytest.mark.parametrize("fisher", ["empirical", "mc", "exact", "forward-only"])
+@pytest.mark.parametrize("fisher", ["empirical", *FISHERS, "forward-only"])
 def test_the_loss_is_asked_only_when_it_matters(fisher: str) -> None:
     """Not on steps that update no factors, and never by the forward-only Fisher."""
     model = Net()
@@ -512,7 +546,7 @@ def test_ones_own_loss() -> None:
         assert_same(g, expected[name])
 
 
-@pytest.mark.parametrize("fisher", ["mc", "exact"])
+@backpropagating
 def test_outputs_without_a_graph_are_refused(fisher: str) -> None:
     model = Net()
     kfac = preconditioner(model, fisher=fisher)
@@ -521,7 +555,7 @@ def test_outputs_without_a_graph_are_refused(fisher: str) -> None:
         kfac.update_curvature(outputs, loss="cross_entropy")
 
 
-@pytest.mark.parametrize("fisher", ["mc", "exact"])
+@backpropagating
 def test_labels_that_are_learned_are_constants(fisher: str) -> None:
     results = []
     for learned in (False, True):

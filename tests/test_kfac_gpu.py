@@ -25,6 +25,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "grafted": {"grafting": "adam"},
     "refined": {"inverse_update_steps": 2, "refinement_steps": 1},
     "drawn labels": {"fisher": "mc"},
+    "random signs": {"fisher": "curvature-propagation", "mc_samples": 2},
 }
 
 
@@ -36,7 +37,7 @@ def seed() -> None:
 def train_step(model: nn.Module, kfac: KFAC, x: Tensor, y: Tensor) -> None:
     model.zero_grad(set_to_none=False)
     outputs = model(x)
-    if kfac.fisher == "mc":
+    if kfac.fisher != "empirical":
         kfac.update_curvature(outputs, loss="cross_entropy")
     F.cross_entropy(outputs, y).backward()
     kfac.step()

@@ -36,7 +36,7 @@ def test_the_line_between_the_passes_leaves_the_gradients_alone() -> None:
     expected = torch.autograd.grad(
         torch.nn.functional.cross_entropy(model(images), labels), model.weight
     )[0]
-    for fisher in ("mc", "exact"):
+    for fisher in ("mc", "exact", "curvature-propagation"):
         model.zero_grad()
         kfac = KFAC(model, fisher=fisher)
         exec(

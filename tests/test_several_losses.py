@@ -243,11 +243,12 @@ def test_the_exact_covariance_is_the_gauss_newton_matrix_of_the_weighted_sum(
 
 
 @reductions
-def test_the_sampled_covariance_of_a_weighted_sum_is_unbiased(reduction: str) -> None:
+@pytest.mark.parametrize("fisher", ["mc", "curvature-propagation"])
+def test_the_sampled_covariance_of_a_weighted_sum_is_unbiased(fisher: str, reduction: str) -> None:
     """Many updates; within five standard errors."""
     model, x, targets = Tagger(), tokens(), targets_of(LABELS["some ignored"])
     expected = gauss_newton(model, x, targets, reduction)["trunk"]
-    kfac = preconditioner(model, fisher="mc", loss_reduction=reduction, factor_decay=0)
+    kfac = preconditioner(model, fisher=fisher, loss_reduction=reduction, factor_decay=0)
     loss = WeightedSum(modules(reduction), WEIGHTS)
     draws = torch.stack(
         [curvature_step(model, kfac, loss, x, targets)["trunk"] for _ in range(300)]

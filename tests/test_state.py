@@ -35,7 +35,7 @@ class Run:
             torch.manual_seed(100 + self.kfac.steps)
             self.optimizer.zero_grad()
             outputs = self.model(images())
-            if self.kfac.fisher == "mc":
+            if self.kfac.fisher != "empirical":
                 self.kfac.update_curvature(outputs, loss="cross_entropy")
             F.cross_entropy(outputs, torch.randint(3, (5,))).backward()
             self.optimizer.step()
@@ -78,6 +78,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "grafting": {"grafting": "adam"},
     "reduce-plain": {"approx": "reduce", "damping_mode": "plain"},
     "mc": {"fisher": "mc", "mc_samples": 2},
+    "curvature-propagation": {"fisher": "curvature-propagation"},
     "schedules": {"damping": lambda step: 0.1 / (step + 1)},
 }
 
