@@ -54,7 +54,7 @@ def backpropagated(
     Source: Martens & Grosse (2015), section 5; Eschenhagen et al. (2023), section 2; Martens,
     Sutskever & Swersky (2012).
     """
-    targets = _constant(targets)
+    targets = constants(targets)
     if fisher == "mc":
         for _ in range(samples):
             yield _in_graph(loss.sample(outputs, targets, generator)) / samples**0.5
@@ -69,10 +69,17 @@ def backpropagated(
             yield columns[index]
 
 
-def _constant(targets: Targets) -> Targets:
-    """Labels may be learned."""
+def constants(targets: Targets) -> Targets:
+    """Labels without their history: they may be learned.
+
+    Args:
+        targets: Training labels, of several losses a tuple.
+
+    Returns:
+        The same numbers.
+    """
     if isinstance(targets, tuple):
-        return tuple(_constant(each) for each in targets)
+        return tuple(constants(each) for each in targets)
     return None if targets is None else targets.detach()
 
 

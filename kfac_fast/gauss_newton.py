@@ -12,7 +12,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map_only
 
-from kfac_fast.losses import Loss
+from kfac_fast.losses import Loss, Targets
 
 
 def root_product(
@@ -22,7 +22,7 @@ def root_product(
     *,
     loss: Loss[Any],
     reduction: Literal["mean", "sum"],
-    targets: Tensor | None,
+    targets: Targets,
 ) -> Tensor:
     r"""A square root of the generalised Gauss-Newton matrix times a direction.
 

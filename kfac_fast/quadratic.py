@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kfac_fast.curvature import constants
 from kfac_fast.gauss_newton import root_product
-from kfac_fast.losses import Loss, find_loss
+from kfac_fast.losses import Loss, Targets, find_loss
 from kfac_fast.preconditioner import KFAC
 
 Direction = Mapping[str, Tensor]
@@ -86,7 +87,7 @@ class QuadraticModel:
         self._previous: Direction = {}  # as in .grad, to be subtracted
 
     @contextmanager
-    def step(self, outputs_of: Callable[[], Any], targets: Tensor | None = None) -> Iterator[None]:
+    def step(self, outputs_of: Callable[[], Any], targets: Targets = None) -> Iterator[None]:
         """Put around ``kfac.step()``; from its end on ``.grad`` is what the optimizer subtracts.
 
         Args:
@@ -126,7 +127,7 @@ class QuadraticModel:
                 direction,
                 loss=self._loss,
                 reduction=self._kfac.loss_reduction,
-                targets=None if targets is None else targets.detach(),
+                targets=constants(targets),
             )
 
         self._minimise(_gradients(trained), gradients, moved, shift)

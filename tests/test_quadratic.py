@@ -20,7 +20,7 @@ from torch.func import hessian
 
 from kfac_fast import KFAC, QuadraticModel
 from kfac_fast.gauss_newton import root_product
-from kfac_fast.losses import LOSSES
+from kfac_fast.losses import LOSSES, WeightedSum
 from kfac_fast.quadratic import _minimum
 
 pytestmark = [
@@ -88,6 +88,32 @@ def test_a_product_has_the_length_that_the_dense_matrix_gives(name: str, reducti
     of = {"loss": LOSSES[name](), "reduction": reduction, "targets": y}
     moved, other = (root_product(model, lambda: model(x), u, **of) for u in (v, w))
     assert_solved((moved * other).sum()[None], (flat(v) @ dense @ flat(w))[None], 10)
+
+
+def test_several_losses_are_one_whose_labels_may_be_learned() -> None:
+    model = nn.Linear(6, 5).double()
+    x, y = torch.randn(4, 6, dtype=torch.float64), torch.tensor([0, 1, -100, 1])
+    labels = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
+
+    def loss_of(outputs: Tensor) -> Tensor:
+        return F.cross_entropy(outputs[:, :3], y) + 0.5 * F.mse_loss(outputs[:, 3:], labels)
+
+    dense = gauss_newton(model, x, loss_of)
+    kfac = KFAC(model, fisher="exact", damping=DAMPING)
+    loss = WeightedSum(["cross_entropy", "mse"], weights=[1.0, 0.5])
+    quadratic = QuadraticModel(kfac, loss=loss)
+
+    def outputs_of() -> tuple[Tensor, Tensor]:
+        return tuple(model(x).split([3, 2], 1))
+
+    kfac.update_curvature(outputs_of(), loss=loss, targets=(y, labels))
+    loss_of(model(x)).backward()
+    gradient = gradients(model)
+    with quadratic.step(outputs_of, targets=(y, labels)):
+        kfac.step()
+        step = gradients(model)
+    expected = (step @ gradient) / (step @ dense @ step + DAMPING * step @ step)
+    assert_solved(quadratic.learning_rate[None], expected[None], 10)
 
 
 def test_ignored_labels_count_neither_in_the_product_nor_in_the_mean() -> None:
