@@ -114,6 +114,59 @@ def test_a_backward_pass_keeps_the_gradient_of_one_output_only(
     assert set(kept) == {1}
 
 
+@pytest.mark.parametrize(("fisher", "passes"), [("type-2", 3), ("mc", 2), ("empirical", 1)])
+def test_inputs_wait_for_the_pass_that_lets_go_of_them(
+    fisher: str, passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    formed: list[str] = []
+
+    hooks = {"_add_input": "input", "_accumulate_gradient_covariance": "gradient"}
+    for hook, side in hooks.items():
+        form = getattr(ours.KFACLinearOperator, hook)
+
+        def watching(
+            operator: Any,
+            x: Tensor,
+            module: nn.Module,
+            module_name: str,
+            form: Any = form,
+            side: str = side,
+        ) -> None:
+            formed.append(f"{side} {module_name}")
+            form(operator, x, module, module_name)
+
+        monkeypatch.setattr(ours.KFACLinearOperator, hook, watching)
+    given = arguments("images", "mean")
+    given[3] = given[3][:1]
+    samples = passes if fisher == "mc" else 1
+    _, mine = both("KFACLinearOperator", given, fisher_type=fisher, mc_samples=samples)
+    mine.compute_kronecker_factors()
+    names = [name for name, _ in reversed(list(given[0].named_modules())) if name in mine._mapping]
+    gradients = [f"gradient {name}" for name in names]
+    last = [f"{kind} {name}" for name in names for kind in ("gradient", "input")]
+    assert formed == [*gradients * (passes - 1), *last]
+    assert not mine._inputs
+
+
+def test_an_input_that_is_changed_before_the_backward_pass_is_refused_as_by_curvlinops() -> None:
+    class Changing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.clone()
+            outputs = self.layer(x)
+            x.add_(1)
+            return outputs
+
+    model, data = Changing(), [(torch.randn(5, 4), torch.randint(3, (5,)))]
+    given = [model, nn.CrossEntropyLoss(), list(model.parameters()), data]
+    for operator in both("KFACLinearOperator", given):
+        with pytest.raises(RuntimeError, match="in.?place"):
+            operator.compute_kronecker_factors()
+
+
 class Branches(nn.Module):
     """Two ways from one layer to the next, which is called twice; and perhaps one to nowhere."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import UserDict
 from typing import Any
 
@@ -102,8 +103,12 @@ def test_a_sum_is_formed_in_place_and_a_batch_stays_as_it_is() -> None:
     assert addresses == [factor.data_ptr() for block in total.kfacs for factor in block]
     unchanged = [factor for block in (*first.kfacs, *second.kfacs) for factor in block]
     assert all(map(torch.equal, unchanged, kept))
-    for found, wanted in zip(total.kfacs, (first + second).kfacs, strict=True):
-        assert all(map(torch.equal, found, wanted))
+    own = copy.deepcopy(first)
+    first += second
+    for sums in zip(total.kfacs, first.kfacs, (own + second).kfacs, strict=True):
+        for found, other, wanted in zip(*sums, strict=True):
+            assert torch.equal(found, wanted)
+            assert torch.equal(other, wanted)
 
 
 def test_a_matrix_that_is_not_finite_is_refused() -> None:

@@ -14,18 +14,20 @@ are averaged over the groups of channels, though each group has a block of its o
 has no room for; and the covariances of a layer's calls are added up in both factors, of which
 curvlinops expects one. Other is how they are computed: patches are never written out, one triangle
 of a factor is enough, gradients of the weights are not computed on the way, those of outputs are
-used as they pass, all inverses are one call, and per-example gradients are formed for a few
-examples at a time.
+used as they pass, a layer's inputs wait for the backward pass that lets go of them, all inverses
+are one call, and per-example gradients are formed for a few examples at a time.
 
 Tested with curvlinops-for-pytorch 3.0.1.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
@@ -68,6 +70,7 @@ class KFACLinearOperator(curvlinops.KFACLinearOperator):  # type: ignore[misc]
     def compute_kronecker_factors(self) -> None:
         """Form the factors, summed up at least in float32, in the dtype of the weights."""
         self._edges.clear()  # of a pass that was broken off
+        self._inputs.clear()
         super().compute_kronecker_factors()
         for covariances in (self._input_covariances, self._gradient_covariances):
             for name, covariance in covariances.items():
@@ -81,7 +84,25 @@ class KFACLinearOperator(curvlinops.KFACLinearOperator):  # type: ignore[misc]
             raise ValueError(f"{module_name}: modules must have one input, got {len(inputs)}")
         if self._correct and self._is_backward:
             return
-        x, expand = inputs[0].detach(), self._kfac_approx == KFACType.EXPAND
+        x = inputs[0].detach()
+        waits = self._fisher_type != FisherType.FORWARD_ONLY and not self._is_backward
+        if waits and torch.is_grad_enabled():  # autograd keeps the input as well
+            self._inputs.setdefault(module_name, []).append((x, x._version))
+        else:
+            self._add_input(x, module, module_name)
+
+    def _add_inputs(self, module: nn.Module, module_name: str) -> None:
+        """Those that wait."""
+        for x, version in self._inputs.pop(module_name, []):
+            if x._version != version:
+                raise RuntimeError(
+                    f"{module_name}: the input must not change before the backward pass, got one "
+                    "that is changed in place"
+                )
+            self._add_input(x, module, module_name)
+
+    def _add_input(self, x: Tensor, module: nn.Module, module_name: str) -> None:
+        expand = self._kfac_approx == KFACType.EXPAND
         options: dict[str, Any] = {"bias": self._is_joint(module_name)}
         options |= _added_to(self._input_covariances, module_name)
         if isinstance(module, nn.Conv2d):
@@ -109,6 +130,10 @@ class KFACLinearOperator(curvlinops.KFACLinearOperator):  # type: ignore[misc]
         else:
             result = ops.shared_gram(g, reduction="sum", **options)
         self._gradient_covariances[module_name] = result
+        if self._earlier[module_name]:
+            self._earlier[module_name] -= 1
+        else:
+            self._add_inputs(module, module_name)
 
     def _register_tensor_hook_on_output_to_accumulate_gradient_covariance(
         self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, module_name: str
@@ -132,16 +157,34 @@ class KFACLinearOperator(curvlinops.KFACLinearOperator):  # type: ignore[misc]
         edges: list[tuple[str, GradientEdge]] = self.__dict__.setdefault("_outputs", [])
         return edges
 
+    @property
+    def _inputs(self) -> dict[str, list[tuple[Tensor, int]]]:
+        """Inputs of layers that the last backward pass is still to reach, and their versions."""
+        inputs: dict[str, list[tuple[Tensor, int]]] = self.__dict__.setdefault("_waiting", {})
+        return inputs
+
+    @property
+    def _earlier(self) -> Counter[str]:
+        """How many gradients of a layer's outputs are still to come before the last pass."""
+        earlier: Counter[str] = self.__dict__.setdefault("_before_last", Counter())
+        return earlier
+
     def _compute_loss_and_backward(self, output: Tensor, y: Tensor) -> None:
         weights: Any = self._params
         if self._fisher_type != FisherType.FORWARD_ONLY:
             self._params: Any = self._asked_for(output)
+            passes = {FisherType.TYPE2: output.shape[1], FisherType.MC: int(self._mc_samples)}
+            for name, _ in self._edges:
+                self._earlier[name] += passes.get(self._fisher_type, 1) - 1
         self._is_backward = True
         try:
             super()._compute_loss_and_backward(output, y)
+            for name in [*self._inputs]:  # of layers that the passes have not reached
+                self._add_inputs(self._model_func.get_submodule(name), name)
         finally:
             self._params, self._is_backward = weights, False
             self._edges.clear()  # also those of calls that checkpointing has repeated in it
+            self._earlier.clear()
 
     def _asked_for(self, output: Tensor) -> list[GradientEdge | Tensor]:
         """What a backward pass is asked for, so that it passes all outputs of the layers."""

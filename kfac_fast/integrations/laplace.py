@@ -109,9 +109,11 @@ class _Kron:
         operator.compute_kronecker_factors()
         factors = library._get_kron_factors(operator)
         factors = library._rescale_kron_factors(factors, len(y), N)
-        if library.factor != 1:
-            factors *= library.factor
-        return library.factor * operator.loss, Factors(factors.kfacs)
+        if library.factor == 1:  # a bias' block has the very matrix of its weight's
+            kfacs = [block if len(block) > 1 else [block[0].clone()] for block in factors.kfacs]
+        else:
+            kfacs = (factors * library.factor).kfacs
+        return library.factor * operator.loss, Factors(kfacs)
 
 
 class KFACGGN(_Kron, CurvlinopsGGN):  # type: ignore[misc]
