@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <csetjmp>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -84,7 +85,7 @@ class Emulator {
 
   void sync(std::string_view file, int line) {
     if (line == muted_line && file.ends_with(muted_file)) return;
-    swapcontext(&current_->context, &scheduler_);
+    pause();
   }
 
   // Place of a __syncthreads() that does nothing.
@@ -94,27 +95,40 @@ class Emulator {
  private:
   static constexpr size_t kStack = 1 << 16, kBeyond = 1 << 12;
 
+  // A fiber is begun by setcontext once, and runs the threads of one block after another: later
+  // turns are jumps, for which the operating system is not asked.
   struct Fiber {
-    ucontext_t context;
+    jmp_buf place;
     std::unique_ptr<char[]> stack{new char[kStack]};
+    bool begun = false;
     bool running;
   };
 
   static void enter() {
-    Emulator& self = instance();
-    (*self.kernel_)();
-    self.current_->running = false;
+    for (Emulator& self = instance();;) {
+      (*self.kernel_)();
+      self.current_->running = false;
+      self.pause();
+    }
+  }
+
+  void pause() {
+    if (_setjmp(current_->place) == 0) _longjmp(scheduler_, 1);
+  }
+
+  void resume() {
+    if (_setjmp(scheduler_) != 0) return;
+    if (current_->begun) _longjmp(current_->place, 1);
+    current_->begun = true;
+    ucontext_t context;
+    getcontext(&context);
+    context.uc_stack = {current_->stack.get(), 0, kStack};
+    makecontext(&context, enter, 0);
+    setcontext(&context);
   }
 
   void run_block(unsigned count, bool descending) {
-    for (unsigned t = 0; t < count; ++t) {
-      Fiber& fiber = fibers_[t];
-      getcontext(&fiber.context);
-      fiber.context.uc_stack = {fiber.stack.get(), 0, kStack};
-      fiber.context.uc_link = &scheduler_;
-      fiber.running = true;
-      makecontext(&fiber.context, enter, 0);
-    }
+    for (unsigned t = 0; t < count; ++t) fibers_[t].running = true;
     for (bool any = true; any;) {
       any = false;
       for (unsigned turn = 0; turn < count; ++turn) {
@@ -123,7 +137,7 @@ class Emulator {
         if (!current_->running) continue;
         any = true;
         threadIdx = {t % blockDim.x, t / blockDim.x % blockDim.y, t / blockDim.x / blockDim.y};
-        swapcontext(&scheduler_, &current_->context);
+        resume();
       }
     }
   }
@@ -131,7 +145,7 @@ class Emulator {
   std::vector<Fiber> fibers_;
   std::vector<uint64_t> shared_;
   Fiber* current_ = nullptr;
-  ucontext_t scheduler_;
+  jmp_buf scheduler_;
   const std::function<void()>* kernel_ = nullptr;
 
  public:

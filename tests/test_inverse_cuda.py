@@ -205,21 +205,19 @@ def test_without_log_determinants(emulated: ctypes.CDLL, size: int) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 16, 40, 129, 300])
-@pytest.mark.parametrize("value", [math.nan, math.inf, -5.0])
-def test_a_failure_touches_only_its_own_matrix(
-    emulated: ctypes.CDLL, size: int, value: float
-) -> None:
+def test_a_failure_touches_only_its_own_matrix(emulated: ctypes.CDLL, size: int) -> None:
     good = [covariance(n) for n in (7, 150, size, 130, size)]
     expected = _run(emulated, good)
-    bad = [m.clone() for m in good]
     place = 2 * size // 3
-    bad[2][place, place] = value
-    result = _run(emulated, bad)
-    assert result.info.tolist() == [0, 0, place + 1, 0, 0]
-    assert result.matrices[2].isnan().all() and result.logdet[2].isnan()
-    for i in (0, 1, 3, 4):
-        assert torch.equal(bits(result.matrices[i]), bits(expected.matrices[i]))
-        assert result.logdet[i] == expected.logdet[i]
+    for value in (math.nan, math.inf, -5.0):
+        bad = [m.clone() for m in good]
+        bad[2][place, place] = value
+        result = _run(emulated, bad)
+        assert result.info.tolist() == [0, 0, place + 1, 0, 0]
+        assert result.matrices[2].isnan().all() and result.logdet[2].isnan()
+        for i in (0, 1, 3, 4):
+            assert torch.equal(bits(result.matrices[i]), bits(expected.matrices[i]))
+            assert result.logdet[i] == expected.logdet[i]
 
 
 @dtypes
