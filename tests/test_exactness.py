@@ -58,9 +58,11 @@ def exact_blocks(
     rule = RULES[type(layer)]("layer", layer, "expand")
     parameters = rule.parameters()
     outputs = setting.model(setting.x)
+    flat = outputs.flatten()
+    every = torch.eye(len(flat), dtype=flat.dtype)
+    batched = torch.autograd.grad(flat, parameters, every, is_grads_batched=True)
     rows = []
-    for output in outputs.flatten():
-        row = torch.autograd.grad(output, parameters, retain_graph=True)
+    for row in zip(*batched, strict=True):
         for parameter, gradient in zip(parameters, row, strict=True):
             parameter.grad = gradient
         rows.append(rule.matrix(rule.gradients(), torch.float64).reshape(rule.groups, -1))
