@@ -123,12 +123,21 @@ def test_statistics_of_pytest_benchmark_are_of_the_same_calls(results: Path) -> 
         assert 1e3 * stats["median"] >= record["p50_ms"]
 
 
-def test_report(results: Path, tmp_path: Path) -> None:
+def test_report(
+    bench: Any,
+    results: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     readme = tmp_path / "README.md"
     readme.write_text("a\n<!-- benchmarks:begin -->\nstale\n<!-- benchmarks:end -->\nz\n")
-    report = ("bench/report.py", results, "--records", tmp_path, "--markdown", readme)
-    printed = run(*report)
-    assert run(*report) == printed
+    report = ["report.py", results, "--records", tmp_path, "--markdown", readme]
+    monkeypatch.setattr(sys, "argv", [*map(str, report)])
+    bench("report").main()
+    printed = capsys.readouterr().out
+    bench("report").main()
+    assert capsys.readouterr().out == printed
     (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
     for name in ("ratios.png", "floors.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
