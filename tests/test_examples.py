@@ -192,7 +192,7 @@ def test_vit_is_ahead_with_kfac_after_thirty_steps(example, image_data, one_thre
     """On the same 30-step schedule, by more than two standard deviations over three seeds."""
     train_vit, train = example("train_vit"), example("training").train
     problem = example("image_classification").classification(
-        train_vit.VisionTransformer, image_data.load_images()
+        train_vit.VisionTransformer, image_data.load_images(), batch_size=128
     )
     adamw, kfac = (
         [
