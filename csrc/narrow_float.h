@@ -1,6 +1,6 @@
 #pragma once
-// The 16-bit floating types as they lie in memory. Their conversions have no branches, so that the
-// compiler turns loops over them into vector code.
+// The 16-bit floating types as they lie in memory, and their conversions one by one; whole vectors
+// of them are converted in tile_product_body.h.
 
 #include <bit>
 #include <cstdint>

@@ -8,15 +8,37 @@ struct VectorOf {
       __attribute__((vector_size(KFAC_FAST_VECTOR_BYTES), aligned(alignof(T)), may_alias));
 };
 
+// The narrow floats whose bits are the lanes, as in narrow_float.h.
+template <typename In, typename Vector, typename Lanes>
+KFAC_FAST_TARGET inline Vector widened(Lanes bits) {
+  if constexpr (std::is_same_v<In, BFloat16>) {
+    return (Vector)(bits << 16);
+  } else {
+    const Lanes magnitude = bits & 0x7fff, sign = (bits & 0x8000) << 16;
+    const Lanes infinite = (magnitude >= 0x7c00) & 0x7f800000;
+    const Lanes normal = (magnitude << 13) + (112 << 23);
+    const Lanes subnormal = (Lanes)(__builtin_convertvector(magnitude, Vector) * 0x1p-24f);
+    return (Vector)((magnitude < 0x0400 ? subnormal : normal) | infinite | sign);
+  }
+}
+
+// A vector of any size of T. The loop over narrow floats only moves their bits, which the compiler
+// makes one instruction of; one over whole conversions takes long to compile, and may stay scalar.
+template <typename Vector, typename T, typename In>
+KFAC_FAST_TARGET inline Vector load_as(const In* from) {
+  if constexpr (std::is_same_v<In, T>) {
+    return *reinterpret_cast<const Vector*>(from);
+  } else {
+    decltype(Vector{} < Vector{}) lanes;
+#pragma GCC unroll 16
+    for (size_t i = 0; i < sizeof(Vector) / sizeof(T); ++i) lanes[i] = from[i].bits;
+    return widened<In, Vector>(lanes);
+  }
+}
+
 template <typename In, typename T>
 KFAC_FAST_TARGET inline typename VectorOf<T>::type load_vector(const In* from) {
-  if constexpr (std::is_same_v<In, T>) {
-    return *reinterpret_cast<const typename VectorOf<T>::type*>(from);
-  } else {
-    typename VectorOf<T>::type value;
-    for (size_t i = 0; i < KFAC_FAST_VECTOR_BYTES / sizeof(T); ++i) value[i] = from[i];
-    return value;
-  }
+  return load_as<typename VectorOf<T>::type, T>(from);
 }
 
 // Adds to a sum what the last addition to it rounded off (Kahan), too.

@@ -32,11 +32,7 @@ KFAC_FAST_TARGET __attribute__((noinline)) void sum_rows(const SumPlan<T>& plan,
 #pragma GCC unroll 8
         for (int b = 0; b < BLOCKS; ++b) {
           const In* pixels = row + p * channels.stride + b * Block::SIZE;
-          if constexpr (std::is_same_v<In, T>) {
-            total[p][b] += *reinterpret_cast<const Vector*>(pixels);
-          } else {
-            for (int i = 0; i < Block::SIZE; ++i) total[p][b][i] += static_cast<T>(pixels[i]);
-          }
+          total[p][b] += load_as<Vector, T>(pixels);
         }
       }
     }
