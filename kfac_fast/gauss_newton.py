@@ -29,12 +29,14 @@ def root_product(
     .. math:: c^{1/2} R^\top J v, \qquad F = c \, J^\top R R^\top J
 
     with the Jacobian :math:`J` of the outputs, the root :math:`R` of the summed loss's Hessian, and
-    :math:`c = 1/M` for a mean of M terms, 1 for a sum. It is one forward pass, which leaves the
-    model's buffers as they are. No backward pass can follow, so that none of it is captured.
+    :math:`c = 1/M` for a mean of M terms, 1 for a sum. :math:`J v` is one forward pass, which
+    leaves the model's buffers as they are. No backward pass can follow, so that none of it is
+    captured. The root goes through reverse mode, as for the Fisher: forward mode would take what it
+    makes under ``no_grad`` for more than constants.
 
     Args:
         model: The model.
-        outputs_of: Evaluates its outputs.
+        outputs_of: Evaluates its outputs, tensors or what PyTorch's pytrees find tensors in.
         direction: :math:`v`, by names of the model's parameters; zero for others.
         loss: The loss.
         reduction: Whether it is a mean or a sum.
@@ -57,17 +59,17 @@ def root_product(
                 tensors[name] = forward_ad.make_dual(parameter.detach(), direction[name])
         named = {f"model.{name}": tensor for name, tensor in tensors.items()}
         outputs = functional_call(_Evaluation(model, outputs_of), named, ())
-        with torch.enable_grad():  # for a loss may ask which of its outputs need gradients
-            outputs = tree_map_only(Tensor, _leaf, outputs)
-            root = forward_ad.unpack_dual(loss.root(outputs, targets)).tangent
-            terms = loss.terms(outputs, targets)
-    if root is None:
+        leaves: dict[Tensor, Tensor] = {}
+        outputs = tree_map_only(Tensor, lambda output: _leaf(output, leaves), outputs)
+    with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+        root = loss.root(outputs, targets)
+        terms = loss.terms(outputs, targets)
+    if not root.requires_grad:
         raise RuntimeError(
             "QuadraticModel.step: outputs_of must return outputs that depend on the parameters, "
             "got ones that do not"
         )
-    product: Tensor = root.detach() / (terms**0.5 if reduction == "mean" else 1)
-    return product
+    return _derivative(root, leaves) / (terms**0.5 if reduction == "mean" else 1)
 
 
 class _Evaluation(nn.Module):
@@ -83,10 +85,20 @@ class _Evaluation(nn.Module):
         return self.outputs_of()
 
 
-def _leaf(output: Tensor) -> Tensor:
-    """An output and its derivative, at the beginning of a graph if it has one."""
+def _leaf(output: Tensor, leaves: dict[Tensor, Tensor]) -> Tensor:
+    """An output at the beginning of a graph, noted with its derivative if it has one."""
     value, tangent = forward_ad.unpack_dual(output)
     leaf: Tensor = value.detach()
     if tangent is not None:
-        leaf = forward_ad.make_dual(leaf.requires_grad_(), tangent)
+        leaves[leaf.requires_grad_()] = tangent
     return leaf
+
+
+def _derivative(root: Tensor, leaves: Mapping[Tensor, Tensor]) -> Tensor:
+    """That of a linear map: what takes it backward, with derivatives as seeds, taken backward."""
+    seed = torch.zeros_like(root, requires_grad=True)
+    columns = torch.autograd.grad(root, list(leaves), seed, create_graph=True, allow_unused=True)
+    used = [pair for pair in zip(columns, leaves.values(), strict=True) if pair[0] is not None]
+    backward, tangents = zip(*used, strict=True)
+    product: Tensor = torch.autograd.grad(backward, seed, tangents)[0]
+    return product

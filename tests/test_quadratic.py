@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from host import never_waits
+from loss_cases import LOSS_CASES, LossCase
 from nets import Net, classes, images, preconditioner
 from oracle import assert_same
 from plain_kfac import assert_solved
@@ -20,7 +21,7 @@ from torch.func import hessian
 
 from kfac_fast import KFAC, QuadraticModel
 from kfac_fast.gauss_newton import root_product
-from kfac_fast.losses import LOSSES, WeightedSum
+from kfac_fast.losses import LOSSES, MSE, WeightedSum, find_loss
 from kfac_fast.quadratic import _minimum
 
 pytestmark = [
@@ -88,6 +89,42 @@ def test_a_product_has_the_length_that_the_dense_matrix_gives(name: str, reducti
     of = {"loss": LOSSES[name](), "reduction": reduction, "targets": y}
     moved, other = (root_product(model, lambda: model(x), u, **of) for u in (v, w))
     assert_solved((moved * other).sum()[None], (flat(v) @ dense @ flat(w))[None], 10)
+
+
+@pytest.mark.parametrize("case", LOSS_CASES.values(), ids=LOSS_CASES)
+def test_every_root_is_that_of_the_hessian(case: LossCase) -> None:
+    model, x = nn.Linear(3, 8).double(), torch.randn(4, 3, dtype=torch.float64)
+
+    def entries_of() -> Tensor:
+        return model(x).exp().reshape(4, 4, 2)
+
+    f, v = entries_of().detach(), random_direction(model)
+    y = case.targets(f)
+    loss = find_loss(case.module(reduction="sum"), "sum")
+    product = root_product(
+        model, lambda: case.outputs(entries_of()), v, loss=loss, reduction="sum", targets=y
+    )
+    change = (x @ v["weight"].T + v["bias"]).flatten() * f.flatten()
+    expected = change @ case.hessian(f, y) @ change
+    assert_solved(product.square().sum()[None], expected[None], 100)
+
+
+class Saturating(MSE):
+    """Squared errors, of which each counts the less the larger the output, as of a constant."""
+
+    def root(self, outputs: Tensor, targets: Tensor | None) -> Tensor:
+        with torch.no_grad():
+            weight = 1 / (1 + outputs.square())
+        return super().root(weight * outputs, targets)
+
+
+def test_what_a_root_makes_without_gradients_is_constant() -> None:
+    model, x = nn.Linear(3, 2).double(), torch.randn(4, 3, dtype=torch.float64)
+    v = random_direction(model)
+    of = {"loss": Saturating(), "reduction": "sum", "targets": None}
+    product = root_product(model, lambda: model(x), v, **of)
+    change = x @ v["weight"].T + v["bias"]
+    assert_same(product, 2**0.5 * change / (1 + model(x).detach().square()))
 
 
 def test_several_losses_are_one_whose_labels_may_be_learned() -> None:
