@@ -42,10 +42,12 @@ class QuadraticModel:
             optimizer.step()
 
     All parameters of the model that have a ``.grad`` take part; the direction of one that is not
-    preconditioned is its gradient. The host never waits for the device. The passes are not captured
-    and leave buffers as they are; a compiled model runs uncompiled in them, and dropout has other
-    masks. Whatever the model does needs a derivative in forward mode: PyTorch has none for
-    attention in evaluation mode, and loses it under ``checkpoint(use_reentrant=True)``.
+    preconditioned is its gradient. Where a sum is accumulated, whose micro-batches are divided by
+    ``accumulation_steps``, :math:`F` and :math:`\lambda` are, too: the steps are those of the sum.
+    The host never waits for the device. The passes are not captured and leave buffers as they are;
+    a compiled model runs uncompiled in them, and dropout has other masks. Whatever the model does
+    needs a derivative in forward mode: PyTorch has none for attention in evaluation mode, and loses
+    it under ``checkpoint(use_reentrant=True)``.
 
     Args:
         kfac: The preconditioner, not attached to an optimizer.
@@ -92,7 +94,8 @@ class QuadraticModel:
 
         Args:
             outputs_of: Evaluates the model's outputs, as the loss takes them, on the batch that the
-                gradients are of; for a mean loss, on a part of it if that is to be cheaper.
+                gradients are of, all micro-batches; for a mean loss, on a part of it if that is to
+                be cheaper.
             targets: Training labels of these outputs. The curvature depends on them only where the
                 loss ignores or weighs some.
 
@@ -108,7 +111,9 @@ class QuadraticModel:
                 "QuadraticModel.step: kfac must be stepped in the block, got one that is attached "
                 "to an optimizer"
             )
-        shift = self._kfac._now("damping") + self._l2_penalty
+        # .grad has the sum divided by the number of micro-batches, the factors undivided.
+        share = self._kfac.accumulation_steps if self._kfac.loss_reduction == "sum" else 1
+        shift = self._kfac._now("damping") / share + self._l2_penalty
         named = self._kfac.model.named_parameters()
         trained = {name: p for name, p in named if p.grad is not None}
         gradients = {name: gradient.clone() for name, gradient in _gradients(trained).items()}
@@ -121,7 +126,7 @@ class QuadraticModel:
             )
 
         def moved(direction: Direction) -> Tensor:
-            return root_product(
+            product = root_product(
                 self._kfac.model,
                 outputs_of,
                 direction,
@@ -129,6 +134,7 @@ class QuadraticModel:
                 reduction=self._kfac.loss_reduction,
                 targets=constants(targets),
             )
+            return product / math.sqrt(share)
 
         self._minimise(_gradients(trained), gradients, moved, shift)
 

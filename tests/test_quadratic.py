@@ -285,6 +285,33 @@ def test_both_rates_are_those_of_the_dense_model(penalty: float) -> None:
         past = change
 
 
+def test_an_accumulated_sum_has_the_steps_of_the_sum() -> None:
+    model, x, y = Net(), images(4), torch.randint(3, (4,))
+    models = [model, copy.deepcopy(model)]
+    kfacs = [
+        preconditioner(net, loss_reduction="sum", accumulation_steps=count)
+        for net, count in zip(models, (1, 2), strict=True)
+    ]
+    dense = gauss_newton(model, x, lambda f: F.cross_entropy(f, y, reduction="sum")) / 2
+    dense += DAMPING / 2 * torch.eye(len(dense)).double()
+    changes = []
+    for net, kfac in zip(models, kfacs, strict=True):
+        quadratic = QuadraticModel(kfac, loss="cross_entropy")
+        count = kfac.accumulation_steps
+        for inputs, labels in zip(x.chunk(count), y.chunk(count), strict=True):
+            (F.cross_entropy(net(inputs), labels, reduction="sum") / count).backward()
+        raw = gradients(net)
+        with quadratic.step(lambda net=net: net(x)):
+            kfac.step()
+            direction = gradients(net)
+        changes.append(-gradients(net))
+    assert_solved(changes[1], changes[0])
+    expected = (direction @ raw) / (direction @ dense @ direction)
+    assert_solved(quadratic.learning_rate[None], expected[None])
+    model_change = raw @ changes[1] + changes[1] @ dense @ changes[1] / 2
+    assert_solved(quadratic.predicted_change[None], model_change[None])
+
+
 def regression() -> tuple[nn.Module, Tensor, Tensor]:
     """Least squares, of which empirical K-FAC is no exact model, but the quadratic one is."""
     scales = torch.tensor([1.0, 3.0, 10.0], dtype=torch.float64)
