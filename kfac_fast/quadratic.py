@@ -59,7 +59,9 @@ class QuadraticModel:
     Attributes:
         learning_rate: Latest :math:`\alpha`, a scalar tensor; None before the first step.
         momentum: Latest :math:`\mu`, likewise.
-        predicted_change: Latest :math:`M(\delta) - M(0)`, likewise.
+        predicted_change: Latest :math:`M(\delta) - M(0)`, likewise. If it is not finite, the
+            step is zero, and none before the next; gradients that are not finite stay so, to be
+            seen.
 
     Raises:
         ValueError: If the loss is unknown, or the penalty is not a number from 0.
@@ -126,15 +128,16 @@ class QuadraticModel:
             )
 
         def moved(direction: Direction) -> Tensor:
+            length, unit = _length_and_unit(direction)
             product = root_product(
                 self._kfac.model,
                 outputs_of,
-                direction,
+                unit,
                 loss=self._loss,
                 reduction=self._kfac.loss_reduction,
                 targets=constants(targets),
             )
-            return product / math.sqrt(share)
+            return length * product / math.sqrt(share)
 
         self._minimise(_gradients(trained), gradients, moved, shift)
 
@@ -168,12 +171,14 @@ class QuadraticModel:
         self.learning_rate, self.momentum = rates
         gains = [rate * slope for rate, slope in zip(rates, slopes, strict=False)]
         self.predicted_change = -torch.stack(gains).sum() / 2
+        finite = self.predicted_change.isfinite()
+        sound = torch.stack([gradient.isfinite().all() for gradient in gradients.values()]).all()
         for name, own in step.items():
             own.mul_(rates[0])
             if self._previous:
                 own.add_(directions[1][name] * rates[1])
-        if self._has_momentum:  # but for a step that is not finite, which a scaler will skip
-            finite = self.predicted_change.isfinite()
+            own.masked_fill_(sound & ~finite, 0)  # a scaler skips only where gradients overflow
+        if self._has_momentum:
             self._previous = {name: torch.where(finite, own, 0) for name, own in step.items()}
 
     def _past(self, name: str, like: Tensor) -> Tensor:
@@ -227,6 +232,14 @@ def _inner(one: Direction, other: Direction) -> Tensor:
         for name, own in one.items()
     ]
     return torch.stack(products).sum()
+
+
+def _length_and_unit(direction: Direction) -> tuple[Tensor, Direction]:
+    """A direction's length and itself at length 1, for which the range of half precision does."""
+    length = _inner(direction, direction).sqrt()
+    divisor = torch.where(length > 0, length, 1)
+    unit = {name: (own.to(length.dtype) / divisor).to(own.dtype) for name, own in direction.items()}
+    return length, unit
 
 
 def _minimum(slopes: Sequence[Tensor], curvatures: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

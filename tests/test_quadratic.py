@@ -389,6 +389,49 @@ def test_a_step_that_is_not_finite_is_no_step_before() -> None:
     assert quadratic.predicted_change < 0
 
 
+@pytest.mark.parametrize("momentum", [True, False])
+@pytest.mark.parametrize("broken", ["outputs", "direction"])
+def test_a_model_that_is_not_finite_has_no_step(broken: str, momentum: bool) -> None:
+    model, x, y = Net(), images(), torch.randint(3, (5,))
+    kfac = preconditioner(model)
+    quadratic = QuadraticModel(kfac, loss="cross_entropy", momentum=momentum)
+    step(model, kfac, quadratic, x, y)
+    model.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    factor = math.inf if broken == "outputs" else 1
+    with quadratic.step(lambda: model(x) * factor):
+        kfac.step()
+        if broken == "direction":
+            model.head.weight.grad[0, 0] = math.inf
+    assert torch.equal(gradients(model), torch.zeros_like(gradients(model)))
+    assert not quadratic.predicted_change.isfinite()
+    step(model, kfac, quadratic, x, y)
+    assert quadratic.learning_rate > 0 and quadratic.momentum == 0
+
+
+@pytest.mark.parametrize("scale", [2.0**-30, 2.0**24])
+def test_the_length_of_a_direction_is_nothing_to_half_precision(scale: float) -> None:
+    model, x, y = Net().float(), images().float(), torch.randint(3, (5,))
+    kfac = preconditioner(model)
+    rates, steps = [], []
+    for factor in (1.0, scale):
+        quadratic = QuadraticModel(kfac, loss="cross_entropy")
+        model.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+
+        def outputs_of() -> Tensor:
+            with torch.autocast("cpu", torch.float16):
+                return model(x)
+
+        with quadratic.step(outputs_of):
+            kfac.step()
+            for parameter in model.parameters():
+                parameter.grad *= factor
+        rates.append(factor * quadratic.learning_rate)
+        steps.append(gradients(model))
+    assert rates[0] > 0 and torch.equal(*rates) and torch.equal(*steps)
+
+
 @pytest.mark.parametrize("options", [{}, {"fisher": "forward-only"}], ids=str)
 def test_its_passes_leave_no_trace(options: dict[str, Any]) -> None:
     x, y = torch.randn(6, 2, 6, 6, dtype=torch.float64), torch.randint(3, (6,))
