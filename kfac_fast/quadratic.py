@@ -105,22 +105,23 @@ class QuadraticModel:
             Nothing.
 
         Raises:
-            RuntimeError: If the preconditioner is attached to an optimizer, the parameters change
-                in the block, or the outputs do not depend on them.
+            RuntimeError: If the preconditioner is attached to an optimizer or takes no step in the
+                block, no parameter has a ``.grad`` before it, the parameters change in it, or the
+                outputs do not depend on them.
+            ValueError: If a ``.grad`` is sparse.
         """
-        if self._kfac._optimizer_hook is not None:
-            raise RuntimeError(
-                "QuadraticModel.step: kfac must be stepped in the block, got one that is attached "
-                "to an optimizer"
-            )
         # .grad has the sum divided by the number of micro-batches, the factors undivided.
         share = self._kfac.accumulation_steps if self._kfac.loss_reduction == "sum" else 1
         shift = self._kfac._now("damping") / share + self._l2_penalty
-        named = self._kfac.model.named_parameters()
-        trained = {name: p for name, p in named if p.grad is not None}
+        trained, steps = self._trained(), self._kfac.steps
         gradients = {name: gradient.clone() for name, gradient in _gradients(trained).items()}
         versions = [p._version for p in trained.values()]
         yield
+        if self._kfac.steps != steps + 1:
+            raise RuntimeError(
+                "QuadraticModel.step: kfac.step() must be called once in the block, got "
+                f"{self._kfac.steps - steps} calls"
+            )
         if versions != [p._version for p in trained.values()]:
             raise RuntimeError(
                 "QuadraticModel.step: parameters must not change in the block, got changed ones; "
@@ -140,6 +141,26 @@ class QuadraticModel:
             return length * product / math.sqrt(share)
 
         self._minimise(_gradients(trained), gradients, moved, shift)
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that have a gradient, by their names; checks that a step can begin."""
+        if self._kfac._optimizer_hook is not None:
+            raise RuntimeError(
+                "QuadraticModel.step: kfac must be stepped in the block, got one that is attached "
+                "to an optimizer"
+            )
+        named = self._kfac.model.named_parameters()
+        trained = {name: p for name, p in named if p.grad is not None}
+        if not trained:
+            raise RuntimeError(
+                "QuadraticModel.step: backward() must be called before the block, got no .grad"
+            )
+        sparse = [name for name, own in _gradients(trained).items() if own.is_sparse]
+        if sparse:
+            raise ValueError(
+                f"QuadraticModel.step: gradients must be dense, got sparse ones of {sparse}"
+            )
+        return trained
 
     @torch.no_grad()
     def _minimise(

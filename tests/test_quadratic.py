@@ -533,6 +533,18 @@ def test_what_cannot_be_right_is_refused() -> None:
         with quadratic.step(lambda: model(x)):
             kfac.step()
             optimizer.step()
+    with pytest.raises(RuntimeError, match="must be called once in the block, got 0 calls"):
+        with quadratic.step(lambda: model(x)):
+            pass
+    model.zero_grad()
+    with pytest.raises(RuntimeError, match="must be called before the block, got no .grad"):
+        with quadratic.step(lambda: model(x)):
+            pass
+    model.head.bias.grad = torch.ones(3).double().to_sparse()
+    with pytest.raises(ValueError, match=r"must be dense, got sparse ones of \['head.bias'\]"):
+        with quadratic.step(lambda: model(x)):
+            pass
+    model.zero_grad()
     outputs = model(x).detach()
     F.cross_entropy(model(x), y).backward()
     with pytest.raises(RuntimeError, match="outputs_of must return outputs that depend on"):
