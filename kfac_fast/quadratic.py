@@ -212,7 +212,7 @@ class QuadraticModel:
         Returns:
             A nested dictionary that ``torch.load(weights_only=True)`` accepts.
         """
-        return {"previous": {name: own.clone() for name, own in self._previous.items()}}
+        return {"previous": {_eager(name): own.clone() for name, own in self._previous.items()}}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Continue from a saved state.
@@ -226,20 +226,25 @@ class QuadraticModel:
         if set(state) != {"previous"}:
             raise ValueError(f"load_state_dict: state must hold previous, got {sorted(state)}")
         previous = state["previous"]
-        named = dict(self._kfac.model.named_parameters())
+        named = {_eager(name): (name, p) for name, p in self._kfac.model.named_parameters()}
         misfits = [
             name
-            for name in previous
-            if name not in named or previous[name].shape != named[name].shape
+            for name, own in previous.items()
+            if name not in named or own.shape != named[name][1].shape
         ]
         if misfits:
             raise ValueError(
                 f"load_state_dict: previous must fit the model's parameters, got others {misfits}"
             )
+        fits = [(*named[name], own) for name, own in previous.items()]
         self._previous = {
-            name: torch.empty_like(named[name], requires_grad=False).copy_(own)
-            for name, own in previous.items()
+            name: torch.empty_like(p, requires_grad=False).copy_(own) for name, p, own in fits
         }
+
+
+def _eager(name: str) -> str:
+    """A parameter's name without the wrappers of compiled modules."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def _gradients(trained: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:

@@ -507,6 +507,26 @@ def test_a_run_is_resumed_bit_for_bit() -> None:
     assert torch.equal(change, expected) and resumed.momentum == quadratic.momentum != 0
 
 
+def test_compiled_and_eager_runs_exchange_states() -> None:
+    x, y = images(), torch.randint(3, (5,))
+    models: list[nn.Module] = [Net(), Net()]
+    models[1].load_state_dict(models[0].state_dict())
+    models[1] = torch.compile(models[1], backend="eager")
+    kfacs = [preconditioner(model) for model in models]
+    quadratics = [QuadraticModel(kfac, loss="cross_entropy") for kfac in kfacs]
+    pairs = list(zip(models, kfacs, quadratics, strict=True))
+    for run in pairs:
+        step(*run, x, y)
+    states = [quadratic.state_dict() for quadratic in quadratics]
+    assert states[1]["previous"].keys() == trained(models[0]).keys()
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+    for quadratic, state in zip(quadratics, reversed(states), strict=True):
+        quadratic.load_state_dict(state)
+    changes = [step(*run, x, y)[2] for run in pairs]
+    assert torch.equal(*changes) and quadratics[0].momentum == quadratics[1].momentum != 0
+    kfacs[1].detach()
+
+
 def test_a_state_that_does_not_fit_is_refused() -> None:
     quadratic = QuadraticModel(preconditioner(Net()), loss="cross_entropy")
     for state, message in (
