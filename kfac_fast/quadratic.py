@@ -42,12 +42,20 @@ class QuadraticModel:
             optimizer.step()
 
     All parameters of the model that have a ``.grad`` take part; the direction of one that is not
-    preconditioned is its gradient. Where a sum is accumulated, whose micro-batches are divided by
-    ``accumulation_steps``, :math:`F` and :math:`\lambda` are, too: the steps are those of the sum.
-    The host never waits for the device. The passes are not captured and leave buffers as they are;
-    a compiled model runs uncompiled in them, and dropout has other masks. Whatever the model does
-    needs a derivative in forward mode: PyTorch has none for attention in evaluation mode, and loses
-    it under ``checkpoint(use_reentrant=True)``.
+    preconditioned is its gradient. A ``.grad`` is to be that of the loss itself: a loss scale is
+    divided out before the block, by ``scaler.unscale_`` or by hand. Where a sum is accumulated,
+    whose micro-batches are divided by ``accumulation_steps``, :math:`F` and :math:`\lambda` are,
+    too: the steps are those of the sum. The host never waits for the device. The passes are not
+    captured and leave buffers as they are; a compiled model runs uncompiled in them, and dropout
+    has other masks.
+
+    Derivatives are taken in forward mode, which ``detach()`` ends and ``no_grad`` does not: parts
+    of the model under the latter count as trained if their parameters have a ``.grad``, or the
+    layers in front of them. PyTorch raises ``NotImplementedError`` where it has no derivative in
+    forward mode: self-attention's fast path in evaluation mode, ``weight_norm``, ``spectral_norm``
+    in training mode, LSTMs on some devices, a ``torch.autograd.Function`` without ``jvp``, and
+    ``checkpoint(use_reentrant=True)``. The last loses derivatives without a word if nothing trained
+    is in front of it: use ``use_reentrant=False``.
 
     Args:
         kfac: The preconditioner, not attached to an optimizer.

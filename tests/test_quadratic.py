@@ -11,17 +11,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from gauss_newton import flat, gauss_newton, normalised, trained
 from host import never_waits
-from loss_cases import LOSS_CASES, LossCase
-from nets import Net, classes, images, preconditioner
-from oracle import assert_same
+from nets import Net, images, preconditioner
 from plain_kfac import assert_solved
 from torch import Tensor, nn
-from torch.func import hessian
 
 from kfac_fast import KFAC, QuadraticModel
-from kfac_fast.gauss_newton import root_product
-from kfac_fast.losses import LOSSES, MSE, WeightedSum, find_loss
+from kfac_fast.losses import WeightedSum
 from kfac_fast.quadratic import _minimum
 
 pytestmark = [
@@ -30,11 +27,6 @@ pytestmark = [
     pytest.mark.filterwarnings("default:.*should not be instantiated:DeprecationWarning"),
 ]
 DAMPING = 0.05
-LOSS_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
-    "cross_entropy": F.cross_entropy,
-    "mse": F.mse_loss,
-    "bce_with_logits": F.binary_cross_entropy_with_logits,
-}
 
 
 @pytest.fixture(autouse=True)
@@ -42,89 +34,8 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
-def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def flat(tensors: dict[str, Tensor]) -> Tensor:
-    return torch.cat([tensor.detach().flatten() for tensor in tensors.values()])
-
-
 def gradients(model: nn.Module) -> Tensor:
     return flat({name: p.grad for name, p in trained(model).items()})
-
-
-def gauss_newton(model: nn.Module, x: Tensor, loss_of: Callable[[Tensor], Tensor]) -> Tensor:
-    """The dense generalised Gauss-Newton matrix, from Jacobians and the Hessian of the loss."""
-    model = copy.deepcopy(model)  # with running statistics of its own
-    parameters = list(trained(model).values())
-    outputs = model(x)
-    rows = [
-        torch.autograd.grad(entry, parameters, retain_graph=True, materialize_grads=True)
-        for entry in outputs.flatten()
-    ]
-    jacobian = torch.stack([torch.cat([part.flatten() for part in row]) for row in rows])
-    inner = hessian(lambda f: loss_of(f.reshape(outputs.shape)))(outputs.detach().flatten())
-    return jacobian.T @ inner @ jacobian
-
-
-def random_direction(model: nn.Module) -> dict[str, Tensor]:
-    return {name: torch.randn_like(p) for name, p in trained(model).items()}
-
-
-def normalised() -> nn.Module:
-    """A float64 network with a batch normalisation, whose scale it trains."""
-    layers = [nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Tanh(), nn.Flatten(), nn.Linear(48, 3)]
-    return nn.Sequential(*layers).double()
-
-
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("name", LOSS_FUNCTIONS)
-def test_a_product_has_the_length_that_the_dense_matrix_gives(name: str, reduction: str) -> None:
-    model, x = Net(tokens=name == "cross_entropy"), images()
-    outputs = model(x).detach()
-    y = classes(outputs) if name == "cross_entropy" else torch.rand_like(outputs)
-    dense = gauss_newton(model, x, lambda f: LOSS_FUNCTIONS[name](f, y, reduction=reduction))
-    v, w = random_direction(model), random_direction(model)
-    of = {"loss": LOSSES[name](), "reduction": reduction, "targets": y}
-    moved, other = (root_product(model, lambda: model(x), u, **of) for u in (v, w))
-    assert_solved((moved * other).sum()[None], (flat(v) @ dense @ flat(w))[None], 10)
-
-
-@pytest.mark.parametrize("case", LOSS_CASES.values(), ids=LOSS_CASES)
-def test_every_root_is_that_of_the_hessian(case: LossCase) -> None:
-    model, x = nn.Linear(3, 8).double(), torch.randn(4, 3, dtype=torch.float64)
-
-    def entries_of() -> Tensor:
-        return model(x).exp().reshape(4, 4, 2)
-
-    f, v = entries_of().detach(), random_direction(model)
-    y = case.targets(f)
-    loss = find_loss(case.module(reduction="sum"), "sum")
-    product = root_product(
-        model, lambda: case.outputs(entries_of()), v, loss=loss, reduction="sum", targets=y
-    )
-    change = (x @ v["weight"].T + v["bias"]).flatten() * f.flatten()
-    expected = change @ case.hessian(f, y) @ change
-    assert_solved(product.square().sum()[None], expected[None], 100)
-
-
-class Saturating(MSE):
-    """Squared errors, of which each counts the less the larger the output, as of a constant."""
-
-    def root(self, outputs: Tensor, targets: Tensor | None) -> Tensor:
-        with torch.no_grad():
-            weight = 1 / (1 + outputs.square())
-        return super().root(weight * outputs, targets)
-
-
-def test_what_a_root_makes_without_gradients_is_constant() -> None:
-    model, x = nn.Linear(3, 2).double(), torch.randn(4, 3, dtype=torch.float64)
-    v = random_direction(model)
-    of = {"loss": Saturating(), "reduction": "sum", "targets": None}
-    product = root_product(model, lambda: model(x), v, **of)
-    change = x @ v["weight"].T + v["bias"]
-    assert_same(product, 2**0.5 * change / (1 + model(x).detach().square()))
 
 
 def test_several_losses_are_one_whose_labels_may_be_learned() -> None:
@@ -151,89 +62,6 @@ def test_several_losses_are_one_whose_labels_may_be_learned() -> None:
         step = gradients(model)
     expected = (step @ gradient) / (step @ dense @ step + DAMPING * step @ step)
     assert_solved(quadratic.learning_rate[None], expected[None], 10)
-
-
-def test_ignored_labels_count_neither_in_the_product_nor_in_the_mean() -> None:
-    model, x, y = Net(tokens=True), images(), torch.randint(3, (5, 6))
-    y[:2] = -100
-    of = {"loss": LOSSES["cross_entropy"](), "reduction": "mean"}
-    v = random_direction(model)
-    out = root_product(model, lambda: model(x), v, targets=y, **of).square().sum()
-    expected = root_product(model, lambda: model(x[2:]), v, targets=None, **of).square().sum()
-    assert_same(out, expected)
-
-
-def test_a_trained_variance_is_part_of_the_curvature() -> None:
-    class Gaussian(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.mean, self.spread = (nn.Linear(3, 2, dtype=torch.float64) for _ in range(2))
-
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            return self.mean(x), self.spread(x).exp()
-
-    model, x = Gaussian(), torch.randn(4, 3, dtype=torch.float64)
-    v = random_direction(model)
-    product = root_product(
-        model,
-        lambda: model(x),
-        v,
-        loss=LOSSES["gaussian_nll"](),
-        reduction="sum",
-        targets=None,
-    )
-    variance = model(x)[1].detach()
-    mean = x @ v["mean.weight"].T + v["mean.bias"]
-    logarithm = x @ v["spread.weight"].T + v["spread.bias"]
-    expected = (mean.square() / variance + logarithm.square() / 2).sum()
-    assert_solved(product.square().sum()[None], expected.detach()[None], 10)
-
-
-class Attention(nn.Module):
-    """A transformer's layer with embedded tokens in front, whose weight the head shares."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(7, 8)
-        self.layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)
-        self.head = nn.Linear(8, 7, bias=False)
-        self.head.weight = self.embedding.weight
-        self.double()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.layer(self.embedding(x)).mean(1))
-
-
-ARCHITECTURES = {
-    "attention": (Attention, lambda: torch.randint(7, (4, 5))),
-    "batch norm": (normalised, lambda: torch.randn(6, 2, 6, 6, dtype=torch.float64)),
-    "transposed": (
-        lambda: nn.Sequential(
-            nn.ConvTranspose1d(2, 3, 3), nn.GroupNorm(1, 3), nn.Flatten(), nn.RMSNorm(18)
-        ).double(),
-        lambda: torch.randn(3, 2, 4, dtype=torch.float64),
-    ),
-}
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_all_kinds_of_layers_have_derivatives_in_forward_mode(name: str) -> None:
-    make, inputs = ARCHITECTURES[name]
-    model, x = make(), inputs()
-    y = classes(model(x).detach())
-    kept = [buffer.clone() for buffer in model.buffers()]
-    v = random_direction(model)
-    product = root_product(
-        model,
-        lambda: model(x),
-        v,
-        loss=LOSSES["cross_entropy"](),
-        reduction="mean",
-        targets=None,
-    )
-    assert all(map(torch.equal, model.buffers(), kept))
-    dense = gauss_newton(model, x, lambda f: F.cross_entropy(f, y))
-    assert_solved(product.square().sum()[None], (flat(v) @ dense @ flat(v))[None], 100)
 
 
 def step(
@@ -448,18 +276,6 @@ def test_its_passes_leave_no_trace(options: dict[str, Any]) -> None:
             for part, fields in parts.items():
                 assert all(torch.equal(v, states[1][name][part][k]) for k, v in fields.items())
         plain.load_state_dict(model.state_dict())
-
-
-def test_a_compiled_model_has_derivatives_too() -> None:
-    model, x, y = Net(), images(), torch.randint(3, (5,))
-    kfac = preconditioner(model)
-    compiled = torch.compile(model, backend="aot_eager")
-    compiled(x)
-    v = random_direction(model)
-    of = {"loss": LOSSES["cross_entropy"](), "reduction": "mean", "targets": y}
-    products = [root_product(model, lambda net=net: net(x), v, **of) for net in (model, compiled)]
-    assert torch.equal(*products)
-    kfac.detach()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
