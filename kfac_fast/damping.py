@@ -41,6 +41,23 @@ class _Snapshot:
             part.load_state_dict(copy.deepcopy(state))  # an optimizer would go on in its tensors
 
 
+@contextmanager
+def _undone(kfac: KFAC, undo: Iterable[Stateful]) -> Iterator[None]:
+    """Begin without gradients; whatever a step in the block does, all is as before at its end."""
+    before = _Snapshot(_trained(kfac.model), [kfac, *undo])
+    gradients = {p: p.grad for p in kfac.model.parameters()}
+    devices = [kfac.device] if kfac.device.type == "cuda" else []
+    try:
+        for parameter in gradients:
+            parameter.grad = None
+        with _buffers_kept(kfac.model), torch.random.fork_rng(devices):
+            yield
+    finally:
+        before.restore()
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+
+
 def _trained(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
@@ -215,8 +232,9 @@ class LevenbergMarquardt:
     ) -> None:
         """Take the damping whose step leaves the loss of a batch the lowest.
 
-        Every candidate's step is undone, with what it draws from PyTorch's random numbers, so that
-        training starts as if there had been none. Call it before the first step::
+        Every candidate's step is undone, with its gradients and what it draws from PyTorch's random
+        numbers, so that training starts as if there had been none; if one raises, too. Call it
+        before the first ``backward()`` of training::
 
             def take_step():
                 optimizer.zero_grad()
@@ -226,6 +244,9 @@ class LevenbergMarquardt:
 
             damping.calibrate(kfac, take_step, loss_of, [1e-3, 1e-2, 1e-1], undo=[optimizer])
 
+        Not undone are what the preconditioner's ``callback`` does, and draws from generators of
+        your own. Rows of ``share_rows`` are forgotten with each step: set them in ``take_step``.
+
         Args:
             kfac: The preconditioner, with this as its damping.
             take_step: Takes a step of training, without :meth:`adapt`.
@@ -234,20 +255,27 @@ class LevenbergMarquardt:
             undo: All optimizers, and the quadratic model if there is one.
 
         Raises:
-            ValueError: If a candidate is out of bounds, or none leaves the loss finite.
+            RuntimeError: If the preconditioner has taken a step.
+            ValueError: If this is not its damping, a candidate is out of bounds, or none leaves the
+                loss finite.
         """
+        if kfac.damping is not self:
+            raise ValueError(f"calibrate: kfac must have this as its damping, got {kfac.damping}")
+        if kfac.steps:
+            raise RuntimeError(
+                f"calibrate: it must come before the first step, got {kfac.steps} steps of kfac"
+            )
         if not all(self.bounds[0] <= damping <= self.bounds[1] for damping in candidates):
             raise ValueError(f"calibrate: candidates must be in {self.bounds}, got {candidates}")
-        before, first = _Snapshot(_trained(kfac.model), [kfac, *undo]), self.damping
-        devices = [kfac.device] if kfac.device.type == "cuda" else []
-        losses = {}
-        for damping in candidates:
-            self.damping = damping
-            with _buffers_kept(kfac.model), torch.random.fork_rng(devices):
-                take_step()
-                losses[damping] = float(_evaluated(kfac.model, loss_of))
-            before.restore()
-        self.damping = first
+        losses, first = {}, self.damping
+        try:
+            for damping in candidates:
+                self.damping = damping
+                with _undone(kfac, undo):
+                    take_step()
+                    losses[damping] = float(_evaluated(kfac.model, loss_of))
+        finally:
+            self.damping = first
         finite = [damping for damping in candidates if math.isfinite(losses[damping])]
         if not finite:
             raise ValueError(

@@ -334,8 +334,12 @@ def calibrated(
         kfac.step()
         optimizer.step()
 
+    outputs = model(x)
+    F.cross_entropy(outputs, y).backward()
+    old = {p: (p.grad, p.grad.clone()) for p in model.parameters()}
     if candidates:
         damping.calibrate(kfac, take_step, loss_of, candidates, undo=[optimizer])
+    assert all(p.grad is own and torch.equal(own, values) for p, (own, values) in old.items())
     assert kfac.steps == 0
     for _ in range(3):
         take_step()
@@ -354,6 +358,53 @@ def test_a_calibration_leaves_no_trace_but_the_damping() -> None:
     damping, model, _ = calibrated([10.0, 1e-3, 0.1])
     _, expected, _ = calibrated([], first=damping.damping)
     torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("end", ["take_step", "loss_of"])
+def test_a_calibration_that_is_interrupted_leaves_all_as_before(end: str) -> None:
+    model, y = Dropping(), torch.randint(2, (32,))
+    damping = LevenbergMarquardt(0.5)
+    kfac = KFAC(model, damping=damping, factor_update_steps=1, inverse_update_steps=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    x = torch.randn(32, 3)
+
+    def loss_of() -> Tensor:
+        if kfac.steps and end == "loss_of":
+            raise KeyboardInterrupt
+        return F.cross_entropy(model(x), y)
+
+    def take_step() -> None:
+        loss_of().backward()
+        kfac.step()
+        optimizer.step()
+        if end == "take_step":
+            raise KeyboardInterrupt
+
+    before, numbers = snapshot(model, optimizer), torch.get_rng_state()
+    fresh = kfac.state_dict()
+    with pytest.raises(KeyboardInterrupt):
+        damping.calibrate(kfac, take_step, loss_of, [0.1, 1.0], undo=[optimizer])
+    for old, new in zip(before, snapshot(model, optimizer), strict=True):
+        torch.testing.assert_close(new, old, rtol=0, atol=0)
+    assert kfac.state_dict() == fresh
+    assert damping.damping == 0.5 and torch.equal(torch.get_rng_state(), numbers)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_calibration_that_would_not_act_is_refused() -> None:
+    model, x, y = regression()
+    damping = LevenbergMarquardt(0.1)
+    kfac = preconditioner(model, damping=damping)
+
+    def loss_of() -> Tensor:
+        return F.mse_loss(model(x), y)
+
+    with pytest.raises(ValueError, match="kfac must have this as its damping, got <"):
+        LevenbergMarquardt(0.2).calibrate(kfac, loss_of, loss_of, [1.0], undo=[])
+    loss_of().backward()
+    kfac.step()
+    with pytest.raises(RuntimeError, match="must come before the first step, got 1 steps"):
+        damping.calibrate(kfac, loss_of, loss_of, [1.0], undo=[])
 
 
 def test_candidates_that_cannot_serve_are_refused() -> None:
