@@ -89,6 +89,11 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
 def _kronecker_model(kfac: KFAC) -> Callable[[], Tensor]:
     """What the preconditioner predicts of the step that is taken next."""
     before = {p: p.detach().clone() for p in kfac.parameters()}
+    if all(p.grad is None for p in before):
+        raise RuntimeError(
+            "adapt: backward() must be called before the block unless quadratic is given, got no "
+            ".grad of a preconditioned parameter"
+        )
     gradients = {p: torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in before}
     return lambda: kfac.predicted_change(
         gradients, {p: p.detach() - old for p, old in before.items()}
@@ -143,7 +148,7 @@ class LevenbergMarquardt:
     Attributes:
         damping: Present damping.
         ratio: Latest :math:`\rho`; None before the first adaptation.
-        rejected: Whether the step that it is of was undone.
+        rejected: Whether the latest step in :meth:`adapt` was undone.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -194,17 +199,23 @@ class LevenbergMarquardt:
             loss_of: Evaluates the training loss on the batch that the gradients are of.
             quadratic: The model :math:`M`, whose ``step`` is in the block, where it is to be the
                 exact one.
-            undo: Optimizers. If the loss has risen or is not finite when a step is looked at, it is
-                rejected: they, the quadratic model and all of the model's trained parameters are as
-                before it. The preconditioner keeps the batch's factors and counts the step. The
-                risen damping acts from the next refresh on.
+            undo: Optimizers. If the loss has risen or its change is not finite when a step is
+                looked at, it is rejected: they, the quadratic model and all of the model's trained
+                parameters are as before it. The preconditioner keeps the batch's factors and counts
+                the step.
+
+        The damping acts from the preconditioner's next refresh on, in the rates of a quadratic
+        model at once. It stays as it is where there was no step, as when a scaler skips it: where
+        the loss is the very same, and no model predicts a lower one.
 
         Yields:
             Nothing.
 
         Raises:
-            RuntimeError: If the quadratic model is given, but has no step in the block.
+            RuntimeError: If the quadratic model is given, but has no step in the block; or if it is
+                not, and there are no gradients before the block.
         """
+        self.rejected = False
         if kfac.steps % self.interval:
             yield
             return
@@ -215,9 +226,12 @@ class LevenbergMarquardt:
         yield
         actual = float(_evaluated(kfac.model, loss_of) - loss)
         predicted = float(predicted_of())
+        if actual == 0 and not predicted < 0:
+            return
         # A step that the model itself expects to raise the loss is too long, whatever came of it.
-        self.update(actual / predicted if predicted < 0 else math.nan)
-        self.rejected = before is not None and not actual <= 0
+        good = predicted < 0 and math.isfinite(actual)
+        self.update(actual / predicted if good else math.nan)
+        self.rejected = before is not None and not -math.inf < actual <= 0
         if before is not None and self.rejected:
             before.restore()
 

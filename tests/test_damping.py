@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -205,6 +206,70 @@ def test_a_step_that_is_undone_is_no_step_before_to_the_exact_model() -> None:
     torch.testing.assert_close(quadratic.state_dict(), before, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("loss_after", [-math.inf, math.inf, math.nan])
+def test_a_change_that_is_not_finite_is_bad(loss_after: float) -> None:
+    model, x, y = regression()
+    damping = LevenbergMarquardt(0.1, interval=1)
+    kfac = preconditioner(model, damping=damping)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    F.mse_loss(model(x), y).backward()
+    before = copy.deepcopy(model.state_dict())
+    losses = iter([torch.tensor(1.0), torch.tensor(loss_after)])
+    with damping.adapt(kfac, lambda: next(losses), undo=[optimizer]):
+        kfac.step()
+        optimizer.step()
+    assert damping.rejected and damping.damping == pytest.approx(0.1 / 0.95)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_a_step_that_is_not_looked_at_is_not_rejected() -> None:
+    model, x, y = regression()
+    damping = LevenbergMarquardt(0.1, interval=2)
+    kfac = preconditioner(model, damping=damping)
+    optimizer = torch.optim.SGD(model.parameters(), lr=40.0)
+    rejected = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        F.mse_loss(model(x), y).backward()
+        with damping.adapt(kfac, lambda: F.mse_loss(model(x), y), undo=[optimizer]):
+            kfac.step()
+            if kfac.steps != 2:
+                optimizer.step()
+        rejected.append(damping.rejected)
+    assert rejected == [True, False, True]
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_step_that_a_scaler_skips_leaves_the_damping(exact: bool) -> None:
+    model, x, y = regression()
+    damping = LevenbergMarquardt(0.1, interval=1)
+    kfac = preconditioner(model, damping=damping)
+    quadratic = QuadraticModel(kfac, loss="mse") if exact else None
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(F.mse_loss(model(x), y)).backward()
+    model.bias.grad[0] = math.inf
+    scaler.unscale_(optimizer)
+    before = copy.deepcopy(model.state_dict())
+    with damping.adapt(
+        kfac, lambda: F.mse_loss(model(x), y), quadratic=quadratic, undo=[optimizer]
+    ):
+        with quadratic.step(lambda: model(x)) if quadratic else nullcontext():
+            kfac.step()
+        scaler.step(optimizer)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert damping.damping == 0.1 and damping.ratio is None and not damping.rejected
+
+
+def test_gradients_that_come_in_the_block_are_refused_without_an_exact_model() -> None:
+    model, x, y = regression()
+    damping = LevenbergMarquardt(0.1, interval=1)
+    kfac = preconditioner(model, damping=damping)
+    with pytest.raises(RuntimeError, match=r"backward\(\) must be called before the block"):
+        with damping.adapt(kfac, lambda: F.mse_loss(model(x), y)):
+            F.mse_loss(model(x), y).backward()
+
+
 def test_steps_stay_where_nothing_is_to_be_undone() -> None:
     damping, losses = run(4.0, 2, interval=1)
     assert losses[1] > losses[0] and not damping.rejected
@@ -271,6 +336,7 @@ def test_adapting_leaves_running_statistics_as_after_one_pass() -> None:
     expected = [buffer.clone() for buffer in model.buffers()]
     with damping.adapt(kfac, lambda: F.mse_loss(model(x), y)):
         kfac.step()
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
     assert damping.ratio is not None
     assert all(map(torch.equal, model.buffers(), expected))
 
