@@ -29,7 +29,8 @@ def find_blocks(
 ) -> tuple[list[Block], dict[str, str]]:
     """The blocks of a model's layers, and why each other module that owns parameters has none.
 
-    Layers with the very same weight, and the same bias or none, are one block.
+    Layers of one kind with the very same weight and bias are one block, linear layers and
+    convolutions also where some have no bias.
 
     Args:
         model: The model.
@@ -205,7 +206,7 @@ def _added_rows(name: str, module: nn.MultiheadAttention) -> dict[str, str]:
 
 
 def _tied(layers: Sequence[Layer]) -> list[list[Layer]]:
-    """The layers, those of one type that have the very same weight and bias, or none, together."""
+    """The layers, those of one type that go into one block together."""
     alike: dict[tuple[object, ...], list[Layer]] = defaultdict(list)
     for layer in layers:
         alike[type(layer), layer.groups, layer.places()[0]].append(layer)
