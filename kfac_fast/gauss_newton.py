@@ -67,7 +67,7 @@ def root_product(
     if not root.requires_grad:
         raise RuntimeError(
             "QuadraticModel.step: outputs_of must return outputs that depend on the parameters, "
-            "got ones that do not"
+            "tensors or tuples, lists and dicts of them, got ones that do not"
         )
     return _derivative(root, leaves) / (terms**0.5 if reduction == "mean" else 1)
 

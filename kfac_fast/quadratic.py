@@ -105,7 +105,8 @@ class QuadraticModel:
         Args:
             outputs_of: Evaluates the model's outputs, as the loss takes them, on the batch that the
                 gradients are of, all micro-batches; for a mean loss, on a part of it if that is to
-                be cheaper.
+                be cheaper. They are tensors, or what PyTorch's pytrees find tensors in, such as
+                tuples and dicts.
             targets: Training labels of these outputs. The curvature depends on them only where the
                 loss ignores or weighs some.
 

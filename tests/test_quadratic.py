@@ -6,6 +6,7 @@ import copy
 import io
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from plain_kfac import assert_solved
 from torch import Tensor, nn
 
 from kfac_fast import KFAC, QuadraticModel
-from kfac_fast.losses import WeightedSum
+from kfac_fast.losses import MSE, WeightedSum
 from kfac_fast.quadratic import _minimum
 
 pytestmark = [
@@ -355,6 +356,16 @@ def test_a_state_that_does_not_fit_is_refused() -> None:
     assert quadratic.state_dict() == {"previous": {}}
 
 
+class OfLogits(MSE):
+    """Squared errors of outputs in an object of its own kind."""
+
+    def root(self, outputs: SimpleNamespace, targets: Tensor | None) -> Tensor:
+        return super().root(outputs.logits, targets)
+
+    def terms(self, outputs: SimpleNamespace, targets: Tensor | None) -> int:
+        return super().terms(outputs.logits, targets)
+
+
 def test_what_cannot_be_right_is_refused() -> None:
     model, x, y = Net(), images(), torch.randint(3, (5,))
     kfac = preconditioner(model)
@@ -385,6 +396,11 @@ def test_what_cannot_be_right_is_refused() -> None:
     F.cross_entropy(model(x), y).backward()
     with pytest.raises(RuntimeError, match="outputs_of must return outputs that depend on"):
         with quadratic.step(lambda: outputs):
+            kfac.step()
+    model.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    with pytest.raises(RuntimeError, match="tensors or tuples, lists and dicts of them"):
+        with QuadraticModel(kfac, loss=OfLogits()).step(lambda: SimpleNamespace(logits=model(x))):
             kfac.step()
     kfac.attach(optimizer)
     with pytest.raises(RuntimeError, match="got one that is attached to an optimizer"):
