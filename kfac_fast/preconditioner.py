@@ -32,6 +32,7 @@ from kfac_fast.steps import (
     Refreshes,
     StepReport,
     clip_scale,
+    gradient_divisor,
     graft,
     precondition,
     predicted_change,
@@ -439,8 +440,8 @@ class KFAC:
         .. math:: M(\delta) - M(0) = \sum_l \langle V_l, \delta_l \rangle + \tfrac12
             \langle \delta_l, G_l \delta_l A_l + \lambda \delta_l \rangle
 
-        over the preconditioned layers :math:`l`; other parameters are left out. Corrected
-        eigenvalues take the place of those of :math:`A_l` and :math:`G_l`.
+        over the preconditioned layers :math:`l` alone. Corrected eigenvalues take the place of
+        those of :math:`A_l` and :math:`G_l`. An accumulated sum is divided as in ``.grad``.
 
         Args:
             gradients: Gradients of the loss before they were preconditioned.
@@ -452,7 +453,8 @@ class KFAC:
         Source: Martens & Grosse (2015), section 6.5.
         """
         known = [block for block in self._blocks if block.factors]
-        return predicted_change(known, gradients, steps, self._dampings(known))
+        divisor = gradient_divisor(self.loss_reduction, self.accumulation_steps)
+        return predicted_change(known, gradients, steps, self._dampings(known), divisor)
 
     # Around the training loop
 

@@ -14,6 +14,8 @@ from kfac_fast.curvature import constants
 from kfac_fast.gauss_newton import root_product
 from kfac_fast.losses import Loss, Targets, find_loss
 from kfac_fast.preconditioner import KFAC
+from kfac_fast.selection import eager_name
+from kfac_fast.steps import gradient_divisor
 
 Direction = Mapping[str, Tensor]
 """A change of the parameters, by their names."""
@@ -119,9 +121,8 @@ class QuadraticModel:
                 outputs do not depend on them.
             ValueError: If a ``.grad`` is sparse.
         """
-        # .grad has the sum divided by the number of micro-batches, the factors undivided.
-        share = self._kfac.accumulation_steps if self._kfac.loss_reduction == "sum" else 1
-        shift = self._kfac._now("damping") / share + self._l2_penalty
+        divisor = gradient_divisor(self._kfac.loss_reduction, self._kfac.accumulation_steps)
+        shift = self._kfac._now("damping") / divisor + self._l2_penalty
         trained, steps = self._trained(), self._kfac.steps
         gradients = {name: gradient.clone() for name, gradient in _gradients(trained).items()}
         versions = [p._version for p in trained.values()]
@@ -147,7 +148,7 @@ class QuadraticModel:
                 reduction=self._kfac.loss_reduction,
                 targets=constants(targets),
             )
-            return length * product / math.sqrt(share)
+            return length * product / math.sqrt(divisor)
 
         self._minimise(_gradients(trained), gradients, moved, shift)
 
@@ -221,7 +222,7 @@ class QuadraticModel:
         Returns:
             A nested dictionary that ``torch.load(weights_only=True)`` accepts.
         """
-        return {"previous": {_eager(name): own.clone() for name, own in self._previous.items()}}
+        return {"previous": {eager_name(name): own.clone() for name, own in self._previous.items()}}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Continue from a saved state.
@@ -235,7 +236,7 @@ class QuadraticModel:
         if set(state) != {"previous"}:
             raise ValueError(f"load_state_dict: state must hold previous, got {sorted(state)}")
         previous = state["previous"]
-        named = {_eager(name): (name, p) for name, p in self._kfac.model.named_parameters()}
+        named = {eager_name(name): (name, p) for name, p in self._kfac.model.named_parameters()}
         misfits = [
             name
             for name, own in previous.items()
@@ -249,11 +250,6 @@ class QuadraticModel:
         self._previous = {
             name: torch.empty_like(p, requires_grad=False).copy_(own) for name, p, own in fits
         }
-
-
-def _eager(name: str) -> str:
-    """A parameter's name without the wrappers of compiled modules."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def _gradients(trained: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:

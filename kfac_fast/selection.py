@@ -18,6 +18,11 @@ from kfac_fast.schema import result_dtype
 NamedModules = Sequence[tuple[str, nn.Module]]
 
 
+def eager_name(name: str) -> str:
+    """A qualified name without the wrappers of compiled modules."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
 def find_blocks(
     model: nn.Module,
     approx: Approximation,
@@ -50,8 +55,7 @@ def find_blocks(
     """
     patterns = _compiled(skip)
     modules = [
-        # Without the wrapper of a compiled module.
-        (".".join(part for part in name.split(".") if part != "_orig_mod"), module)
+        (eager_name(name), module)
         for name, module in model.named_modules()
         if any(True for _ in module.parameters(recurse=False))
     ]

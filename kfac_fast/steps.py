@@ -190,11 +190,17 @@ def write(
     torch._foreach_copy_([own for own, _ in pairs], [entries for _, entries in pairs])
 
 
+def gradient_divisor(loss_reduction: str, accumulation_steps: int) -> int:
+    """What an accumulated loss divides ``.grad`` by but not the factors."""
+    return accumulation_steps if loss_reduction == "sum" else 1
+
+
 def predicted_change(
     blocks: Sequence[Block],
     gradients: Mapping[nn.Parameter, Tensor],
     steps: Mapping[nn.Parameter, Tensor],
     damping: Sequence[float],
+    divisor: int,
 ) -> Tensor:
     """See :meth:`kfac_fast.KFAC.predicted_change`.
 
@@ -203,6 +209,7 @@ def predicted_change(
         gradients: Gradients of the loss.
         steps: What was added to the parameters.
         damping: That of each block.
+        divisor: That of the loss which the factors and the damping do not know of.
 
     Returns:
         Scalar tensor.
@@ -216,11 +223,12 @@ def predicted_change(
     )
     corrections = [block.correction for block in blocks]
     if any(correction is not None for correction in corrections):
-        change = quadratic_form(deltas, [block.bases for block in blocks], corrections) / 2
+        change = quadratic_form(deltas, [block.bases for block in blocks], corrections)
     else:
         right = [block.factors[0].mean for block in blocks]
         left = [block.factors[1].mean if len(block.factors) > 1 else None for block in blocks]
-        change = multiply_sides(deltas, right, left)[1] / 2
+        change = multiply_sides(deltas, right, left)[1]
+    change = change / (2 * divisor)
     for grad, delta, own in zip(grads, deltas, damping, strict=True):
-        change = change + ((grad + own / 2 * delta) * delta).sum()
+        change = change + ((grad + own / (2 * divisor) * delta) * delta).sum()
     return change

@@ -53,6 +53,22 @@ def test_the_predicted_change_is_the_damped_quadratic_model() -> None:
     assert_same(kfac.predicted_change(gradients, steps), expected)
 
 
+def test_an_accumulated_sum_is_predicted_as_the_sum_of_one_batch_divided() -> None:
+    changes = []
+    model, x, y = regression()
+    for count in (1, 4):
+        kfac = preconditioner(model, loss_reduction="sum", accumulation_steps=count)
+        model.zero_grad()
+        for inputs, labels in zip(x.chunk(count), y.chunk(count), strict=True):
+            (F.mse_loss(model(inputs), labels, reduction="sum") / count).backward()
+        gradients = {p: p.grad.clone() for p in model.parameters()}
+        kfac.step()
+        kfac.detach()
+        steps = {p: torch.full_like(p, 0.1) for p in gradients}
+        changes.append(kfac.predicted_change(gradients, steps))
+    assert_same(changes[1], changes[0] / 4)
+
+
 def step(
     kfac: KFAC, damping: LevenbergMarquardt, model: nn.Module, x: Tensor, y: Tensor, lr: float
 ) -> float:

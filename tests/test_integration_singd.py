@@ -97,6 +97,48 @@ def test_terms_and_steps_are_those_of_singd(network: str, approx: str, average: 
         assert_solved(found.detach(), expected.detach())
 
 
+@pytest.mark.parametrize("kfac_like", [True, False])
+def test_terms_of_few_rows_are_added_without_being_formed(
+    kfac_like: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = both("rows", kfac_like=kfac_like, alpha1=0.0 if kfac_like else 0.5)
+    x, y = torch.randn(3, 2, 4, dtype=torch.float64), torch.tensor([0, 2])
+    monkeypatch.delattr(ours.Product, "_mat")
+    for inputs in x:
+        for model, optimizer in pairs:
+            optimizer.zero_grad()
+            F.cross_entropy(model(inputs), y).backward()
+        assert {type(m) for m in pairs[1][1].H_Ks.values()} == {ours.Product}
+        for _, optimizer in pairs:
+            optimizer.step()
+    for side in ("Ks", "Cs", "m_Ks", "m_Cs"):
+        expected, found = (getattr(optimizer, side) for _, optimizer in pairs)
+        for name, matrix in expected.items():
+            assert_solved(found[name].to_dense(), matrix.to_dense())
+
+
+def test_a_product_is_every_matrix_of_its_entries() -> None:
+    root = torch.randn(5, 2, dtype=torch.float64)
+    dense = DenseMatrix(root @ root.T)
+    changes: list[Callable[[Any], Any]] = [
+        lambda m: m,
+        lambda m: m.mul_(2.0),
+        lambda m: m.diag_add_(1.0),
+        lambda m: m.add_(DenseMatrix(torch.eye(5, dtype=torch.float64)), alpha=3.0),
+        lambda m: m + dense,
+        lambda m: m @ dense,
+        copy.deepcopy,
+        lambda m: pickle.loads(pickle.dumps(m)),
+    ]
+    for change in changes:
+        expected, found = change(copy.deepcopy(dense)), change(ours.Product(root))
+        assert_solved(found.to_dense(), expected.to_dense())
+        assert_solved(found.average_trace()[None], expected.average_trace()[None])
+    half = ours.Dense(torch.zeros(5, 5, dtype=torch.bfloat16))
+    half.add_(ours.Product(root.bfloat16()), alpha=2.0)
+    assert torch.equal(half.to_dense(), 2 * ours.Product(root.bfloat16()).to_dense())
+
+
 def test_scales_of_the_loss_are_those_of_singd() -> None:
     pairs = both("images", init_grad_scale=16.0)
     for scale in (16.0, 64.0):

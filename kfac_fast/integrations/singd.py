@@ -11,7 +11,8 @@ to rounding, with its scales. Where they are not those of the Fisher, they are s
 are averaged over the groups of channels, though each group has a block of its own, which one
 structure has no room for; and the terms of a layer's calls are added up on both sides. Other is how
 they are computed, of a side with many rows: its covariance is formed first, without ever writing
-patches out, and then rotated; and of products with a transpose, one triangle is enough.
+patches out, and then rotated. Of products with a transpose, one triangle is enough, and terms of
+few rows are added to the structures without being formed.
 
 Tested with singd 0.0.5.
 """
@@ -21,6 +22,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from math import sqrt
 from typing import Any
 
@@ -32,11 +34,13 @@ from kfac_fast import ops
 from kfac_fast.integrations.convolutions import are_patches_exact, output_positions, patches_gram
 from kfac_fast.integrations.replacing import replaced
 from kfac_fast.integrations.versions import require
+from kfac_fast.schema import result_dtype
 
 require("singd", "0.0.5")
 
 import singd.optim.optimizer as library  # noqa: E402  # isort: skip
 from singd.optim.utils import process_grad_output, process_input  # noqa: E402  # isort: skip
+from singd.structures.base import StructuredMatrix  # noqa: E402  # isort: skip
 from singd.structures.dense import DenseMatrix  # noqa: E402  # isort: skip
 
 
@@ -49,7 +53,17 @@ class Dense(DenseMatrix):  # type: ignore[misc]
     @classmethod
     def from_mat_inner(cls, X: Tensor) -> Dense:  # noqa: N803
         """``X X^T``."""
-        return cls(ops.gram(X.T).to(X.dtype))
+        return Product(X) if X.shape[1] < X.shape[0] else Dense(_square(X))
+
+    def add_(self, other: DenseMatrix, alpha: float | Tensor = 1.0) -> Dense:
+        """Add a multiple of another one in place."""
+        if isinstance(other, Product) and other.root is not None:
+            mat = self.to_dense()
+            if mat.dtype == result_dtype(other.root.dtype):
+                ops.gram(other.root.T, alpha=float(alpha), beta=1, out=mat)
+                return self
+        super().add_(other, alpha=alpha)
+        return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Dense:
         """Another of this class."""
@@ -58,6 +72,47 @@ class Dense(DenseMatrix):  # type: ignore[misc]
     def __reduce__(self) -> tuple[type, tuple[Tensor]]:
         """What makes singd's own of it."""
         return DenseMatrix, (self.to_dense(),)
+
+
+class Product(Dense):
+    """``X X^T``, of which ``X`` alone is kept, smaller than it, until its entries are read.
+
+    So the terms of a whole model need not be there between its backward pass and its step, which
+    adds them to other matrices one by one.
+
+    Attributes:
+        root: ``X``, or None once the product is formed.
+    """
+
+    def __init__(self, root: Tensor) -> None:
+        StructuredMatrix.__init__(self)
+        self._tensor_names.append("_mat")
+        self.root: Tensor | None = root
+
+    @cached_property
+    def _mat(self) -> Tensor:
+        assert self.root is not None
+        root, self.root = self.root, None
+        return _square(root)
+
+    @classmethod
+    def from_dense(cls, sym_mat: Tensor) -> Dense:
+        """One of known entries."""
+        return Dense(sym_mat)
+
+    def average_trace(self) -> Tensor:
+        """Mean of the diagonal."""
+        trace: Tensor
+        if self.root is None:
+            trace = super().average_trace()
+        else:
+            trace = self.root.square().sum() / len(self.root)
+        return trace
+
+
+def _square(x: Tensor) -> Tensor:
+    square: Tensor = ops.gram(x.T)
+    return square.to(x.dtype)
 
 
 # Rotating a covariance takes two products of its own size, which rotating few rows does not.
