@@ -133,6 +133,15 @@ struct SymmetricStore {
 #endif
   }
 
+  // A matrix that no cache holds is not read into one to be written, if its rows are aligned. It
+  // takes vectors as long as a line: stores of halves past the caches were slower than the reading.
+  bool past_caches() const {
+    constexpr int64_t large = 8 << 20;
+    const int64_t row_bytes = edge * static_cast<int64_t>(sizeof(T));
+    return set == InstructionSet::avx512 && beta == 0 && row_bytes % line == 0 &&
+           edge * row_bytes >= large;
+  }
+
  private:
   static constexpr int64_t line = 64;  // bytes
 
@@ -146,15 +155,6 @@ struct SymmetricStore {
   void multiply_rows(const Panels<T>& panels, int64_t row, int64_t rows, int64_t columns, T* target,
                      const T* end, bool past) const {
     functions().multiply_rows(panels, row, rows, columns, alpha, target, end, edge, past);
-  }
-
-  // A matrix that no cache holds is not read into one to be written, if its rows are aligned. It
-  // takes vectors as long as a line: stores of halves past the caches were slower than the reading.
-  bool past_caches() const {
-    constexpr int64_t large = 8 << 20;
-    const int64_t row_bytes = edge * static_cast<int64_t>(sizeof(T));
-    return set == InstructionSet::avx512 && beta == 0 && row_bytes % line == 0 &&
-           edge * row_bytes >= large;
   }
 };
 

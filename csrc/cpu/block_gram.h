@@ -44,7 +44,10 @@ class FewRows {
       : product_(tile_product<T>(set)), store_(store), columns_(columns), bias_(bias) {}
 
   bool serves(int64_t rows) const {
-    const int64_t few = 2 * product_.rows;  // more with longer vectors, which multiply faster
+    // More with longer vectors, which multiply faster, and twice as many with 16 lanes, unless the
+    // store of one triangle and its mirror image goes past the caches, too.
+    const bool fast = product_.lanes == 16 && !store_.past_caches();
+    const int64_t few = (fast ? 4 : 2) * product_.rows;
     return rows > 0 && rows <= few && store_.beta == 0 && columns_ >= product_.lanes;
   }
 
