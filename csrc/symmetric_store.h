@@ -37,6 +37,9 @@ struct SymmetricStoreFunctions {
                 T beta, T* target, T* mirror, int64_t edge, bool past_caches);
   void (*multiply_rows)(const Panels<T>& panels, int64_t row, int64_t rows, int64_t columns,
                         T alpha, T* target, const T* end, int64_t edge, bool past_caches);
+  void (*multiply_symmetric_past_caches)(const Panels<T>& strip, int64_t begin, int64_t end,
+                                         const T* right, int64_t columns, T alpha, T* target,
+                                         T* mirror, int64_t edge);
   Multiply multiply_symmetric[3];  // [vectors - 1]
 };
 
@@ -66,10 +69,9 @@ struct SymmetricStore {
                   int64_t row, int64_t column) const {
     T* target = matrix + row * edge + column;
     T* mirror = matrix + column * edge + row;
-    const bool aligned = reinterpret_cast<uintptr_t>(target) % line == 0 &&
-                         reinterpret_cast<uintptr_t>(mirror) % line == 0;
-    functions().store(sums, rows, columns, diagonal, alpha, beta, target, mirror, edge,
-                      aligned && past_caches());
+    const bool past = past_caches() && aligned(target) && aligned(mirror);
+    functions().store(sums, rows, columns, diagonal, alpha, beta, target, mirror, edge, past);
+    if (past) finish_stores();
   }
 
   // Asks for the cache lines of `count` entries of a row of the matrix, to be stored soon, unless
@@ -103,18 +105,25 @@ struct SymmetricStore {
   // False, and nothing done, where that is not possible.
   bool multiply(const Panels<T>& strip, int64_t row, int64_t rows, int64_t column, int64_t columns,
                 T* matrix) const {
-    const int64_t lanes = tile_product<T>(set).lanes, height = lanes / 2;
+    const bool past = past_caches() && aligned(matrix);
+    const int64_t lanes = tile_product<T>(set).lanes, height = past ? lanes : lanes / 2;
     const bool diagonal = row == column;
-    // Half lines are not stored past the caches, and squares are stored without being read.
-    if (past_caches() || (diagonal && beta != 0)) return false;
+    if (diagonal && beta != 0) return false;  // squares are stored without being read
     if (rows % height != 0 || columns % lanes != 0) return false;
     for (int64_t c = column; c < column + columns; c += strip.width) {
       const int64_t width = std::min(strip.width, column + columns - c);
-      if (diagonal) multiply_square(strip.from(c), width, matrix + c * (edge + 1));
-      const auto multiply = functions().multiply_symmetric[width / lanes - 1];
-      multiply(strip, diagonal ? c + width : row, row + rows, strip.at(c), alpha, beta, matrix + c,
-               matrix + c * edge, edge);
+      T *target = matrix + c, *mirror = matrix + c * edge;
+      if (diagonal) multiply_rows(strip.from(c), 0, width, width, mirror + c, mirror + c, past);
+      const int64_t begin = diagonal ? c + width : row, end = row + rows;
+      if (past) {
+        functions().multiply_symmetric_past_caches(strip, begin, end, strip.at(c), width, alpha,
+                                                   target, mirror, edge);
+      } else {
+        functions().multiply_symmetric[width / lanes - 1](strip, begin, end, strip.at(c), alpha,
+                                                          beta, target, mirror, edge);
+      }
     }
+    if (past) finish_stores();
     return true;
   }
 
@@ -123,14 +132,12 @@ struct SymmetricStore {
   // product begins, and panels as wide as one where there are as many columns.
   void multiply_all(const Panels<T>& panels, int64_t row, int64_t rows, int64_t columns,
                     T* matrix) const {
-    const bool past = past_caches() && reinterpret_cast<uintptr_t>(matrix) % line == 0;
+    const bool past = past_caches() && aligned(matrix);
     T* target = matrix + row * edge;
     // Where no gap lies between the rows, vectors may reach over what this call stores later.
     const T* end = columns == edge ? target + rows * edge : target;
     multiply_rows(panels, row, rows, columns, target, end, past);
-#if defined(__x86_64__)
-    if (past) __builtin_ia32_sfence();  // before this thread says that it is done
-#endif
+    if (past) finish_stores();
   }
 
   // A matrix that no cache holds is not read into one to be written, if its rows are aligned. It
@@ -147,9 +154,13 @@ struct SymmetricStore {
 
   const SymmetricStoreFunctions<T>& functions() const { return symmetric_store_functions<T>(set); }
 
-  // Stores the products of the columns of one panel with each other, in both triangles.
-  void multiply_square(const Panels<T>& panel, int64_t width, T* square) const {
-    multiply_rows(panel, 0, width, width, square, square, false);
+  static bool aligned(const T* entry) { return reinterpret_cast<uintptr_t>(entry) % line == 0; }
+
+  // After stores past the caches, before this thread says that it is done.
+  static void finish_stores() {
+#if defined(__x86_64__)
+    __builtin_ia32_sfence();
+#endif
   }
 
   void multiply_rows(const Panels<T>& panels, int64_t row, int64_t rows, int64_t columns, T* target,

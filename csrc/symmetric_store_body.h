@@ -1,7 +1,8 @@
 // The store of a tile and its mirror image for one instruction set; see
 // compile_for_instruction_sets.h.
 
-// Stores a whole cache line past the caches, where a vector is one.
+// Stores a whole cache line past the caches, where a vector is one. Such stores come in runs, with
+// as few as possible to memory that is cached in between: those keep their order and wait for them.
 template <typename T>
 KFAC_FAST_TARGET inline void store_past_caches(T* target, typename VectorOf<T>::type value) {
 #if KFAC_FAST_VECTOR_BYTES == 64
@@ -12,7 +13,8 @@ KFAC_FAST_TARGET inline void store_past_caches(T* target, typename VectorOf<T>::
 #endif
 }
 
-// One row: values[c] = target[c] <- beta · target[c] + alpha · sum[c].
+// One row: values[c] = target[c] <- beta · target[c] + alpha · sum[c]; past the caches the target's
+// whole vectors are left to the caller.
 template <typename T>
 KFAC_FAST_TARGET inline void store_row(const TileSums<T>& sums, int64_t width, T alpha, T beta,
                                        T* target, T* values, bool past_caches) {
@@ -28,11 +30,7 @@ KFAC_FAST_TARGET inline void store_row(const TileSums<T>& sums, int64_t width, T
     value *= alpha;
     auto* place = reinterpret_cast<Vector*>(target + c);
     if (beta != 0) value += *place * beta;
-    if (past_caches) {
-      store_past_caches(target + c, value);
-    } else {
-      *place = value;
-    }
+    if (!past_caches) *place = value;
     *reinterpret_cast<Vector*>(values + c) = value;
   }
   for (; c < width; ++c) {
@@ -42,6 +40,19 @@ KFAC_FAST_TARGET inline void store_row(const TileSums<T>& sums, int64_t width, T
     if (beta != 0) value += beta * target[c];
     target[c] = values[c] = value;
   }
+}
+
+// Writes the columns of a square of whole lines as rows.
+template <typename T>
+KFAC_FAST_TARGET inline void store_transposed_past_caches(const T* square, int64_t square_stride,
+                                                          T* target, int64_t target_stride) {
+  constexpr int LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
+  typename VectorOf<T>::type rows[LANES];
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; ++i) rows[i] = load_vector<T, T>(square + i * square_stride);
+  transpose_lanes<T>(rows);
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; ++i) store_past_caches(target + i * target_stride, rows[i]);
 }
 
 // See SymmetricStore.
@@ -60,6 +71,12 @@ KFAC_FAST_TARGET void store_symmetric(const TileSums<T>& sums, int64_t rows, int
       store_row(sums.at(top + r, 0), width, alpha, beta, target + (top + r) * edge, values[r],
                 past_caches);
     }
+    for (int64_t r = 0; past_caches && r < count; ++r) {
+      const int64_t width = diagonal ? std::min(columns, top + r + 1) : columns;
+      for (int64_t c = 0; c + LANES <= width; c += LANES) {
+        store_past_caches(target + (top + r) * edge + c, load_vector<T, T>(values[r] + c));
+      }
+    }
     const int64_t left = diagonal ? std::min(top, columns) : columns;  // of the diagonal
     T* image = mirror + top;
     int64_t c = 0;
@@ -69,10 +86,7 @@ KFAC_FAST_TARGET void store_symmetric(const TileSums<T>& sums, int64_t rows, int
         if (r + LANES <= count && !past_caches) {
           store_transposed(values[r] + c, max_tile_edge, LANES, place, edge);
         } else if (r + LANES <= count) {
-          store_transposed(values[r] + c, max_tile_edge, LANES, square[0], LANES);
-          for (int64_t i = 0; i < LANES; ++i) {
-            store_past_caches(place + i * edge, load_vector<T, T>(square[i]));
-          }
+          store_transposed_past_caches(values[r] + c, max_tile_edge, place, edge);
         } else {
           store_transposed(values[r] + c, max_tile_edge, LANES, square[0], LANES);
           for (int64_t i = 0; i < LANES; ++i) std::copy_n(square[i], count - r, place + i * edge);
@@ -84,9 +98,6 @@ KFAC_FAST_TARGET void store_symmetric(const TileSums<T>& sums, int64_t rows, int
       for (int64_t r = first; r < count; ++r) image[c * edge + r] = values[r][c];
     }
   }
-#if defined(__x86_64__)
-  if (past_caches) __builtin_ia32_sfence();  // before this thread says that it is done
-#endif
 }
 
 // total[v][r] = Σ_k left[k][r] · the v-th vector of right[k]
@@ -101,7 +112,7 @@ KFAC_FAST_TARGET inline void multiply_in_registers(
     Vector columns[VECTORS];
 #pragma GCC unroll 3
     for (int v = 0; v < VECTORS; ++v) columns[v] = load_vector<T, T>(right + v * LANES);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 3
       for (int v = 0; v < VECTORS; ++v) total[v][r] += columns[v] * left[r];
@@ -163,6 +174,30 @@ KFAC_FAST_TARGET void multiply_symmetric(const Panels<T>& strip, int64_t begin, 
         *reinterpret_cast<Half*>(image) = halves[0];
         *reinterpret_cast<Half*>(image + ROWS * edge) = halves[1];
       }
+    }
+  }
+}
+
+// The same of some whole vectors past the caches, with nothing to add to, by squares whose rows and
+// columns are both whole lines.
+template <typename T>
+KFAC_FAST_TARGET void multiply_symmetric_past_caches(const Panels<T>& strip, int64_t begin,
+                                                     int64_t end, const T* right, int64_t columns,
+                                                     T alpha, T* target, T* mirror, int64_t edge) {
+  using Vector = typename VectorOf<T>::type;
+  constexpr int LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
+  for (int64_t row = begin; row < end; row += LANES) {
+    for (int64_t c = 0; c < columns; c += LANES) {
+      Vector total[1][LANES] = {};
+      multiply_in_registers<T>(strip.at(row), right + c, strip.row_stride, strip.depth, total);
+#pragma GCC unroll 16
+      for (int r = 0; r < LANES; ++r) {
+        total[0][r] *= alpha;
+        store_past_caches(target + (row + r) * edge + c, total[0][r]);
+      }
+      transpose_lanes<T>(total[0]);
+#pragma GCC unroll 16
+      for (int i = 0; i < LANES; ++i) store_past_caches(mirror + (c + i) * edge + row, total[0][i]);
     }
   }
 }
@@ -273,4 +308,5 @@ template <typename T>
 inline constexpr SymmetricStoreFunctions<T> symmetric_store_functions{
     store_symmetric<T>,
     multiply_rows<T>,
+    multiply_symmetric_past_caches<T>,
     {multiply_symmetric<T, 1>, multiply_symmetric<T, 2>, multiply_symmetric<T, 3>}};

@@ -90,7 +90,7 @@ def test_few_rows_are_stored_as_they_are_multiplied(rows: int, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("columns, dtype", [(2560, torch.float32), (1792, torch.float64)])
-@pytest.mark.parametrize("rows", [8, 20])
+@pytest.mark.parametrize("rows", [8, 20, 600])
 @pytest.mark.parametrize("alpha, beta", [(1.0, 0.0), (2.0, 1.0)])
 def test_results_larger_than_the_caches(
     columns: int, dtype: torch.dtype, rows: int, alpha: float, beta: float
