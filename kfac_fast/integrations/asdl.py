@@ -78,7 +78,7 @@ class _Operation(ABC):
         library: Any = super()
         names = self._op_names
         if OP_COV_KRON in names:
-            total = self._input_gram(in_data).mul_(self._cov_scale)
+            total = self._input_gram(in_data, self._cov_scale)
             self.accumulate_result(total, OP_COV_KRON, "A")
         self._op_names = names - {OP_COV_KRON}
         try:
@@ -87,8 +87,8 @@ class _Operation(ABC):
             self._op_names = names
 
     @abstractmethod
-    def _input_gram(self, x: Tensor) -> Tensor:
-        """Sum of the outer products of a layer's inputs, in their dtype."""
+    def _input_gram(self, x: Tensor, scale: float) -> Tensor:
+        """``scale`` times the sum of the outer products of a layer's inputs, in their dtype."""
 
     def accumulate_result(self, value: Any, *keys: str, extend: bool = False) -> None:
         """Add to a result, or keep a factor until it is inverted."""
@@ -111,9 +111,9 @@ class _Operation(ABC):
 class Linear(_Operation, operations.Linear):  # type: ignore[misc]
     """asdl's ``Linear``; data are ``[N, in]`` and ``[N, out]``."""
 
-    def _input_gram(self, x: Tensor) -> Tensor:
+    def _input_gram(self, x: Tensor, scale: float) -> Tensor:
         positions = x.shape[1:-1].numel() if self.correct else 1
-        return ops.gram(x, alpha=1 / positions).to(x.dtype)
+        return ops.gram(x, alpha=scale / positions).to(x.dtype)
 
     @staticmethod
     def cov_kron_A(module: nn.Linear, in_data: Tensor) -> Tensor:  # noqa: N802
@@ -129,9 +129,9 @@ class Linear(_Operation, operations.Linear):  # type: ignore[misc]
 class Conv2d(_Operation, operations.Conv2d):  # type: ignore[misc]
     """asdl's ``Conv2d``; data are ``[N, D, positions]`` and ``[N, out, positions]``."""
 
-    def _input_gram(self, x: Tensor) -> Tensor:
+    def _input_gram(self, x: Tensor, scale: float) -> Tensor:
         geometry = geometry_of(self._module, correct=self.correct)
-        geometry["alpha"] = 1 / output_positions(self._module, x)
+        geometry["alpha"] = scale / output_positions(self._module, x)
         return ops.conv_expand_gram(x, self._module.kernel_size, **geometry).to(x.dtype)
 
     @staticmethod
