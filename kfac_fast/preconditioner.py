@@ -50,17 +50,17 @@ class KFAC:
         (A + \pi \sqrt\lambda \, I)^{-1}
 
     for each layer's gradient :math:`V` of shape ``[out, in (+ 1)]``, with the covariances :math:`A`
-    of its inputs and :math:`G` of the gradients of its output. It stands beside any ``torch.optim``
+    of its inputs and :math:`G` of the gradients of its output. It works with any ``torch.optim``
     optimizer::
 
-        kfac = kfac_fast.KFAC(model, approx="reduce")
+        kfac = kfac_fast.KFAC(model, damping=1e-2, kl_clip=1e-3, learning_rate=0.1)
         for inputs, targets in data:
             optimizer.zero_grad()
             loss_function(model(inputs), targets).backward()
             kfac.step()  # rewrites .grad; or, once before the loop, kfac.attach(optimizer)
             optimizer.step()
 
-    Inputs have the batch first; its size is taken from the model's first input. Only backward
+    The first size of every input is the batch's, read from the model's first input. Only backward
     passes that add to the weights' ``.grad`` count, not those of ``torch.autograd.grad``. Layers
     that are fed one tensor, such as the projections of an attention block, have their input
     covariance formed once. Several processes are not served yet. Options marked *schedule* are a
@@ -74,9 +74,9 @@ class KFAC:
         kfac.update_curvature(outputs, loss="cross_entropy")
         loss_function(outputs, targets).backward()
 
-    A model may be compiled, if its first run comes after this; ``nn.MultiheadAttention`` breaks its
-    graph only where it is checkpointed. ``update_curvature`` needs
-    ``torch._functorch.config.donated_buffer = False`` for another way back through the graph.
+    Make it before a compiled model's first run; ``nn.MultiheadAttention`` breaks the graph only
+    where it is checkpointed. With ``update_curvature``, a second backward pass, set
+    ``torch._functorch.config.donated_buffer = False`` before compiling.
 
     Args:
         model: The model; layers of the types in :data:`kfac_fast.layers.RULES` are preconditioned,
@@ -115,9 +115,9 @@ class KFAC:
             layer's first finite batch brings one too.
         refinement_steps: Newton-Schulz iterations by which the inverses follow each update of the
             factors between refreshes, see :func:`kfac_fast.inverses.refine_inverses`.
-        kl_clip: Bound :math:`\kappa` on the step's squared length in the Fisher metric
-            (*schedule*): all layers are scaled by :math:`\nu = \min(1, \sqrt{\kappa / (\eta^2 \sum
-            \langle V, P V \rangle)})`.
+        kl_clip: Bound :math:`\kappa` on the squared length of :math:`\eta P`, the step without
+            momentum, in the Fisher metric (*schedule*; None: no bound): all layers are scaled by
+            :math:`\nu = \min(1, \sqrt{\kappa / (\eta^2 \sum \langle V, P \rangle)})`.
         learning_rate: Peak learning rate :math:`\eta` that ``kl_clip`` assumes (*schedule*, always
             above 0). The peak on purpose: with the current rate of a decaying schedule, the decay
             would cancel wherever the clip acts.
@@ -352,7 +352,7 @@ class KFAC:
         """Update factors and inverses if they are due, then precondition every layer's ``.grad``.
 
         Call it after ``backward()`` and before ``optimizer.step()``, unless :meth:`attach` does.
-        The host never waits for the device.
+        The host waits for the device only to refresh bases of exact damping.
 
         Raises:
             RuntimeError: If the Fisher needs :meth:`update_curvature` and it was not called on a

@@ -139,10 +139,11 @@ def precondition(
 def clip_scale(inner_product: Tensor, kl_clip: float, learning_rate: float) -> Tensor:
     r"""Scale of a step that bounds its squared length in the Fisher metric.
 
-    .. math:: \nu = \min\Big(1, \sqrt{\frac{\kappa}{\eta^2 \sum \langle V, P V \rangle}}\Big)
+    .. math:: \nu = \min\Big(1, \sqrt{\frac{\kappa}{\eta^2 \sum \langle V, P \rangle}}\Big)
 
     Args:
-        inner_product: :math:`\sum \langle V, P V \rangle`, a scalar tensor.
+        inner_product: :math:`\sum \langle V, P \rangle` of the gradients and the preconditioned
+            ones, a scalar tensor.
         kl_clip: :math:`\kappa`.
         learning_rate: :math:`\eta`.
 
