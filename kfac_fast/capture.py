@@ -467,7 +467,8 @@ class Capture:
         if not _keeps(block, layer):
             return None
         # At any step in a checkpointed part, which must save the same when it runs again.
-        return Kept(x) if self._capturing() or checkpoint_hooks() is not None else None
+        needed = self._capturing() or checkpoint_hooks() is not None
+        return Kept(x, layer.name) if needed else None
 
     def _take_down(self, block: Block, layer: Layer, x: Tensor, output: Tensor) -> None:
         """Take down a call, if it is due, which waits for the gradients of its output."""

@@ -22,27 +22,58 @@ class Kept:
     inputs would stay with it, long after autograd has let go of its own. Between the passes of a
     checkpointed part they are left to the checkpoint, as is what autograd saves there.
 
+    Autograd does not watch over an input that it saves a cast copy of, as under autocast: a later
+    write to it goes unnoticed there, and is refused here.
+
+    Args:
+        x: The input.
+        name: Of the layer.
+
     Attributes:
         released: Whether it is gone.
     """
 
-    def __init__(self, x: Tensor) -> None:
+    def __init__(self, x: Tensor, name: str) -> None:
+        self._name = name
         # Apart from the graph, which would own itself where an input is written to.
         self._held: Any = x.detach()
+        self._version: int | None = None
         self._hooks = checkpoint_hooks()
         if self._hooks is not None:
-            self._held = self._hooks[0](self._held)
+            # What comes back from the second run has no version of when it was saved there.
+            self._held = self._hooks[0](self._held.clone() if _may_be_cast(x) else self._held)
+        elif not x.is_inference():
+            self._version = x._version
         self.released = False
 
     def get(self) -> Tensor:
-        """The input, for which a checkpointed part may have to run; once in a backward pass."""
+        """The input, for which a checkpointed part may have to run; once in a backward pass.
+
+        Returns:
+            The same numbers as in the call.
+
+        Raises:
+            RuntimeError: If it has been written to.
+        """
         held: Tensor = self._held if self._hooks is None else self._hooks[1](self._held)
+        if self._version is not None and held._version != self._version:
+            raise RuntimeError(
+                f"KFAC: the input of {self._name or 'the model'!r} is needed for its factors, but "
+                f"has been modified by an inplace operation: it is at version {held._version}, "
+                f"expected version {self._version}; clone the input, avoid the in-place operation, "
+                "or skip the layer"
+            )
         return held
 
     def release(self) -> None:
         """Let go of it, unless the graph may be passed again."""
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             self._held, self._hooks, self.released = None, None, True
+
+
+def _may_be_cast(x: Tensor) -> bool:
+    """Whether autograd may have saved a copy of an input in another precision."""
+    return torch.is_autocast_enabled(x.device.type) or x.dtype in (torch.float16, torch.bfloat16)
 
 
 class Counted:
