@@ -329,6 +329,7 @@ class Capture:
         if recomputes():  # which calls of compiled parts alone ask for again
             self._passes[number] = ForwardPass(number, examples or None)
             return number
+        self._input_grams.clear()  # inputs may have been refilled since
         self._waiting = self._waiting + 1 if self.calls else 0
         if self._waiting > MOST_WAITING:
             warnings.warn(

@@ -12,7 +12,10 @@ from torch import Tensor
 
 from kfac_fast.buffers import Buffers
 from kfac_fast.factors import Sum
-from kfac_fast.layers import Layer
+from kfac_fast.layers import Layer, Sharing
+
+Sums = dict[Hashable, tuple[Sum | None, Sharing]]
+"""By view and layer, each with the tensors whose addresses are in its key."""
 
 
 class State(NamedTuple):
@@ -28,7 +31,7 @@ class State(NamedTuple):
     owner: ref[Tensor]
     storage: ref[torch.UntypedStorage]
     version: int
-    sums: dict[Hashable, Sum | None]
+    sums: Sums
 
     def is_of(self, owner: Tensor, storage: torch.UntypedStorage, version: int) -> bool:
         """Whether these are its contents still."""
@@ -40,7 +43,8 @@ class InputGrams:
 
     A tensor and its views are one where they read the same memory in the same way, and no operation
     in between has written to it. A write that autograd does not count, such as one through
-    ``x.data``, is not seen here either; it spoils the gradients of the layers' weights, too.
+    ``x.data``, is not seen here either: within a forward pass it spoils the gradients of the
+    layers' weights, too, and in between passes nothing is kept.
 
     Attributes:
         buffers: Memory of the sums.
@@ -63,17 +67,17 @@ class InputGrams:
         Returns:
             The sum and the number of its terms; None if the layer has no factor of its inputs.
         """
+        if any(t.is_inference() for t in (x, *layer.given.tensors())):  # its writes are not counted
+            return self._form(layer, x, output)
         input_key = layer.input_key(output)
         if input_key is None:
             return None
-        if x.is_inference():  # writes to it are not counted
-            return self._form(layer, x, output)
         sums = self._sums_of(x)
         view = x.storage_offset(), x.shape, x.stride(), x.dtype, x.is_neg()
         key = view, input_key
         if key not in sums:
-            sums[key] = self._form(layer, x, output)
-        return sums[key]
+            sums[key] = self._form(layer, x, output), layer.given
+        return sums[key][0]
 
     def clear(self) -> None:
         """Let go of all sums."""
@@ -87,7 +91,7 @@ class InputGrams:
         total, count = formed
         return self.buffers.lend(key, total), count
 
-    def _sums_of(self, x: Tensor) -> dict[Hashable, Sum | None]:
+    def _sums_of(self, x: Tensor) -> Sums:
         """The sums of the tensor's present state."""
         # Versions are comparable only among a tensor and its views: they share one counter.
         owner = x if x._base is None else x._base

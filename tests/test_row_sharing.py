@@ -244,3 +244,27 @@ def test_segments_are_refused_with_corrected_eigenvalues() -> None:
     kfac = KFAC(nn.Linear(2, 2), damping_mode="exact", eigenvalue_correction=True)
     with pytest.raises(ValueError, match="segments must be None with eigenvalue_correction"):
         kfac.share_rows("", segments=torch.zeros(3, dtype=torch.int64), num_segments=1)
+
+
+# Micro-batches, each with a mask of its own
+
+
+@pytest.mark.parametrize("refilled", [False, True])
+@pytest.mark.parametrize("inference", [False, True])
+def test_each_micro_batch_has_its_own_mask(refilled: bool, inference: bool) -> None:
+    model = nn.Linear(FEATURES, 2).double()
+    kfac = preconditioner(model, accumulation_steps=4)
+    x = torch.randn(5, 4, FEATURES, dtype=torch.float64)
+    masks = [torch.rand(5, 4) < 0.5 for _ in range(4)]
+    with torch.inference_mode(inference):
+        buffer = masks[0].clone()
+    for mask in masks:
+        with torch.inference_mode(inference):
+            own = buffer.copy_(mask) if refilled else mask.clone()
+        kfac.share_rows("", mask=own)
+        (model(x).square()[mask].sum() / 4).backward()
+        del own  # whose address the next one may have
+    kfac.step()
+    rows = torch.cat([x[mask] for mask in masks])
+    rows = torch.cat([rows, torch.ones(len(rows), 1)], 1)
+    assert_solved(kfac._blocks[0].factors[0].mean, rows.T @ rows / len(rows))

@@ -14,7 +14,7 @@ import torch._functorch.config
 import torch.nn.functional as F
 from nets import preconditioner
 from oracle import bits
-from plain_kfac import covariances
+from plain_kfac import assert_solved, covariances
 from torch import Tensor, nn
 
 from kfac_fast import KFAC, ops
@@ -484,6 +484,28 @@ def test_the_approximation_is_part_of_the_rule() -> None:
         rule, output = RULES[type(module)], module(x)
         keys = {rule("layer", module, approx).input_key(output) for approx in ("expand", "reduce")}
         assert len(keys) == 2
+
+
+@pytest.mark.filterwarnings("default:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("refill", ["data", "numpy"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_input_that_is_refilled_between_passes_is_another(refill: str, compiled: bool) -> None:
+    """Autograd does not count these writes."""
+    model = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 2)).double()
+    kfac = preconditioner(model, accumulation_steps=3)
+    run = torch.compile(model, backend="aot_eager") if compiled else model
+    batches = torch.randn(3, 5, 3, dtype=torch.float64)
+    memory = np.empty((5, 3))
+    x = torch.from_numpy(memory)
+    for batch in batches:
+        if refill == "data":
+            x.data.copy_(batch)
+        else:
+            memory[:] = batch.numpy()
+        (run(x).square().sum() / 3).backward()
+    kfac.step()
+    rows = F.pad(batches.flatten(0, 1), (0, 1), value=1.0)
+    assert_solved(kfac._blocks[0].factors[0].mean, rows.T @ rows / len(rows))
 
 
 # Memory

@@ -41,6 +41,15 @@ class Sharing(NamedTuple):
     segments: Tensor | None = None
     num_segments: int | None = None
 
+    def tensors(self) -> list[Tensor]:
+        """Those that are given."""
+        return [tensor for tensor in (self.mask, self.segments) if tensor is not None]
+
+    def key(self) -> Hashable:
+        """What stands for the present contents, for as long as somebody holds the tensors."""
+        known = [None if t is None else (id(t), t._version) for t in (self.mask, self.segments)]
+        return *known, self.num_segments
+
 
 class Layer(ABC):
     """A weight and a bias of a module that are preconditioned together.

@@ -45,7 +45,7 @@ class LinearLayer(RowLayer):
 
     def input_key(self, output: Tensor) -> Hashable:
         """Whether positions are averaged, whether there is a bias, and which rows count."""
-        return LinearLayer, self.approx, self.has_bias, *map(id, self.given)
+        return LinearLayer, self.approx, self.has_bias, self.given.key()
 
     def output_rows(self, output: Tensor) -> Tensor:
         """The tensor itself, with the batch in front."""
