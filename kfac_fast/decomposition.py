@@ -177,7 +177,7 @@ class Decomposition:
             if positive and damping == 0 and not _positive_definite(bases, correction):
                 expected = f"positive, for layer {block.layer.name!r} has eigenvalues of zero"
                 raise refused(f"Decomposition.{method}", "damping", expected, damping)
-            yield eigenvalues(bases, correction).to(wide) + damping
+            yield eigenvalues(bases, correction, wide) + damping
 
 
 def _seen(averages: Sequence[RunningAverage | None]) -> bool:

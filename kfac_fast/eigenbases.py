@@ -200,7 +200,8 @@ def scale_in_eigenbases(
         The products.
     """
     rotated, _ = _rotated(matrices, bases)
-    scaled = [part * scale.to(part.dtype) for part, scale in zip(rotated, scales, strict=True)]
+    # In the scales' dtype, which may not fit into the parts' although the products do.
+    scaled = [(part * scale).to(part.dtype) for part, scale in zip(rotated, scales, strict=True)]
     return _rotated_back(scaled, bases)
 
 
@@ -249,18 +250,24 @@ def _rotated_back(
     return multiply_sides(matrices, [q if q.dim() == 1 else q.mT for q in right], left)[0]
 
 
-def eigenvalues(bases: Sequence[Eigenbasis], correction: RunningAverage | None) -> Tensor:
+def eigenvalues(
+    bases: Sequence[Eigenbasis],
+    correction: RunningAverage | None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     r"""Eigenvalues of a layer's block, ``[*, out, in]``.
 
     Args:
         bases: Its (input, gradient) bases, or a single one.
         correction: Running average of the corrected eigenvalues, or None.
+        dtype: In which they are formed; that of the bases if None.
 
     Returns:
         The corrected eigenvalues once there are any, else the products :math:`s_G s_A^\top`.
     """
-    inputs = bases[0].values[..., None, :]
-    products = bases[1].values[..., :, None] * inputs if len(bases) > 1 else inputs
+    values = [basis.values.to(dtype or basis.values.dtype) for basis in bases]
+    inputs = values[0][..., None, :]
+    products = values[1][..., :, None] * inputs if len(bases) > 1 else inputs
     if correction is None:
         return products
-    return torch.where(correction.weight > 0, correction.mean, products)
+    return torch.where(correction.weight > 0, correction.mean.to(products.dtype), products)

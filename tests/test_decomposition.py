@@ -343,3 +343,25 @@ def test_vectors_that_do_not_fit_are_refused() -> None:
         ValueError, match=r"multiply: vectors must .* of shape \[3, 4\], got \[4, 3\]"
     ):
         decomposition.multiply({bias: vectors[bias], weight: vectors[weight].T})
+
+
+def test_products_of_eigenvalues_are_formed_in_float64() -> None:
+    """Where float32 would have none of them."""
+    model = nn.Linear(3, 2, bias=False)
+    kfac = preconditioner(model, loss_reduction="sum")
+    x, gradient = 1e-6 * torch.randn(8, 3), 1e-18 * torch.randn(8, 2)
+    (model(x) * gradient).sum().backward()
+    kfac.step()
+    a, g = (factor.mean.double() for factor in kfac._blocks[0].factors)
+    curvature, decomposition = torch.kron(g, a), Decomposition(kfac)
+    assert float(curvature.trace()) < torch.finfo(torch.float32).tiny
+    for result, expected in (
+        (decomposition.trace(), curvature.trace()),
+        (decomposition.logdet(), curvature.logdet()),
+        (decomposition.frobenius_norm(), curvature.norm()),
+    ):
+        assert float(result) == pytest.approx(float(expected), rel=1e-5)
+    vector = 1e-20 * torch.randn(2, 3)
+    (product,) = decomposition.multiply({model.weight: vector}, -1).values()
+    solved = torch.linalg.solve(curvature, vector.double().flatten())
+    assert float((product.flatten() - solved).norm() / solved.norm()) < 1e-4
