@@ -22,6 +22,7 @@ from kfac_fast.schema import result_dtype
 Form = Literal["inverse", "eigenbasis", "corrected"]
 Part = RunningAverage | Inverse | Eigenbasis | AdamNorm
 """What a block saves."""
+TRAINED_SINCE = "trained since KFAC was made: make a new one"
 
 
 class Block:
@@ -200,6 +201,9 @@ class Block:
         reason = self.layer.reason_against()
         if reason is not None:
             state += f"  left alone since, {reason}"
+        since = dict.fromkeys(role for layer in self.layers for role in layer.trained_since())
+        if since:
+            state += f"  {' and '.join(since)} {TRAINED_SINCE}"
         return f"{self.layer.name or '(model)'}: {kind}  {state}"
 
     def condition_numbers(self) -> list[Tensor]:

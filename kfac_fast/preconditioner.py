@@ -26,7 +26,7 @@ from kfac_fast.options import (
     refuse_replicas,
 )
 from kfac_fast.precision import in_own_precision
-from kfac_fast.selection import apply_layer_options, find_blocks, layers_with_rows
+from kfac_fast.selection import apply_layer_options, describe_rest, find_blocks, layers_with_rows
 from kfac_fast.state import restored_blocks, state_of
 from kfac_fast.steps import (
     Refreshes,
@@ -539,13 +539,10 @@ class KFAC:
             A table, one line for each module that owns parameters.
         """
         head = f"K-FAC {self.approx}, {self.fisher} Fisher, {self.steps} steps"
-        left_alone = [
-            f"{name or '(model)'}: left alone, {reason}"
-            for name, reason in self._left_alone.items()
-        ]
         described = [block.describe() for block in self._blocks]
+        described += describe_rest(self._left_alone)
         memory = ", ".join(f"{kind} {size / 2**20:.1f}" for kind, size in self.memory().items())
-        return "\n  ".join([head, *described, *left_alone, f"MiB: {memory}"])
+        return "\n  ".join([head, *described, f"MiB: {memory}"])
 
     def memory(self) -> dict[str, int]:
         """Bytes that the preconditioner holds between steps.

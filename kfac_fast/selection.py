@@ -11,11 +11,28 @@ from typing import Any
 import torch
 from torch import nn
 
-from kfac_fast.blocks import Block, Form
+from kfac_fast.blocks import TRAINED_SINCE, Block, Form
 from kfac_fast.layers import Approximation, Layer, RowLayer, layers_of
 from kfac_fast.schema import result_dtype
 
 NamedModules = Sequence[tuple[str, nn.Module]]
+
+
+class Passing(str):
+    """Why a layer is left alone, which may be so no longer.
+
+    Args:
+        reason: The reason.
+        layer: The layer.
+    """
+
+    layer: Layer
+
+    def __new__(cls, reason: str, layer: Layer) -> Passing:
+        """The reason itself, with the layer beside it."""
+        passing = super().__new__(cls, reason)
+        passing.layer = layer
+        return passing
 
 
 def eager_name(name: str) -> str:
@@ -108,6 +125,23 @@ def find_blocks(
     return blocks, left_alone
 
 
+def describe_rest(left_alone: Mapping[str, str]) -> list[str]:
+    """A line on each module that is left alone.
+
+    Args:
+        left_alone: Reasons by qualified name, from :func:`find_blocks`.
+
+    Returns:
+        The lines.
+    """
+    lines = []
+    for name, reason in left_alone.items():
+        since = reason.layer.trained_since() if isinstance(reason, Passing) else []
+        now = f"{' and '.join(since)} {TRAINED_SINCE}" if since else reason
+        lines.append(f"{name or '(model)'}: left alone, {now}")
+    return lines
+
+
 def apply_layer_options(
     blocks: Sequence[Block], layer_options: Mapping[str, Mapping[str, Any]]
 ) -> None:
@@ -165,9 +199,9 @@ def layers_with_rows(blocks: Sequence[Block], pattern: str) -> list[Layer]:
 
 def _reason_against(layer: Layer, forward_only: bool) -> str | None:
     reason = layer.reason_against()
-    if reason is None and forward_only and "input" not in layer.factor_shapes():
-        return "its only factor needs gradients"
-    return reason
+    if forward_only and "input" not in layer.factor_shapes():
+        return reason or "its only factor needs gradients"
+    return reason and Passing(reason, layer)
 
 
 def _needs_examples(layer: Layer, form: Form) -> bool:

@@ -237,3 +237,23 @@ def test_a_default_device_changes_nothing() -> None:
     finally:
         torch.set_default_device(None)
     assert kfac.steps == 2 and kfac._refreshes._failed.read() == 0
+
+
+def test_the_summary_says_what_is_trained_since() -> None:
+    model = nn.Sequential(
+        nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2)
+    )
+    model[0].requires_grad_(False)
+    model[1].bias.requires_grad_(False)
+    model[2].weight.requires_grad_(False)
+    model[3].weight.requires_grad_(False)
+    kfac = preconditioner(model)
+    assert "since" not in kfac.summary()
+    assert "0: left alone, its weight is frozen" in kfac.summary()
+    model.requires_grad_()
+    lines = {line.strip().partition(":")[0]: line for line in kfac.summary().splitlines()[1:]}
+    since = "trained since KFAC was made: make a new one"
+    assert lines["0"].endswith(f"left alone, weight and bias {since}")
+    assert lines["1"].endswith(f"  bias {since}")
+    assert lines["2"].endswith(f"  weight {since}") and lines["3"].endswith(f"  weight {since}")
+    assert "since" not in lines["4"] and "since" not in preconditioner(model).summary()

@@ -88,8 +88,15 @@ class Layer(ABC):
         self.name = name
         self.module = module
         self.approx = approx
-        bias = dict(module.named_parameters(remove_duplicate=False)).get(self.bias_name)
+        parameters = dict(module.named_parameters(remove_duplicate=False))
+        bias = parameters.get(self.bias_name)
         self.has_bias = bias is not None and bias.requires_grad
+        roles = {self.weight_name: self.role, self.bias_name: "bias"}
+        self._frozen = {
+            own: role
+            for own, role in roles.items()
+            if own in parameters and not parameters[own].requires_grad
+        }
         # Small things, but for the caches: they are asked for in every hook.
         self._weight_of = attrgetter(self.weight_name)
         self._tensors_of = [
@@ -196,6 +203,15 @@ class Layer(ABC):
             return None
         is_alone = bias is not None and bias.requires_grad
         return f"its {self.role} is frozen{', and its bias alone is no block' if is_alone else ''}"
+
+    def trained_since(self) -> list[str]:
+        """What was frozen when the rule was made, and is trained now."""
+        parameters = dict(self.module.named_parameters(remove_duplicate=False))
+        return [
+            role
+            for name, role in self._frozen.items()
+            if name in parameters and parameters[name].requires_grad
+        ]
 
     def parameters(self) -> list[nn.Parameter]:
         """The module's parameters that hold the layer's weight and, if there is one, its bias."""

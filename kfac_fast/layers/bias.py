@@ -39,6 +39,10 @@ class BiasLayer(LinearLayer):
         layer.sharing = layer.of.sharing
         return layer
 
+    def trained_since(self) -> list[str]:
+        """As of the layer with both."""
+        return self.of.trained_since()
+
     def own(self, tensor: Tensor) -> Tensor:
         """As of the layer with both."""
         return self.of.own(tensor)
@@ -102,6 +106,10 @@ class ShiftLayer(NormLayer):
         self.of = of
         self.weight_name = of.bias_name
         super().__init__(of.name, of.module, of.approx)
+
+    def trained_since(self) -> list[str]:
+        """As of the normalisation with both."""
+        return self.of.trained_since()
 
     def batched(self, x: Tensor) -> Tensor:
         """As of the normalisation with both."""
