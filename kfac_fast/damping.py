@@ -86,8 +86,9 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
                 buffer.copy_(old)
 
 
-def _kronecker_model(kfac: KFAC) -> Callable[[], Tensor]:
-    """What the preconditioner predicts of the step that is taken next."""
+@contextmanager
+def _kronecker_model(kfac: KFAC) -> Iterator[Callable[[], Tensor]]:
+    """What the preconditioner predicts of the step that is taken in the block."""
     before = {p: p.detach().clone() for p in kfac.parameters()}
     if all(p.grad is None for p in before):
         raise RuntimeError(
@@ -95,13 +96,25 @@ def _kronecker_model(kfac: KFAC) -> Callable[[], Tensor]:
             ".grad of a preconditioned parameter"
         )
     gradients = {p: torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in before}
-    return lambda: kfac.predicted_change(
-        gradients, {p: p.detach() - old for p, old in before.items()}
-    )
+
+    def take() -> None:
+        # Again at the step itself: a scaler may have divided its scale out just before.
+        for parameter, gradient in gradients.items():
+            if parameter.grad is not None:
+                gradient.copy_(parameter.grad)
+
+    kfac._listeners.append(take)
+    try:
+        yield lambda: kfac.predicted_change(
+            gradients, {p: p.detach() - old for p, old in before.items()}
+        )
+    finally:
+        kfac._listeners.remove(take)
 
 
-def _exact_model(quadratic: QuadraticModel) -> Callable[[], Tensor]:
-    """What the exact model predicts of the step that is taken next."""
+@contextmanager
+def _exact_model(quadratic: QuadraticModel) -> Iterator[Callable[[], Tensor]]:
+    """What the exact model predicts of the step that is taken in the block."""
     earlier = quadratic.predicted_change
 
     def predicted() -> Tensor:
@@ -110,7 +123,7 @@ def _exact_model(quadratic: QuadraticModel) -> Callable[[], Tensor]:
             raise RuntimeError("adapt: quadratic must take its step in the block, got none of it")
         return latest
 
-    return predicted
+    yield predicted
 
 
 class LevenbergMarquardt:
@@ -206,7 +219,8 @@ class LevenbergMarquardt:
 
         The damping acts from the preconditioner's next refresh on, in the rates of a quadratic
         model at once. It stays as it is where there was no step, as when a scaler skips it: where
-        the loss is the very same, and no model predicts a lower one.
+        the loss is the very same, and no model predicts a lower one. Gradients are taken as
+        ``kfac.step()`` finds them: a loss scale may be divided out in the block, up to there.
 
         Yields:
             Nothing.
@@ -219,11 +233,12 @@ class LevenbergMarquardt:
         if kfac.steps % self.interval:
             yield
             return
-        predicted_of = _kronecker_model(kfac) if quadratic is None else _exact_model(quadratic)
         parts = undo if quadratic is None else [*undo, quadratic]
-        before = _Snapshot(_trained(kfac.model), parts) if undo else None
-        loss = _evaluated(kfac.model, loss_of)
-        yield
+        model = _kronecker_model(kfac) if quadratic is None else _exact_model(quadratic)
+        with model as predicted_of:
+            before = _Snapshot(_trained(kfac.model), parts) if undo else None
+            loss = _evaluated(kfac.model, loss_of)
+            yield
         actual = float(_evaluated(kfac.model, loss_of) - loss)
         predicted = float(predicted_of())
         if actual == 0 and not predicted < 0:

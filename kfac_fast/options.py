@@ -67,7 +67,7 @@ def check_optimizer_step(
         raise RuntimeError("KFAC.attach: optimizer.step must be called without a closure, got one")
     if length_counts and getattr(optimizer, "grad_scale", None) is not None:
         raise RuntimeError(
-            "KFAC.attach: gradients must be unscaled for kl_clip and grafting, call "
+            "KFAC.attach: gradients must be unscaled for kl_clip, grafting and adapt, call "
             "scaler.unscale_(optimizer) before scaler.step, got a fused optimizer's scaled ones"
         )
 

@@ -191,6 +191,7 @@ class KFAC:
         self.callback = callback
         self.steps = 0
         self._refreshes = Refreshes()
+        self._listeners: list[Callable[[], None]] = []  # to steps that begin
         check_options(vars(self))
         form: Form = "inverse"
         if damping_mode == "exact":
@@ -373,6 +374,8 @@ class KFAC:
                 "KFAC.step: the gradients must come from the model given to KFAC, got no pass of it"
             )
         self._check_schedules()
+        for listener in self._listeners:
+            listener()
         self._capture.forget()
         updated, refreshed = self._update_factors()
         clip, inner_product = self._precondition()
@@ -477,7 +480,7 @@ class KFAC:
         Raises:
             RuntimeError: If an optimizer is already attached; later, from ``optimizer.step()``, if
                 it is given a closure, whose gradients come too late, or if it is a fused one whose
-                gradients a scaler has not unscaled yet, with ``kl_clip`` or ``grafting``.
+                gradients a scaler has not unscaled yet, with ``kl_clip``, ``grafting``, ``adapt``.
             ValueError: If the optimizer holds none of the parameters.
         """
         if self._optimizer_hook is not None:
@@ -494,7 +497,7 @@ class KFAC:
     def _before_optimizer(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], named: dict[str, Any]
     ) -> None:
-        length_counts = self.kl_clip is not None or self.grafting is not None
+        length_counts = bool(self.kl_clip is not None or self.grafting or self._listeners)
         check_optimizer_step(optimizer, (*args[1:], *named.values()), length_counts)
         for block in self._blocks:
             block.forget_cleared()

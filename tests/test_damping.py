@@ -277,6 +277,43 @@ def test_a_step_that_a_scaler_skips_leaves_the_damping(exact: bool) -> None:
     assert damping.damping == 0.1 and damping.ratio is None and not damping.rejected
 
 
+def ratio_of_scaled(scale: float) -> float | None:
+    """Of the second step of an attached preconditioner, in whose block the scale is divided out."""
+    torch.manual_seed(0)
+    model, x, y = regression()
+    damping = LevenbergMarquardt(0.1, interval=1)
+    kfac = preconditioner(model, damping=damping, loss_scale=scale)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    kfac.attach(optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    for _ in range(2):
+        optimizer.zero_grad()
+        scaler.scale(F.mse_loss(model(x), y)).backward()
+        with damping.adapt(kfac, lambda: F.mse_loss(model(x), y)):
+            scaler.step(optimizer)
+        scaler.update()
+    assert not kfac._listeners
+    return damping.ratio
+
+
+def test_a_scale_that_is_divided_out_in_the_block_does_not_count() -> None:
+    assert ratio_of_scaled(2.0**16) == pytest.approx(ratio_of_scaled(1.0), rel=1e-9)
+
+
+def test_gradients_that_a_fused_optimizer_unscales_are_refused() -> None:
+    model, x, y = regression()
+    damping = LevenbergMarquardt(0.1, interval=1)
+    kfac = preconditioner(model, damping=damping, loss_scale=8.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
+    kfac.attach(optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(F.mse_loss(model(x), y)).backward()
+    with pytest.raises(RuntimeError, match="gradients must be unscaled for .* adapt"):
+        with damping.adapt(kfac, lambda: F.mse_loss(model(x), y)):
+            scaler.step(optimizer)
+    assert not kfac._listeners
+
+
 def test_gradients_that_come_in_the_block_are_refused_without_an_exact_model() -> None:
     model, x, y = regression()
     damping = LevenbergMarquardt(0.1, interval=1)
