@@ -44,7 +44,8 @@ class InputGrams:
     A tensor and its views are one where they read the same memory in the same way, and no operation
     in between has written to it. A write that autograd does not count, such as one through
     ``x.data``, is not seen here either: within a forward pass it spoils the gradients of the
-    layers' weights, too, and in between passes nothing is kept.
+    layers' weights, too, and nothing outlasts the beginning of the model's next one. Layers that
+    are called outside of its passes do see the old contents.
 
     Attributes:
         buffers: Memory of the sums.
