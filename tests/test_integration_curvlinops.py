@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -388,6 +389,60 @@ def test_blocks_have_correct_operators_made() -> None:
     vector = torch.randn(outer.shape[1], dtype=torch.float64)
     own = both("KFACLinearOperator", given, fisher_type="empirical")[0]
     assert_solved(outer @ vector, own @ vector)
+
+
+LOADING = pytest.mark.filterwarnings("ignore:Loading a state dict will overwrite:UserWarning")
+
+
+@LOADING
+@pytest.mark.parametrize("saved", ["nothing", "factors", "eigenvectors", "eigenvalues"])
+@pytest.mark.parametrize("kind", ["KFACLinearOperator", "EKFACLinearOperator"])
+def test_saved_operators_stay_correct(kind: str, saved: str, tmp_path: Path) -> None:
+    given = padded("circular")
+    model, _, weights, data = given
+    operator = correct(kind, given)
+    if saved != "nothing":
+        operator.compute_kronecker_factors()
+    if kind == "EKFACLinearOperator" and saved == "eigenvectors":
+        operator._compute_eigenvectors()
+    elif saved == "eigenvalues":
+        operator.trace  # noqa: B018
+    torch.save(operator.state_dict(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=False)
+    vector = torch.randn(operator.shape[1], dtype=torch.float64)
+    expected = operator @ vector
+    arguments = (model, weights, data)
+    loaded = [getattr(ours, kind).from_state_dict(copy.deepcopy(state), *arguments)]
+    with ours.enabled():
+        loaded.append(getattr(curvlinops, kind).from_state_dict(state, *arguments))
+    for own in loaded:
+        assert_solved(own @ vector, expected, condition=1e6)
+        assert_solved(own.trace, operator.trace)
+
+
+@LOADING
+@pytest.mark.parametrize("kind", ["KFACLinearOperator", "EKFACLinearOperator"])
+def test_states_of_curvlinops_own_operators_are_not_corrected(kind: str) -> None:
+    given = padded("circular")
+    model, _, weights, data = given
+    theirs = both(kind, given, fisher_type="empirical")[0]
+    with ours.enabled(correct=True):
+        loaded = getattr(ours, kind).from_state_dict(theirs.state_dict(), model, weights, data)
+    assert_solved(loaded.trace, theirs.trace)
+
+
+@LOADING
+def test_inverses_are_loaded_with_the_operator_that_they_were_saved_with() -> None:
+    given = padded("circular")
+    operator = correct("KFACLinearOperator", given)
+    state = ours.KFACInverseLinearOperator(operator, damping=1e-2).state_dict()
+    options = {"fisher_type": "empirical", "separate_weight_and_bias": False}
+    other = both("KFACLinearOperator", given, **options)[1]
+    loaded = ours.KFACInverseLinearOperator.from_state_dict(copy.deepcopy(state), other)
+    operator.compute_kronecker_factors()
+    vector = torch.randn(operator.shape[1], dtype=torch.float64)
+    expected = ours.KFACInverseLinearOperator(operator, damping=1e-2) @ vector
+    assert_solved(loaded @ vector, expected, condition=1e6)
 
 
 def test_curvlinops_own_classes_are_replaced_inside_of_a_block_only() -> None:

@@ -67,6 +67,19 @@ class KFACLinearOperator(curvlinops.KFACLinearOperator):  # type: ignore[misc]
         self._correct = correct
         super().__init__(*arguments, **options)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The state of curvlinops' own class, and ``"correct"``."""
+        return {**super().state_dict(), "correct": self._correct}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state of this class or of curvlinops' own, whose numbers are not corrected.
+
+        Args:
+            state_dict: What :meth:`state_dict` has returned.
+        """
+        super().load_state_dict(state_dict)
+        self._correct = state_dict.get("correct", False)
+
     def compute_kronecker_factors(self) -> None:
         """Form the factors, summed up at least in float32, in the dtype of the weights."""
         self._edges.clear()  # of a pass that was broken off
