@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -527,18 +530,57 @@ def test_a_subclass_of_a_layer_has_its_corrected_eigenvalues_from_curvlinops() -
     assert_solved(found, expected, condition=1e6)
 
 
-@pytest.mark.parametrize("kind", ["KFACLinearOperator", "EKFACLinearOperator"])
-def test_a_pass_that_is_broken_off_leaves_no_trace(kind: str) -> None:
+@pytest.mark.parametrize("error", [IndexError, KeyboardInterrupt])
+@pytest.mark.parametrize("place", ["forward", "backward"])
+@pytest.mark.parametrize("fisher", ["type-2", "empirical"])
+@pytest.mark.parametrize(
+    ("kind", "computes"),
+    [
+        ("KFACLinearOperator", "compute_kronecker_factors"),
+        ("EKFACLinearOperator", "compute_kronecker_factors"),
+        ("EKFACLinearOperator", "compute_eigenvalue_correction"),
+    ],
+)
+def test_a_pass_that_is_broken_off_leaves_no_trace(
+    kind: str, computes: str, fisher: str, place: str, error: type[BaseException]
+) -> None:
     given = arguments("tokens", "mean")
-    model = given[0]
-    expected, found = both(kind, given, fisher_type="type-2")
-    handle = model[4].register_forward_hook(lambda *call: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    model, _, _, data = given
+    expected, found = both(kind, given, fisher_type=fisher)
+    if computes == "compute_eigenvalue_correction":
         found.compute_kronecker_factors()
-    handle.remove()
-    for module in model.modules():  # curvlinops leaves its own
-        module._forward_hooks.clear()
-        module._forward_pre_hooks.clear()
-    found._input_covariances.clear()
+
+    def fails(*call: Any, **options: Any) -> None:
+        raise error
+
+    with pytest.MonkeyPatch.context() as patch:
+        if place == "forward":
+            patch.setattr(model[4], "forward", fails)
+        else:
+            patch.setattr("curvlinops.kfac.grad", fails)
+        with pytest.raises(error):
+            getattr(found, computes)()
+    for _ in range(3):
+        model(data[0][0]).sum().backward()
+    assert not any((found._edges, found._inputs, found._earlier, found._is_backward))
+    assert not getattr(found, "_cached_activations", None)
+    assert all(isinstance(weight, nn.Parameter) for weight in found._params)
+    for module in model.modules():
+        assert not (module._forward_hooks or module._forward_pre_hooks)
     vector = torch.randn(found.shape[1], dtype=torch.float64)
     assert_solved(found @ vector, expected @ vector, condition=1e6)
+    watched = weakref.ref(found)
+    del found
+    gc.collect()
+    assert watched() is None
+
+
+def test_a_pass_that_is_broken_off_leaves_the_hooks_of_others() -> None:
+    given = arguments("tokens", "mean")
+    other, operator = (both("EKFACLinearOperator", given)[1] for _ in range(2))
+    hook = partial(other._hook_cache_inputs, module_name="0")
+    given[0][0].register_forward_pre_hook(hook)
+    given[0][4].register_forward_hook(lambda *call: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        operator.compute_kronecker_factors()
+    assert [*given[0][0]._forward_pre_hooks.values()] == [hook]

@@ -25,6 +25,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -82,13 +83,36 @@ class KFACLinearOperator(curvlinops.KFACLinearOperator):  # type: ignore[misc]
 
     def compute_kronecker_factors(self) -> None:
         """Form the factors, summed up at least in float32, in the dtype of the weights."""
-        self._edges.clear()  # of a pass that was broken off
-        self._inputs.clear()
-        super().compute_kronecker_factors()
+        with self._cleared_on_failure():
+            super().compute_kronecker_factors()
         for covariances in (self._input_covariances, self._gradient_covariances):
             for name, covariance in covariances.items():
                 weight = self._model_func.get_submodule(name).weight
                 covariances[name] = covariance.to(weight.dtype)
+
+    @contextmanager
+    def _cleared_on_failure(self) -> Iterator[None]:
+        """Keep no hooks, inputs and graphs of a pass that is broken off."""
+        try:
+            yield
+        except BaseException:
+            self._remove_hooks()  # first, as they fill what is cleared
+            for kept in self._kept():
+                kept.clear()
+            raise
+
+    def _remove_hooks(self) -> None:
+        """Those that curvlinops has installed for this operator, and removes on success only."""
+        for name in self._mapping:
+            module = self._model_func.get_submodule(name)
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                for key, hook in [*hooks.items()]:
+                    if isinstance(hook, partial) and getattr(hook.func, "__self__", None) is self:
+                        del hooks[key]
+
+    def _kept(self) -> list[Any]:
+        """What a pass fills, and empties where it comes to its end."""
+        return [self._edges, self._inputs, self._earlier]
 
     def _hook_accumulate_input_covariance(
         self, module: nn.Module, inputs: tuple[Tensor, ...], module_name: str
@@ -184,13 +208,13 @@ class KFACLinearOperator(curvlinops.KFACLinearOperator):  # type: ignore[misc]
 
     def _compute_loss_and_backward(self, output: Tensor, y: Tensor) -> None:
         weights: Any = self._params
-        if self._fisher_type != FisherType.FORWARD_ONLY:
-            self._params: Any = self._asked_for(output)
-            passes = {FisherType.TYPE2: output.shape[1], FisherType.MC: int(self._mc_samples)}
-            for name, _ in self._edges:
-                self._earlier[name] += passes.get(self._fisher_type, 1) - 1
-        self._is_backward = True
         try:
+            if self._fisher_type != FisherType.FORWARD_ONLY:
+                self._params: Any = self._asked_for(output)
+                passes = {FisherType.TYPE2: output.shape[1], FisherType.MC: int(self._mc_samples)}
+                for name, _ in self._edges:
+                    self._earlier[name] += passes.get(self._fisher_type, 1) - 1
+            self._is_backward = True
             super()._compute_loss_and_backward(output, y)
             for name in [*self._inputs]:  # of layers that the passes have not reached
                 self._add_inputs(self._model_func.get_submodule(name), name)
@@ -242,8 +266,11 @@ class EKFACLinearOperator(KFACLinearOperator, curvlinops.EKFACLinearOperator):  
 
     def compute_eigenvalue_correction(self) -> None:
         """Form the corrected eigenvalues."""
-        self._edges.clear()  # of a pass that was broken off
-        super().compute_eigenvalue_correction()
+        with self._cleared_on_failure():
+            super().compute_eigenvalue_correction()
+
+    def _kept(self) -> list[Any]:
+        return [*super()._kept(), self._cached_activations]
 
     def _compute_eigenvectors(self) -> None:
         if not (self._input_covariances or self._gradient_covariances):
