@@ -22,10 +22,12 @@ from kfac_fast.factors import Sum
 from kfac_fast.graph import (
     Counted,
     Kept,
+    View,
     checkpoint_hooks,
     end_at,
     in_transform,
     last_reached,
+    lasting,
     reaches,
     recomputes,
     unseen,
@@ -91,7 +93,8 @@ class Call(NamedTuple):
         layer: The layer's rule.
         kept: The input, if gradients need it.
         inputs: Sum of the inputs' outer products.
-        output: The output; None if its gradients come by themselves.
+        output: The output, or what it is a view of; None if its gradients come by themselves.
+        view: How the output views it.
     """
 
     block: Block
@@ -99,9 +102,12 @@ class Call(NamedTuple):
     kept: Kept | None
     inputs: Sum | None
     output: GradientEdge | None = None
+    view: View | None = None
 
     def sums(self, gradient: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
         """Outer products of output gradients, and squared gradients in the eigenbases, if asked."""
+        if self.view is not None:
+            gradient = self.view.gradient(gradient)
         x = None if self.kept is None else self.kept.get()
         gram = self.layer.gradient_gram(gradient, scale, x, self.block.memory_for(gradient))
         if x is None:
@@ -490,12 +496,14 @@ class Capture:
         if self._fisher == "forward-only":
             block.add(call.inputs, (_identity(block, layer, output), 1))
             return
+        source, view = lasting(output)
         if self._fisher != "empirical":
-            self.calls.append(call._replace(output=get_gradient_edge(output)))
+            self.calls.append(call._replace(output=get_gradient_edge(source), view=view))
             return
         # Without the edge: the graph owns this hook, and nothing else would part the two.
         examples = self._pass.see(call.layer, output)
-        output.register_hook(partial(self._add, call, end_at(weight), examples, self._pass))
+        call = call._replace(view=view)
+        source.register_hook(partial(self._add, call, end_at(weight), examples, self._pass))
 
     def _call(
         self, block: Block, layer: Layer, x: Tensor, output: Tensor, kept: Kept | None

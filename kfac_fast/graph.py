@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 from weakref import WeakValueDictionary
 
 import torch
@@ -235,6 +235,47 @@ def end_at(weight: Tensor) -> Node:
     """Where a backward pass ends that adds to a weight's gradient."""
     # As get_gradient_edge, which costs more.
     return weight.view_as(weight).grad_fn.next_functions[0][0]  # type: ignore[union-attr, return-value]
+
+
+class View(NamedTuple):
+    """How a view reads a tensor, all of whose entries it has once.
+
+    Attributes:
+        base_stride: Of the tensor.
+        shape: Of the view.
+        stride: Of the view.
+        offset: Of the view's first entry from the tensor's.
+    """
+
+    base_stride: tuple[int, ...]
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    def gradient(self, of_base: Tensor) -> Tensor:
+        """The view's gradient, from that of the tensor."""
+        if of_base.stride() != self.base_stride:
+            empty = of_base.new_empty_strided(of_base.shape, self.base_stride)
+            of_base = empty.copy_(of_base)
+        return of_base.as_strided(self.shape, self.stride, of_base.storage_offset() + self.offset)
+
+
+def lasting(output: Tensor) -> tuple[Tensor, View | None]:
+    """What stays in the graph when an output is written to.
+
+    A write to a view replaces its node, with all hooks on it, but not that of what it is a view of.
+
+    Returns:
+        The output itself, if it is no view, or one that leaves out or repeats entries; else what it
+        is a view of, and how.
+    """
+    base = output._base
+    if base is None or base.grad_fn is None or base.numel() != output.numel():
+        return output, None
+    if any(map(torch._debug_has_internal_overlap, (base, output))):
+        return output, None
+    offset = int(output.storage_offset() - base.storage_offset())
+    return base, View(base.stride(), output.shape, output.stride(), offset)
 
 
 def nodes_behind(start: Node) -> set[Node]:
