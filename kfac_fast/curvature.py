@@ -11,10 +11,11 @@ forward-only one takes the identity for the gradient covariance.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, NoReturn
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from kfac_fast.losses import Loss, Outputs, Targets
 
@@ -45,16 +46,32 @@ def backpropagated(
         samples: Draws of labels or signs.
         generator: Source of randomness; PyTorch's default if None.
 
-    Yields:
-        One scalar after the other.
+    Returns:
+        One scalar after the other, formed as it is asked for.
 
     Raises:
-        RuntimeError: If the outputs are in no graph.
+        RuntimeError: If the outputs are in no graph; from the scalars, if those that matter are in
+            none.
 
     Source: Martens & Grosse (2015), section 5; Eschenhagen et al. (2023), section 2; Martens,
     Sutskever & Swersky (2012).
     """
-    targets = constants(targets)
+    # At once: where no layer's call waits, nobody asks for a scalar.
+    tensors = [output for output in tree_leaves(outputs) if isinstance(output, Tensor)]
+    if tensors and not any(tensor.requires_grad for tensor in tensors):
+        _refuse()
+    return _scalars(fisher, loss, outputs, constants(targets), samples, generator)
+
+
+def _scalars(
+    fisher: Fisher,
+    loss: Loss[Outputs],
+    outputs: Outputs,
+    targets: Targets,
+    samples: int,
+    generator: torch.Generator | None,
+) -> Iterator[Tensor]:
+    """See :func:`backpropagated`, whose arguments these are, with constants for labels."""
     if fisher == "mc":
         for _ in range(samples):
             yield _in_graph(loss.sample(outputs, targets, generator)) / samples**0.5
@@ -85,8 +102,12 @@ def constants(targets: Targets) -> Targets:
 
 def _in_graph(result: Tensor) -> Tensor:
     if not result.requires_grad:
-        raise RuntimeError(
-            "update_curvature: outputs must be those of a forward pass with gradients enabled, got "
-            "none that need gradients"
-        )
+        _refuse()
     return result
+
+
+def _refuse() -> NoReturn:
+    raise RuntimeError(
+        "update_curvature: outputs must be those of a forward pass with gradients enabled, got "
+        "none that need gradients"
+    )

@@ -341,6 +341,19 @@ def test_layers_may_be_frozen_for_the_first_steps(fisher: str, compiled: bool) -
     torch.compiler.reset()
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("fisher", ["mc", "exact", "curvature-propagation"])
+def test_outputs_of_a_pass_without_gradients_are_refused(fisher: str, compiled: bool) -> None:
+    model, (x, _) = critic(), batch()
+    kfac = preconditioner(model, fisher=fisher)
+    run = torch.compile(model, backend="aot_eager") if compiled else model
+    with torch.no_grad():
+        outputs = run(x)
+    with pytest.raises(RuntimeError, match="^update_curvature: outputs must be those of a forward"):
+        kfac.update_curvature(outputs, loss="cross_entropy")
+    torch.compiler.reset()
+
+
 def test_graphs_that_nobody_asks_for_are_warned_of() -> None:
     model, (x, _) = critic(), batch()
     preconditioner(model, fisher="mc")
