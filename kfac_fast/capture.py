@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,10 +24,12 @@ from kfac_fast.graph import (
     Kept,
     View,
     checkpoint_hooks,
+    current_node,
     end_at,
     in_transform,
     last_reached,
     lasting,
+    next_node,
     reaches,
     recomputes,
     unseen,
@@ -51,6 +53,7 @@ class ForwardPass:
         graphs: Examples that the rows of a layer's inputs belong to, where it was told.
         terms: Number of terms, where :meth:`Capture.count` was told.
         recomputed: Whether they were counted before it, in a pass without gradients.
+        sharing: How rows are shared in it in layers of these names.
     """
 
     number: int = 0
@@ -59,6 +62,7 @@ class ForwardPass:
     graphs: int | None = None
     terms: Count | None = None
     recomputed: bool = False
+    sharing: Mapping[str, Sharing] = field(default_factory=dict)
 
     def see(self, layer: Layer, output: Tensor) -> int:
         """Take note of a layer's call.
@@ -161,7 +165,6 @@ class Capture:
 
     Attributes:
         calls: Calls that wait for :meth:`backpropagate`.
-        sharing: How rows are shared in the calls of layers of these names, until the step's end.
         traced: Whether layers are called inside of a compiled graph.
     """
 
@@ -178,7 +181,6 @@ class Capture:
         loss_scale: Callable[[], float],
     ) -> None:
         self.calls: list[Call] = []
-        self.sharing: dict[str, Sharing] = {}
         self.traced = False
         self._blocks = blocks
         self._due = due
@@ -193,6 +195,8 @@ class Capture:
         self._scale: float | None = None
         self._pass = ForwardPass()
         self._passes = {0: self._pass}
+        # All that were stated in this step, with the first node of the graph that may follow.
+        self._sharings: list[tuple[int, Mapping[str, Sharing]]] = []
         self._counted = Counted()
         self._input_grams = InputGrams()
         self._handle = compiled.register(self)
@@ -232,7 +236,7 @@ class Capture:
 
     def forget(self) -> None:
         """Drop the calls that still wait and the shared sums, at the end of a step."""
-        self.calls, self.sharing = [], {}
+        self.calls, self._sharings = [], []
         self._captures, self._scale = None, None
         self._pass = ForwardPass()
         self._passes = {0: self._pass}
@@ -254,6 +258,19 @@ class Capture:
         # After a pass that was recomputed, it is of the next one, which has run without gradients.
         latest = self._passes[0] if self._pass.recomputed else self._pass
         latest.terms = terms
+
+    def share(self, sharing: Mapping[str, Sharing]) -> None:
+        """Take note of how rows are shared in layers of these names, until the step's end."""
+        before = self._sharings[-1][1] if self._sharings else {}
+        self._sharings.append((next_node(), {**before, **sharing}))
+
+    def _sharing(self) -> Mapping[str, Sharing]:
+        """How rows are shared at present, or were when a backward pass's present node was made."""
+        node = current_node() if self._sharings else None
+        for first, sharing in reversed(self._sharings):
+            if node is None or first <= node:
+                return sharing
+        return {}
 
     def backpropagate(self, scalars: Iterable[Tensor], terms: Count) -> None:
         """Add the waiting calls that some scalars depend on, with the gradients of all of these.
@@ -333,7 +350,7 @@ class Capture:
             return 0
         number = len(self._passes)
         if recomputes():  # which calls of compiled parts alone ask for again
-            self._passes[number] = ForwardPass(number, examples or None)
+            self._passes[number] = ForwardPass(number, examples or None, sharing=self._sharing())
             return number
         self._input_grams.clear()  # inputs may have been refilled since
         self._waiting = self._waiting + 1 if self.calls else 0
@@ -348,7 +365,11 @@ class Capture:
         terms = self._passes[0].terms
         self._passes[0] = ForwardPass()
         self._pass = ForwardPass(
-            number, examples or None, terms=terms, recomputed=terms is not None
+            number,
+            examples or None,
+            terms=terms,
+            recomputed=terms is not None,
+            sharing=self._sharing(),
         )
         self._passes[number] = self._pass
         return number
@@ -373,7 +394,10 @@ class Capture:
         weight = layer.trained()
         if weight is None:
             return
-        call = self._call(block, layer, x, gradient, self._keep(block, layer, x))
+        sharing = self._passes[forward_pass].sharing if forward_pass in self._passes else None
+        if not forward_pass or sharing is None:  # outside of any pass
+            sharing = self._sharing()
+        call = self._call(block, layer, x, gradient, self._keep(block, layer, x), sharing)
         if self._recorded is not None:
             self._recorded.append((index, forward_pass, call, gradient))
             return
@@ -492,7 +516,7 @@ class Capture:
         weight = layer.trained()
         if weight is None:
             return
-        call = self._call(block, layer, x, output, kept)
+        call = self._call(block, layer, x, output, kept, self._sharing())
         if self._fisher == "forward-only":
             block.add(call.inputs, (_identity(block, layer, output), 1))
             return
@@ -506,14 +530,20 @@ class Capture:
         source.register_hook(partial(self._add, call, end_at(weight), examples, self._pass))
 
     def _call(
-        self, block: Block, layer: Layer, x: Tensor, output: Tensor, kept: Kept | None
+        self,
+        block: Block,
+        layer: Layer,
+        x: Tensor,
+        output: Tensor,
+        kept: Kept | None,
+        sharing: Mapping[str, Sharing],
     ) -> Call:
         """A call with its sum of inputs."""
         if x.layout != torch.strided:
             raise TypeError(
                 f"KFAC: inputs of {layer.name!r} must be strided, got {x.layout}; skip the layer"
             )
-        layer = layer.shared(self.sharing[layer.name]) if layer.name in self.sharing else layer
+        layer = layer.shared(sharing[layer.name]) if layer.name in sharing else layer
         outer = self._input_grams.of(layer, x, output)
         needed = layer.keeps_input or block.correction is not None
         return Call(block, layer, kept if needed else None, outer)

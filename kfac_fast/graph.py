@@ -212,6 +212,19 @@ def recomputes() -> bool:
     return name != "CheckpointFunctionBackward" and _in_checkpoint()
 
 
+def next_node() -> int:
+    """A number that nodes are not below if they are made from now on, in this thread."""
+    return torch._C._autograd._get_sequence_nr()
+
+
+def current_node() -> int | None:
+    """A number of the node that a backward pass is at, as of :func:`next_node`; None in none."""
+    if torch._C._current_graph_task_id() == -1:
+        return None
+    node = torch._C._current_autograd_node()
+    return None if node is None else node._sequence_nr()
+
+
 def unseen() -> AbstractContextManager[object]:
     """For operators that run in a checkpointed part, but not when it is recomputed.
 

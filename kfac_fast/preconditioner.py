@@ -343,7 +343,7 @@ class KFAC:
             raise ValueError("share_rows: segments must be None with eigenvalue_correction")
         found = layers_with_rows(self._blocks, pattern)
         sharing = Sharing(mask, segments, num_segments)
-        self._capture.sharing |= {layer.name: sharing for layer in found}
+        self._capture.share({layer.name: sharing for layer in found})
 
     # The step
 

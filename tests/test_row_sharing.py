@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from nets import preconditioner
+from nets import Checkpointed, preconditioner
 from plain_kfac import assert_covariances, assert_solved, covariances
 from torch import Tensor, nn
 
@@ -217,6 +218,41 @@ def test_sharing_ends_with_the_step() -> None:
         kfac._blocks[0].factors[0].mean * (1 - 0.95**2),
         0.05 * covariances(expected)["rows.0"][0][0] + 0.05 * 0.95 * masked_covariance(x),
     )
+
+
+RUNS: dict[str, Callable[[nn.Module], Callable[[Tensor], Tensor]]] = {
+    "compiled": lambda model: torch.compile(model, backend="aot_eager"),
+    "recomputed": lambda model: Checkpointed(model, use_reentrant=False),
+    "re-entrant": lambda model: Checkpointed(model, use_reentrant=True),
+    "recomputed-compiled": lambda model: Checkpointed(
+        torch.compile(model, backend="aot_eager"), use_reentrant=False
+    ),
+}
+
+
+@pytest.mark.filterwarnings("default:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("default:The .grad attribute")
+@pytest.mark.parametrize("stated", [(0, 1), (1,)], ids=["both", "second"])
+@pytest.mark.parametrize("name", RUNS)
+def test_each_of_several_passes_has_its_own_mask(name: str, stated: tuple[int, ...]) -> None:
+    """Also where its calls are taken down in the backward pass, after all of the masks."""
+    masks = torch.rand(2, 5, 4) < 0.5
+    xs = torch.randn(2, 5, 4, FEATURES, dtype=torch.float64, requires_grad=True)
+    results = []
+    for change in (lambda model: model, RUNS[name]):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(FEATURES, 2)).double()
+        kfac = preconditioner(model, accumulation_steps=2)
+        run, outputs = change(model), []
+        for index, (x, mask) in enumerate(zip(xs, masks, strict=True)):
+            if index in stated:
+                kfac.share_rows("0", mask=mask)
+            outputs.append(run(x))
+        (outputs[0] - outputs[1]).square().sum().backward()
+        kfac.step()
+        results.append(kfac)
+    torch.compiler.reset()
+    assert_covariances(results[1], covariances(results[0]))
 
 
 def masked_covariance(x: Tensor) -> Tensor:
