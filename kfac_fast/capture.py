@@ -99,6 +99,7 @@ class Call(NamedTuple):
         inputs: Sum of the inputs' outer products.
         output: The output, or what it is a view of; None if its gradients come by themselves.
         view: How the output views it.
+        end: Where a backward pass ends that adds to the gradient of the weight of this call.
     """
 
     block: Block
@@ -107,6 +108,12 @@ class Call(NamedTuple):
     inputs: Sum | None
     output: GradientEdge | None = None
     view: View | None = None
+    end: Node | None = None
+
+    def is_foreign(self) -> bool:
+        """Whether another parameter took the place of the module's own for the call."""
+        weight = getattr(self.end, "variable", None)  # where it is one, and not computed
+        return weight is not None and weight is not self.layer.in_place()
 
     def sums(self, gradient: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
         """Outer products of output gradients, and squared gradients in the eigenbases, if asked."""
@@ -285,6 +292,7 @@ class Capture:
         # the operators that record them.
         tapped = [layer.trained() for _, layer in self._tapped] if self.traced else []
         weights = [weight for weight in tapped if weight is not None]
+        self.calls = [call for call in self.calls if not call.is_foreign()]
         edges = {i: c.output for i, c in enumerate(self.calls) if c.output is not None}
         last = last_reached(edges)
         sums: dict[Hashable, tuple[Call, Tensor, Tensor | None]] = {}
@@ -403,11 +411,11 @@ class Capture:
             return
         seen = self._passes.get(forward_pass, self._pass)
         with torch.enable_grad():
-            end = end_at(weight)
+            call = call._replace(end=end_at(weight))
         examples = seen.see(call.layer, gradient)
         if examples > 1 and seen.batch is not None:  # the layers in front are not seen yet
             seen.most = max(seen.most, seen.batch)
-        self._add(call, end, examples, seen, gradient)
+        self._add(call, examples, seen, gradient)
 
     def _capturing(self) -> bool:
         if self._captures is None:
@@ -521,13 +529,13 @@ class Capture:
             block.add(call.inputs, (_identity(block, layer, output), 1))
             return
         source, view = lasting(output)
+        call = call._replace(view=view, end=end_at(weight))
         if self._fisher != "empirical":
-            self.calls.append(call._replace(output=get_gradient_edge(source), view=view))
+            self.calls.append(call._replace(output=get_gradient_edge(source)))
             return
         # Without the edge: the graph owns this hook, and nothing else would part the two.
         examples = self._pass.see(call.layer, output)
-        call = call._replace(view=view)
-        source.register_hook(partial(self._add, call, end_at(weight), examples, self._pass))
+        source.register_hook(partial(self._add, call, examples, self._pass))
 
     def _call(
         self,
@@ -549,14 +557,14 @@ class Capture:
         return Call(block, layer, kept if needed else None, outer)
 
     def _add(
-        self, call: Call, end: Node, own_examples: int, forward_pass: ForwardPass, gradient: Tensor
+        self, call: Call, own_examples: int, forward_pass: ForwardPass, gradient: Tensor
     ) -> None:
         """Add a call's outer products under the training loss."""
-        if not reaches(end):
+        if call.end is None or not reaches(call.end) or call.is_foreign():
             return
         if torch.is_grad_enabled():  # to be differentiated again, which sums are not
             with torch.no_grad():
-                self._add(call, end, own_examples, forward_pass, gradient)
+                self._add(call, own_examples, forward_pass, gradient)
             return
         if call.kept is not None and call.kept.released:
             return  # what comes in two parts of a backward pass counts once

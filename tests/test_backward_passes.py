@@ -99,6 +99,13 @@ def of_each_example(model: nn.Module, x: Tensor) -> None:
     torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
 
 
+def of_other_weights(model: nn.Module, x: Tensor) -> None:
+    """Whose gradients are their own."""
+    for kind in (Tensor.clone, nn.Parameter):
+        weights = {name: kind(p.detach()).requires_grad_() for name, p in model.named_parameters()}
+        (100 * torch.func.functional_call(model, weights, (x,)).square().mean()).backward()
+
+
 OTHERS = (
     of_frozen,
     of_the_input,
@@ -107,6 +114,7 @@ OTHERS = (
     jacobian,
     batched,
     of_each_example,
+    of_other_weights,
 )
 
 
@@ -126,6 +134,24 @@ def test_a_pass_that_adds_to_no_weights_gradient_does_not_count(
                 torch.set_rng_state(state)
             train(model, kfac, x, y)
             results.append(kfac)
+    assert_equal_covariances(*results)
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "mc"])
+def test_a_pass_with_weights_that_are_computed_from_the_models_own_counts(fisher: str) -> None:
+    model, (x, y) = critic(), batch()
+    results = []
+    for computed in (False, True):
+        with preconditioner(model, fisher=fisher) as kfac:
+            torch.manual_seed(1)
+            weights = {name: 1 * p if computed else p for name, p in model.named_parameters()}
+            model.zero_grad()
+            outputs = torch.func.functional_call(model, weights, (x,))
+            kfac.update_curvature(outputs, loss="cross_entropy")
+            F.cross_entropy(outputs, y).backward()
+            kfac.step()
+            results.append(kfac)
+    assert len(gradient_covariances(results[0])) == 2
     assert_equal_covariances(*results)
 
 

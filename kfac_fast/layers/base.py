@@ -222,9 +222,19 @@ class Layer(ABC):
         return [(id(p), int(self.own(p.detach()).storage_offset())) for p in self.parameters()]
 
     def trained(self) -> Tensor | None:
-        """The module's parameter that holds the weight; None if it is frozen by now."""
+        """The module's parameter that holds the weight, or what is computed from it.
+
+        Returns:
+            None if it is frozen by now, or if a tensor that is no parameter stands in its place.
+        """
+        weight = self.in_place()
+        is_own = isinstance(weight, nn.Parameter) or not weight.is_leaf
+        return weight if weight.requires_grad and is_own else None
+
+    def in_place(self) -> Tensor:
+        """The tensor in the weight's place, be it the module's own or for one call."""
         weight: Tensor = self._weight_of(self.module)
-        return weight if weight.requires_grad else None
+        return weight
 
     def own(self, tensor: Tensor) -> Tensor:
         """The layer's own part, a view, of one of its parameters or of its gradient."""
