@@ -85,8 +85,8 @@ class RowSum {
 
   const RowSumFunctions<In, T>& functions_;
   const int64_t column_stride_;
-  // Of every four rows, or of a vector of rows where columns are apart, the sum is one term of a
-  // chain.
+  // Of every four rows, or where columns are apart of several rows side by side or of a part of
+  // those that are not, the sum is one term of a chain.
   const int64_t rows_a_chain_ = column_stride_ == 1 ? 64 : 1024;
 };
 

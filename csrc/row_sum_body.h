@@ -91,11 +91,13 @@ KFAC_FAST_TARGET void add_rows(const In* rows, int64_t row_stride, int64_t count
   }
 }
 
-// The same, columns apart: best where the rows are side by side.
+// The same, columns apart: best where the rows are side by side. Those that are not are added one
+// by one, in parts: a chain of so many would round too much.
 template <typename In, typename T, bool SQUARED>
 KFAC_FAST_TARGET void add_columns(const In* rows, int64_t row_stride, int64_t column_stride,
                                   int64_t count, int64_t columns, T* total) {
   using Vector = typename VectorOf<T>::type;
+  constexpr int64_t ROWS_A_PART = 32;
   constexpr int64_t LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
   for (int64_t c = 0; c < columns; ++c) {
     const In* column = rows + c * column_stride;
@@ -114,7 +116,13 @@ KFAC_FAST_TARGET void add_columns(const In* rows, int64_t row_stride, int64_t co
       const Vector all = (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
       for (int64_t i = 0; i < LANES; ++i) sum += all[i];
     }
-    for (; r < count; ++r) sum += term<SQUARED>(static_cast<T>(column[r * row_stride]));
+    while (r < count) {
+      T part = 0;
+      for (const int64_t end = std::min(r + ROWS_A_PART, count); r < end; ++r) {
+        part += term<SQUARED>(static_cast<T>(column[r * row_stride]));
+      }
+      sum += part;
+    }
     total[c] += sum;
   }
 }

@@ -132,6 +132,20 @@ def _check_segments(op: str, x: Tensor, segments: Tensor | None, num_segments: i
     check_device(op, "segments", segments, x)
 
 
+def _check_segment_values(
+    op: str, x: Tensor, mask: Tensor | None, segments: Tensor | None, num_segments: int, *_: object
+) -> None:
+    if segments is None or not segments.is_cpu:
+        return  # the host would wait for the device
+    beyond = segments[(segments < 0) | (segments >= num_segments)]
+    if len(beyond):
+        raise refused(op, "segments", f"in [0, {num_segments})", beyond[0].item())
+
+
+def _check_norm_segments(op: str, x: Tensor, gradient: Tensor, *arguments: Any) -> None:
+    _check_segment_values(op, x, *arguments)
+
+
 def _shared_gram_shape(
     op: str,
     x: Tensor,
@@ -328,13 +342,16 @@ class Operator:
     check_values: Callable[..., None] | None = None
 
 
-def _accumulating(arguments: str, shape: Callable[..., Shape]) -> Operator:
+def _accumulating(
+    arguments: str, shape: Callable[..., Shape], check_values: Callable[..., None] | None = None
+) -> Operator:
     def check(op: str, *args: Any) -> None:
         *inputs, _, _, out = args
         dtype = result_dtype(inputs[0].dtype)
         check_out(op, "out", out, shape(op, *inputs), dtype, inputs)
 
-    return Operator(f"{arguments}, float alpha, float beta, Tensor(a!) out", check, -1, shape)
+    signature = f"{arguments}, float alpha, float beta, Tensor(a!) out"
+    return Operator(signature, check, -1, shape, check_values)
 
 
 _CONV = (
@@ -359,6 +376,7 @@ OPERATORS: dict[str, Operator] = {
         "Tensor x, Tensor? mask, Tensor? segments, int num_segments, str reduction, int groups, "
         "bool bias",
         _shared_gram_shape,
+        _check_segment_values,
     ),
     "conv_expand_gram": _accumulating(_CONV, _conv_gram_shape),
     "conv_reduce_gram": _accumulating(_CONV, _conv_gram_shape),
@@ -367,6 +385,7 @@ OPERATORS: dict[str, Operator] = {
         "Tensor x, Tensor gradient, Tensor? mask, Tensor? segments, int num_segments, float eps, "
         "bool center, bool bias",
         _feature_norm_shape,
+        _check_norm_segments,
     ),
     "channel_norm_gram": _accumulating(
         "Tensor x, Tensor gradient, Tensor? mean, Tensor? variance, int num_groups, float eps, "
@@ -401,7 +420,7 @@ def check_values(op: str, *args: Any) -> None:
     """Check what fakes do not have: values in an operator's arguments that have passed the check.
 
     Raises:
-        ValueError: If a matrix on the CPU is not symmetric up to rounding.
+        ValueError: If on the CPU a matrix is not symmetric up to rounding, or a segment not there.
     """
     row = OPERATORS[op]
     if row.check_values is not None:

@@ -189,11 +189,15 @@ def test_reads_nothing_beyond_the_end(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("bad", [-1, 3, 2**40])
-def test_refuses_segments_that_are_not_there(bad: int) -> None:
+@pytest.mark.parametrize("implementation", ["cpp", "reference"])
+def test_refuses_segments_that_are_not_there(implementation: str, bad: int) -> None:
     x, out = torch.ones(4, 5), torch.zeros(5, 2, 2)
     segments = torch.tensor([0, 1, bad, 2])
-    with pytest.raises(
-        ValueError, match=rf"^feature_norm_gram: segments must be in \[0, 3\), got {bad}"
+    with (
+        kfac_fast.use(implementation),
+        pytest.raises(
+            ValueError, match=rf"^feature_norm_gram: segments must be in \[0, 3\), got {bad}"
+        ),
     ):
         ops.feature_norm_gram(x, x, segments=segments, num_segments=3, out=out)
     assert not out.any()

@@ -20,7 +20,8 @@ from oracle import (
 )
 from torch import Tensor
 
-from kfac_fast import reference
+import kfac_fast
+from kfac_fast import ops, reference
 from kfac_fast.backends import native
 from kfac_fast.schema import result_dtype, result_shape
 
@@ -152,6 +153,15 @@ def test_long_sums() -> None:
     check(LAYOUTS["channels-first"](torch.randn(2, 20_000, 24) + 1), reduction="mean")
 
 
+@pytest.mark.parametrize("positions", [700, 1000, 1024, 3000])
+@pytest.mark.parametrize("layout", ["every-second-column", "with-gaps-and-reversed"])
+@reductions
+def test_sums_that_drift(reduction: str, layout: str, positions: int) -> None:
+    """They are larger on their way than at the end."""
+    drift = torch.linspace(1, -1, positions)[:, None]
+    check(LAYOUTS[layout](torch.randn(8, positions, 32) + drift), reduction=reduction)
+
+
 @pytest.mark.parametrize(("layout", "chain"), [(Tensor.contiguous, 64), (spread, 1024)])
 @pytest.mark.parametrize("in_order", [True, False])
 def test_long_segments(layout: Callable[[Tensor], Tensor], chain: int, in_order: bool) -> None:
@@ -206,6 +216,12 @@ def test_refuses_segments_that_are_not_there(bad: int) -> None:
     segments = torch.tensor([0, 1, bad, 2])
     with pytest.raises(ValueError, match=rf"^shared_gram: segments must be in \[0, 3\), got {bad}"):
         run(x, segments=segments, num_segments=3, out=out)
+    assert not out.any()
+    with (
+        kfac_fast.use("reference"),
+        pytest.raises(ValueError, match=rf"^shared_gram: segments must be in \[0, 3\), got {bad}"),
+    ):
+        ops.shared_gram(x, segments=segments, num_segments=3, out=out)
     assert not out.any()
 
 

@@ -60,9 +60,9 @@ def feature_norm_gram(
         Symmetric ``[D, 1 (+ 1), 1 (+ 1)]``.
 
     Raises:
-        ValueError: If a shape, an option, a device or the memory of ``out`` is refused.
+        ValueError: If a shape, an option, a device or the memory of ``out`` is refused, or on the
+            CPU a segment that is none of ``num_segments``.
         TypeError: If a dtype is refused.
-        RuntimeError: On the CPU, if a segment is none of ``num_segments``.
 
     Source: Osawa et al. (2020), whose unit-wise Fisher of batch normalisations this is.
     """

@@ -81,7 +81,7 @@ def shared_gram(
 
     Equivalent to::
 
-        means = x.flatten(1, -2).mean(1)
+        means = x.reshape(len(x), -1, x.shape[-1]).mean(1)
         return means.T @ means
 
     Args:
@@ -104,10 +104,10 @@ def shared_gram(
         several groups.
 
     Raises:
-        ValueError: If a shape, an option, a device or the memory of ``out`` is refused.
+        ValueError: If a shape, an option, a device or the memory of ``out`` is refused, or on the
+            CPU a segment that is none of ``num_segments``; a GPU's host does not wait to see it,
+            and such rows do not count there.
         TypeError: If a dtype is refused.
-        RuntimeError: On the CPU, if a segment is none of ``num_segments``; a GPU's host does not
-            wait to see it, and such rows do not count there.
 
     Source: Eschenhagen et al. (2023), section 3.3.
     """
