@@ -37,9 +37,12 @@ def update_averages(
     Equivalent to::
 
         for total, count, average, weight, skips in zip(sums, terms, out, weights, skipped):
-            if (total / count).diagonal().isfinite().all():
-                weight.lerp_(torch.ones(()), 1 - decay)
-                average.lerp_(total / count, (1 - decay) / weight)
+            mean = total / count
+            whole = mean.dim() == 1 or not covariances
+            witness = mean if whole else mean.diagonal(dim1=-2, dim2=-1)
+            if witness.isfinite().all():
+                weight.lerp_(torch.ones_like(weight), 1 - decay)
+                average.lerp_(mean, (1 - decay) / weight)
             else:
                 skips += 1
 
