@@ -249,6 +249,10 @@ def _damped_factors(
         shift = torch.cat([damping[i].expand(matrices[i].shape[:-2]).reshape(-1) for i in indices])
         damped.diagonal(dim1=-2, dim2=-1).add_(shift[:, None])
         factor, status = torch.linalg.cholesky_ex(damped)  # reads the lower triangle only
+        # LAPACK takes an infinite pivot for a positive one, and some versions NaN, too.
+        odd = ~factor.diagonal(dim1=-2, dim2=-1).isfinite()
+        first = torch.where(odd.any(-1), odd.int().argmax(-1) + 1, 0).to(status.dtype)
+        status = torch.where((first > 0) & ((status == 0) | (first < status)), first, status)
         failed = (status != 0)[:, None, None]
         # A failed factor may hold a zero pivot, which cholesky_inverse refuses for the whole batch.
         result = finish(factor.masked_fill(failed, 1)).masked_fill_(failed, math.nan)

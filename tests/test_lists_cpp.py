@@ -60,6 +60,32 @@ def test_blocks_wider_than_a_vector(op: Damped, instruction_set: str) -> None:
 
 
 @damped
+@pytest.mark.parametrize("value", [math.nan, math.inf, -5.0])
+@pytest.mark.parametrize(("size", "place"), [(1, 0), (4, 1), (100, 24), (300, 200)])
+def test_implementations_agree_on_what_fails(
+    op: Damped, size: int, place: int, value: float
+) -> None:
+    matrices = [torch.eye(size) for _ in range(3)]
+    matrices[1][place, place] = value
+    for implementation in ("cpp", "reference"):
+        with kfac_fast.use(implementation):
+            result = op(matrices, 0.1, logdet=True)
+        assert result.info.tolist() == [0, place + 1, 0]
+        assert result.matrices[1].isnan().all()
+        assert result.logdet.isnan().tolist() == [False, True, False]
+
+
+@damped
+@pytest.mark.parametrize("implementation", ["cpp", "reference"])
+def test_the_first_of_several_failures_is_told(op: Damped, implementation: str) -> None:
+    for first, second in ((math.inf, -5.0), (-5.0, math.inf), (math.inf, math.nan)):
+        matrix = torch.eye(50)
+        matrix[20, 20], matrix[40, 40] = first, second
+        with kfac_fast.use(implementation):
+            assert op([matrix], 0.1).info.tolist() == [21]
+
+
+@damped
 def test_the_widest_blocks(op: Damped) -> None:
     n = 1545
     matrix = torch.eye(n, dtype=torch.float64) + 1 / n  # in closed form

@@ -31,8 +31,8 @@ class DampedInverses(NamedTuple):
     Attributes:
         matrices: The inverses, or the lower Cholesky factors, one for each input; NaN where
             ``info`` is not zero.
-        info: int32, one entry for each matrix in order: 0, or the order of the leading minor that
-            is not positive.
+        info: int32, one entry for each matrix in order: 0, or the order of the first leading minor
+            that is not positive or not finite.
         logdet: Log-determinant of each damped matrix (natural logarithm), NaN where ``info`` is not
             zero; None if not asked for.
     """
@@ -131,8 +131,8 @@ def damped_inverse(
         return [torch.cholesky_inverse(torch.linalg.cholesky(m + damping * torch.eye(len(m)))) for m
         in matrices]
 
-    A matrix that is not positive definite after damping is reported in ``info`` and its result is
-    NaN; the others are not touched by it. The host never waits for the device.
+    A matrix that is not positive definite or not finite after damping is reported in ``info`` and
+    its result is NaN; the others are not touched by it. The host never waits for the device.
 
     Args:
         matrices: Matrices ``[n, n]`` or stacked batches ``[*, n, n]`` of any mix of sizes, all
@@ -341,7 +341,8 @@ def cholesky_precondition(
     Equivalent to::
 
         halves = [torch.cholesky_solve(v, g) for v, g in zip(grads, gradient_factors)]
-        return [torch.cholesky_solve(h.mT, a).mT for h, a in zip(halves, input_factors)]
+        results = [torch.cholesky_solve(h.mT, a).mT for h, a in zip(halves, input_factors)]
+        return results, sum((v * p).sum() for v, p in zip(grads, results))
 
     Args:
         grads: Gradients ``[*, out, in]`` of any mix of shapes, all float32 or all float64.
