@@ -21,6 +21,12 @@
 // squares of L's diagonal, are those of the whole matrix' Cholesky factor: their product is the
 // determinant, and the first that is not positive tells which leading minor is not.
 //
+// Where the matrix has a large mean, the first pivots subtract nearly all of it. There products are
+// added to the matrix one by one, not their sum, whose rounding errors would be those of the mean.
+// Each addition rounds, too: small matrices are updated so by every block, large ones, to which
+// the many later blocks would add errors that grow with their size, by the first one only, and the
+// largest, whose blocks are the widest, by none.
+//
 // Signs: the matrix is kept as -A, in its lower triangle, so that products are added; L^-1 as
 // Y = -L^-1, which comes in pairs. L^-1 itself is found by the same steps with blocks as wide as a
 // vector, each of which eliminates itself from the rows below it only.
@@ -93,7 +99,8 @@ class BlockSweep {
                                 : size_ <= 640  ? int64_t{32}
                                 : size_ <= 1536 ? int64_t{64}
                                                 : int64_t{128})),
-        panel_size_(block_ * width_ + lanes_) {}
+        panel_size_(block_ * width_ + lanes_),
+        continued_(block_ <= 64 ? tile_product<T, true>(set) : product_) {}
 
   int64_t size() const { return size_; }  // in whole vectors
 
@@ -154,7 +161,8 @@ class BlockSweep {
         }
         write_panel(inverts_ ? u_panel : v_panel, first, count, column, columns, a, stride);
       });
-      update(a + begin * stride + begin, stride, rows_ - begin,
+      const bool one_by_one = first == 0 || size_ <= most_continued;
+      update(one_by_one ? continued_ : product_, a + begin * stride + begin, stride, rows_ - begin,
              {v, pivots, width_, width_, panel_size_}, first - begin, count, share);
     }
     return size_;
@@ -224,8 +232,8 @@ class BlockSweep {
       for (int64_t c = 0; c < size; c += width_) {
         for (int64_t r = std::max(c / product_.rows * product_.rows, first + lanes_); r < size;
              r += product_.rows) {
-          const auto tile =
-              product_.covering(product_.rows, std::min({width_, size - c, r + product_.rows - c}));
+          const auto tile = continued_.covering(
+              product_.rows, std::min({width_, size - c, r + product_.rows - c}));
           tile(panels.at(r), width_, panels.at(c), width_, lanes_, y + r * stride + c, stride,
                true);
         }
@@ -256,8 +264,8 @@ class BlockSweep {
   // a += V^T V in and below the diagonal, by tiles that leave the panels in the caches. The `zeros`
   // columns of V from `first_zero` on are zero, if there are such.
   template <typename Share>
-  void update(T* a, int64_t stride, int64_t size, const Panels<T>& v, int64_t first_zero,
-              int64_t zeros, const Share& share) const {
+  void update(const TileProduct<T>& product, T* a, int64_t stride, int64_t size, const Panels<T>& v,
+              int64_t first_zero, int64_t zeros, const Share& share) const {
     const int64_t edge = 4 * width_;
     const int64_t side = divide_up(size, edge);
     const auto products = static_cast<double>(v.depth) * static_cast<double>(size * size / 2);
@@ -265,7 +273,7 @@ class BlockSweep {
       int64_t r = side - 1;  // the longest rows first
       while (tile > r) tile -= r-- + 1;
       const int64_t row = r * edge, column = tile * edge;
-      multiply_panels(product_, v.from(row), std::min(edge, size - row), v.from(column),
+      multiply_panels(product, v.from(row), std::min(edge, size - row), v.from(column),
                       std::min(edge, size - column), row == column, a + row * stride + column,
                       stride, true, first_zero - row, zeros);
     });
@@ -314,6 +322,8 @@ class BlockSweep {
     }
   }
 
+  static constexpr int64_t most_continued = 128;
+
   const TileProduct<T>& product_;
   const VectorCopy<T> copy_vectors_;
   const SquareInverse<T> invert_square_;
@@ -322,7 +332,8 @@ class BlockSweep {
   const int64_t lanes_, width_;
   const bool inverts_;
   const int64_t rows_, size_, block_;
-  const int64_t panel_size_;  // of U, V or W
+  const int64_t panel_size_;         // of U, V or W
+  const TileProduct<T>& continued_;  // unless blocks are too wide
 };
 
 }  // namespace kfac_fast

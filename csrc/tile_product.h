@@ -108,31 +108,38 @@ struct Packing {
   }
 };
 
-#define KFAC_FAST_TILES(set, product, rows) \
-  {set::product<T, rows, 1>, set::product<T, rows, 2>, set::product<T, rows, 3>}
+// What follows the product are template arguments that come before the rows.
+#define KFAC_FAST_TILES(set, product, rows, ...)        \
+  {set::product<T, __VA_ARGS__ __VA_OPT__(, ) rows, 1>, \
+   set::product<T, __VA_ARGS__ __VA_OPT__(, ) rows, 2>, \
+   set::product<T, __VA_ARGS__ __VA_OPT__(, ) rows, 3>}
 #define KFAC_FAST_LANEWISE(set) \
   {set::lanewise_product<T, 1>, set::lanewise_product<T, 2>, set::lanewise_product<T, 3>}
-#define KFAC_FAST_TILES_OF_2(set, product) \
-  {KFAC_FAST_TILES(set, product, 1), KFAC_FAST_TILES(set, product, 2)}
-#define KFAC_FAST_TILES_OF_4(set, product)                             \
-  {KFAC_FAST_TILES(set, product, 1), KFAC_FAST_TILES(set, product, 2), \
-   KFAC_FAST_TILES(set, product, 4)}
-#define KFAC_FAST_TILES_OF_8(set, product)                             \
-  {KFAC_FAST_TILES(set, product, 1), KFAC_FAST_TILES(set, product, 2), \
-   KFAC_FAST_TILES(set, product, 4), KFAC_FAST_TILES(set, product, 8)}
+#define KFAC_FAST_TILES_OF_2(set, product, ...) \
+  {KFAC_FAST_TILES(set, product, 1, __VA_ARGS__), KFAC_FAST_TILES(set, product, 2, __VA_ARGS__)}
+#define KFAC_FAST_TILES_OF_4(set, product, ...)                                                  \
+  {KFAC_FAST_TILES(set, product, 1, __VA_ARGS__), KFAC_FAST_TILES(set, product, 2, __VA_ARGS__), \
+   KFAC_FAST_TILES(set, product, 4, __VA_ARGS__)}
+#define KFAC_FAST_TILES_OF_8(set, product, ...)                                                  \
+  {KFAC_FAST_TILES(set, product, 1, __VA_ARGS__), KFAC_FAST_TILES(set, product, 2, __VA_ARGS__), \
+   KFAC_FAST_TILES(set, product, 4, __VA_ARGS__), KFAC_FAST_TILES(set, product, 8, __VA_ARGS__)}
 
-template <typename T>
+// With `continued`, a tile's sums that accumulate start from the old ones. Where these and the new
+// products are large and nearly cancel, as in eliminations, what is left would otherwise have lost
+// what a sum of all the products was rounded by; sums of many tiles are the more accurate for it
+// that each starts from zero.
+template <typename T, bool continued = false>
 const TileProduct<T>& tile_product(InstructionSet set) {
   constexpr int64_t size = sizeof(T);
   static constexpr TileProduct<T> on_portable{
-      2, 16 / size, KFAC_FAST_TILES_OF_2(portable, tile_product),
+      2, 16 / size, KFAC_FAST_TILES_OF_2(portable, tile_product, continued),
       KFAC_FAST_TILES_OF_2(portable, spread_product), KFAC_FAST_LANEWISE(portable)};
 #if defined(__x86_64__)
-  static constexpr TileProduct<T> on_avx2{4, 32 / size, KFAC_FAST_TILES_OF_4(avx2, tile_product),
-                                          KFAC_FAST_TILES_OF_4(avx2, spread_product),
-                                          KFAC_FAST_LANEWISE(avx2)};
+  static constexpr TileProduct<T> on_avx2{
+      4, 32 / size, KFAC_FAST_TILES_OF_4(avx2, tile_product, continued),
+      KFAC_FAST_TILES_OF_4(avx2, spread_product), KFAC_FAST_LANEWISE(avx2)};
   static constexpr TileProduct<T> on_avx512{
-      8, 64 / size, KFAC_FAST_TILES_OF_8(avx512, tile_product),
+      8, 64 / size, KFAC_FAST_TILES_OF_8(avx512, tile_product, continued),
       KFAC_FAST_TILES_OF_8(avx512, spread_product), KFAC_FAST_LANEWISE(avx512)};
   if (set == InstructionSet::avx512) return on_avx512;
   if (set == InstructionSet::avx2) return on_avx2;
@@ -160,8 +167,10 @@ Packing<In, T> packing(InstructionSet set) {
 }
 
 // Compiled once, in tile_product.cpp.
-extern template const TileProduct<float>& tile_product(InstructionSet set);
-extern template const TileProduct<double>& tile_product(InstructionSet set);
+extern template const TileProduct<float>& tile_product<float>(InstructionSet set);
+extern template const TileProduct<float>& tile_product<float, true>(InstructionSet set);
+extern template const TileProduct<double>& tile_product<double>(InstructionSet set);
+extern template const TileProduct<double>& tile_product<double, true>(InstructionSet set);
 extern template Packing<float, float> packing(InstructionSet set);
 extern template Packing<double, double> packing(InstructionSet set);
 extern template Packing<BFloat16, float> packing(InstructionSet set);

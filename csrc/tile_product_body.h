@@ -64,16 +64,23 @@ KFAC_FAST_TARGET inline void multiply_step(const T* left, const T* right, int64_
   }
 }
 
-// total[r][v] = Σ_k left[k][r] · the v-th vector of right[k], in registers for the whole depth. A
-// multiply-add takes four cycles and two start in each, so narrow tiles keep SPLIT sets of sums to
-// have eight under way.
-template <typename T, int ROWS, int VECTORS>
+// A multiply-add takes four cycles and two start in each, so narrow tiles keep that many sets of
+// sums to have eight under way.
+constexpr int sets_of_sums(int rows, int vectors) { return std::max(1, 8 / (rows * vectors)); }
+
+// total[r][v] += Σ_k left[k][r] · the v-th vector of right[k], in registers for the whole depth, in
+// SPLIT sets of sums, of which all but the first start from zero.
+template <typename T, int SPLIT, int ROWS, int VECTORS>
 KFAC_FAST_TARGET inline void multiply_steps(const T* left, int64_t left_stride, const T* right,
                                             int64_t right_stride, int64_t vector_stride,
                                             int64_t depth,
                                             typename VectorOf<T>::type (&total)[ROWS][VECTORS]) {
-  constexpr int SPLIT = std::max(1, 8 / (ROWS * VECTORS));
   typename VectorOf<T>::type sums[SPLIT][ROWS][VECTORS] = {};
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 3
+    for (int v = 0; v < VECTORS; ++v) sums[0][r][v] = total[r][v];
+  }
 #pragma GCC unroll 4
   for (int64_t step = depth / SPLIT; step > 0; --step) {
 #pragma GCC unroll 8
@@ -97,26 +104,38 @@ KFAC_FAST_TARGET inline void multiply_steps(const T* left, int64_t left_stride, 
   }
 }
 
-// sum[r][c] (+)= Σ_k left[k][r] · right[k][c]
-template <typename T, int ROWS, int VECTORS>
+// sum[r][c] (+)= Σ_k left[k][r] · right[k][c]. CONTINUED sums that accumulate start from the old
+// ones, to which every product is added in turn.
+template <typename T, bool CONTINUED, int ROWS, int VECTORS>
 KFAC_FAST_TARGET void tile_product(const T* left, int64_t left_stride, const T* right,
                                    int64_t right_stride, int64_t depth, T* sum, int64_t sum_stride,
                                    bool accumulate) {
   using Vector = typename VectorOf<T>::type;
   constexpr int LANES = KFAC_FAST_VECTOR_BYTES / sizeof(T);
-  if (accumulate) {  // the old sums come from far caches: ask for them before the long loop
+  Vector total[ROWS][VECTORS] = {};
+  if constexpr (CONTINUED) {
+    if (accumulate) {
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 3
+        for (int v = 0; v < VECTORS; ++v) {
+          total[r][v] = load_vector<T, T>(sum + r * sum_stride + v * LANES);
+        }
+      }
+    }
+  } else if (accumulate) {  // the old sums come from far caches: asked for before the long loop
     for (int r = 0; r < ROWS; ++r) {
       for (int v = 0; v < VECTORS; ++v) __builtin_prefetch(sum + r * sum_stride + v * LANES);
     }
   }
-  Vector total[ROWS][VECTORS];
-  multiply_steps<T>(left, left_stride, right, right_stride, LANES, depth, total);
+  constexpr int SETS = CONTINUED ? 1 : sets_of_sums(ROWS, VECTORS);
+  multiply_steps<T, SETS>(left, left_stride, right, right_stride, LANES, depth, total);
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 3
     for (int v = 0; v < VECTORS; ++v) {
       Vector* target = reinterpret_cast<Vector*>(sum + r * sum_stride + v * LANES);
-      *target = accumulate ? *target + total[r][v] : total[r][v];
+      *target = accumulate && !CONTINUED ? *target + total[r][v] : total[r][v];
     }
   }
 }
@@ -130,8 +149,9 @@ KFAC_FAST_TARGET void spread_product(const T* left, int64_t left_stride, const T
   for (int v = 0; v < VECTORS; ++v) {
     for (int r = 0; r < ROWS; ++r) __builtin_prefetch(sums[v] + r * sum_stride);
   }
-  Vector total[ROWS][VECTORS];
-  multiply_steps<T>(left, left_stride, right, right_stride, vector_stride, depth, total);
+  Vector total[ROWS][VECTORS] = {};
+  multiply_steps<T, sets_of_sums(ROWS, VECTORS)>(left, left_stride, right, right_stride,
+                                                 vector_stride, depth, total);
 #pragma GCC unroll 3
   for (int v = 0; v < VECTORS; ++v) {
 #pragma GCC unroll 8
@@ -148,7 +168,7 @@ KFAC_FAST_TARGET void lanewise_product(const T* left, int64_t left_stride, const
                                        int64_t right_stride, int64_t vector_stride, int64_t depth,
                                        T* const* sums) {
   using Vector = typename VectorOf<T>::type;
-  constexpr int SPLIT = 8 / VECTORS;  // as in multiply_steps
+  constexpr int SPLIT = sets_of_sums(1, VECTORS);
   Vector total[SPLIT][VECTORS] = {};
   const auto step = [&](int64_t k, Vector(&own)[VECTORS]) KFAC_FAST_TARGET {
     const Vector lanes = load_vector<T, T>(left + k * left_stride);

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from guard_page import before_a_guard_page
-from inverses import assert_as_accurate, covariance
+from inverses import assert_as_accurate, covariance, random_rows, uncentred
 from oracle import assert_within_budget, bits, lower_only, poisoned, spread
 from steps import Precondition, assert_steps_within_budget, exact_steps
 from torch import Tensor
@@ -57,6 +57,22 @@ def test_every_size(op: Damped, size: int, dtype: torch.dtype) -> None:
 def test_blocks_wider_than_a_vector(op: Damped, instruction_set: str) -> None:
     for size in LARGE if instruction_set != "portable" else LARGE[:1]:
         check(op, [covariance(size)])
+
+
+@damped
+@dtypes
+@pytest.mark.parametrize("matrix", [uncentred, random_rows], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("size", [16, 33, 64, 100, 128, 136, 200, 640])
+def test_what_cancels_and_what_does_not(
+    op: Damped, size: int, matrix: Callable[..., Tensor], dtype: torch.dtype, instruction_set: str
+) -> None:
+    """The first pivots subtract a mean that is nearly all of the matrix; others subtract little."""
+    # Without multiply-adds each product of the mean's size is rounded, too; PyTorch has them.
+    times = 3 if instruction_set == "portable" else 2
+    if size == 640 and dtype == torch.float64:
+        return  # extended precision would take seconds
+    matrices = [matrix(size, dtype) for _ in range(4 if size < 640 else 2)]
+    assert_as_accurate(run(op, matrices), matrices, 1e-3, op, times)
 
 
 @damped
