@@ -247,3 +247,50 @@ def test_what_is_refused_does_not_depend_on_earlier_calls() -> None:
             ops.conv_expand_gram(x, **{"kernel_size": 3, **bad})
     with pytest.raises(ValueError, match="kernel_size must be an int or 2 ints"):
         ops.conv_expand_gram(x, np.array([3, 3]))
+
+
+def documented(op: Callable[..., Any], **arguments: Any) -> Any:
+    """Run what an operator's documentation says is equivalent."""
+    block = (op.__doc__ or "").split("Equivalent to::\n\n")[1].split("\n\n    Args:")[0]
+    names: dict[str, Any] = {"torch": torch}
+    exec(f"def equivalent({', '.join(arguments)}):\n{block}", names)
+    return names["equivalent"](**arguments)
+
+
+def test_the_documented_equivalents() -> None:
+    torch.manual_seed(0)
+    for shape in ((5, 4), (5, 3, 4), (5, 2, 3, 4)):
+        x = torch.randn(shape, dtype=torch.float64)
+        assert torch.allclose(ops.shared_gram(x), documented(ops.shared_gram, x=x))
+    grads = [torch.randn(3, 4), torch.randn(2, 5, 3)]
+    sides = [
+        [
+            torch.randn(*g.shape[:-2], n, n).tril() + 4 * torch.eye(n)
+            for g, n in zip(grads, sizes, strict=True)
+        ]
+        for sizes in ((4, 3), (3, 5))
+    ]
+    found = ops.cholesky_precondition(grads, *sides)
+    names = {"grads": grads, "input_factors": sides[0], "gradient_factors": sides[1]}
+    results, inner = documented(ops.cholesky_precondition, **names)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found.grads, results, strict=True))
+    assert torch.allclose(found.inner_product, inner, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_documented_average(dtype: torch.dtype) -> None:
+    sums = [torch.rand(shape, dtype=dtype) for shape in ((3, 3), (2, 3, 3), (4,), (3, 3))]
+    sums[3][1, 1] = torch.inf
+    results = []
+    for average in (ops.update_averages, None):
+        out = [torch.zeros_like(x) for x in sums]
+        weights = [torch.zeros((), dtype=dtype) for _ in sums]
+        skipped = [torch.zeros((), dtype=torch.int64) for _ in sums]
+        written = {"out": out, "weights": weights, "skipped": skipped}
+        if average:
+            average(sums, [2.0] * 4, 0.9, **written)
+        else:
+            options = {"terms": [2.0] * 4, "decay": 0.9, "covariances": True}
+            documented(ops.update_averages, sums=sums, **options, **written)
+        results.append([*out, *weights, *skipped])
+    assert all(torch.allclose(a, b) for a, b in zip(*results, strict=True))
