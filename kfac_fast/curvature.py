@@ -11,7 +11,7 @@ forward-only one takes the identity for the gradient covariance.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal, NoReturn
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -46,32 +46,16 @@ def backpropagated(
         samples: Draws of labels or signs.
         generator: Source of randomness; PyTorch's default if None.
 
-    Returns:
+    Yields:
         One scalar after the other, formed as it is asked for.
 
     Raises:
-        RuntimeError: If the outputs are in no graph; from the scalars, if those that matter are in
-            none.
+        RuntimeError: If the outputs that matter are in no graph.
 
     Source: Martens & Grosse (2015), section 5; Eschenhagen et al. (2023), section 2; Martens,
     Sutskever & Swersky (2012).
     """
-    # At once: where no layer's call waits, nobody asks for a scalar.
-    tensors = [output for output in tree_leaves(outputs) if isinstance(output, Tensor)]
-    if tensors and not any(tensor.requires_grad for tensor in tensors):
-        _refuse()
-    return _scalars(fisher, loss, outputs, constants(targets), samples, generator)
-
-
-def _scalars(
-    fisher: Fisher,
-    loss: Loss[Outputs],
-    outputs: Outputs,
-    targets: Targets,
-    samples: int,
-    generator: torch.Generator | None,
-) -> Iterator[Tensor]:
-    """See :func:`backpropagated`, whose arguments these are, with constants for labels."""
+    targets = constants(targets)
     if fisher == "mc":
         for _ in range(samples):
             yield _in_graph(loss.sample(outputs, targets, generator)) / samples**0.5
@@ -100,14 +84,23 @@ def constants(targets: Targets) -> Targets:
     return None if targets is None else targets.detach()
 
 
+def check_outputs(outputs: object) -> None:
+    """Check that outputs are in a graph, which :func:`backpropagated` sees only when it is asked.
+
+    Args:
+        outputs: The model's outputs, in any structure; one without tensors passes.
+
+    Raises:
+        RuntimeError: If none of them needs gradients.
+    """
+    tensors = [output for output in tree_leaves(outputs) if isinstance(output, Tensor)]
+    if tensors and not any(tensor.requires_grad for tensor in tensors):
+        raise RuntimeError(
+            "update_curvature: outputs must be those of a forward pass with gradients enabled, got "
+            "none that need gradients"
+        )
+
+
 def _in_graph(result: Tensor) -> Tensor:
-    if not result.requires_grad:
-        _refuse()
+    check_outputs(result)
     return result
-
-
-def _refuse() -> NoReturn:
-    raise RuntimeError(
-        "update_curvature: outputs must be those of a forward pass with gradients enabled, got "
-        "none that need gradients"
-    )

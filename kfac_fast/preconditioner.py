@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from kfac_fast.blocks import Block, Form, bytes_of_parts, left_out, update_blocks
 from kfac_fast.capture import Capture
-from kfac_fast.curvature import Fisher, backpropagated
+from kfac_fast.curvature import Fisher, backpropagated, check_outputs
 from kfac_fast.inverses import refine_inverses
 from kfac_fast.layers import Approximation, Sharing
 from kfac_fast.losses import Loss, Outputs, Targets, find_loss
@@ -301,9 +301,9 @@ class KFAC:
         if self.fisher == "empirical":
             self._capture.count(terms)
             return
-        self._capture.backpropagate(
-            backpropagated(self.fisher, known, outputs, targets, self.mc_samples, generator), terms
-        )
+        check_outputs(outputs)  # at once: where no layer's call waits, nobody asks for a scalar
+        scalars = backpropagated(self.fisher, known, outputs, targets, self.mc_samples, generator)
+        self._capture.backpropagate(scalars, terms)
 
     def share_rows(
         self,
